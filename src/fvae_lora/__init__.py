@@ -1,0 +1,1 @@
+"""FVAE-LoRA on stock peft."""
