@@ -1,0 +1,194 @@
+"""Reading the records of a folder of runs, whatever state the runs were left in."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, ValidationError, model_validator
+
+Point = tuple[float, float]
+
+
+def printable(value: object) -> str:
+    """`value` as text without control characters or lone surrogates, which no terminal or file should get."""
+    text = value if isinstance(value, str) else "" if value is None else json.dumps(value)
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+Name = Annotated[str, BeforeValidator(printable)]
+
+
+class Source(BaseModel):
+    """A model: its name and the fingerprint of its contents."""
+
+    name: Name = "unknown"
+    fingerprint: Name = ""
+
+
+class Dataset(Source):
+    """A data set, and what was measured on it."""
+
+    protocol: Name = ""
+    splits: dict[str, Any] = {}
+    classes: list[Any] = []
+    validation_from: Name = ""
+
+
+class Parameters(BaseModel):
+    """Numbers of parameters."""
+
+    total: int | None = None
+    trainable: int | None = None
+    inference: int | None = None
+
+
+class Time(BaseModel):
+    """Durations in seconds, and when the run began and ended."""
+
+    wall_s: FiniteFloat | None = None
+    train_s: FiniteFloat | None = None
+    started: Name = ""
+    finished: Name = ""
+
+
+class Memory(BaseModel):
+    """Peak memory in MB."""
+
+    peak_mb: FiniteFloat | None = None
+
+
+class Flops(BaseModel):
+    """Floating-point operations of the whole training."""
+
+    train_total: FiniteFloat | None = None
+
+
+class Score(BaseModel):
+    """Accuracy as a fraction."""
+
+    accuracy: FiniteFloat | None = None
+
+
+class Metrics(BaseModel):
+    """The scores that a run ended with."""
+
+    test: Score = Score()
+    validation: Score = Score()
+
+
+class Record(BaseModel):
+    """The part of `run.json` that a report needs. A run that was stopped early may lack most of it."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    state: Literal["running", "complete", "failed"]
+    method: Name
+    seed: int
+    reason: Name = ""
+    task: Name = ""
+    model: Source = Source()
+    dataset: Dataset = Dataset()
+    recipe: dict[str, Any] = {}
+    parameters: Parameters = Parameters()
+    versions: dict[str, Any] = {}
+    git_commit: Name = ""
+    hardware: Any = None
+    time: Time = Time()
+    memory: Memory = Memory()
+    flops: Flops = Flops()
+    metrics: Metrics = Metrics()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_absent(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _complete_means_scored(self) -> "Record":
+        if self.state == "complete" and self.metrics.test.accuracy is None:
+            raise ValueError("complete, but without a test accuracy")
+        return self
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its folder, its name below the folder of runs, and its record (None and `error` if unreadable)."""
+
+    folder: Path
+    name: str
+    record: Record | None
+    error: str = ""
+
+    @cached_property
+    def _events(self) -> list[dict[str, Any]]:
+        try:
+            lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return []
+        events = []
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except (ValueError, RecursionError):
+                continue  # the line that a kill cut off
+            if isinstance(event, dict) and _is_number(event.get("epoch")):
+                events.append(event)
+        return events
+
+    def curve(self, event: str, value: str) -> list[Point]:
+        """(epoch, value) of every such line of `metrics.jsonl`, in order; values that are no finite number are left out."""
+        points = {e["epoch"]: e.get(value) for e in self._events if e.get("event") == event}
+        return [(float(x), float(y)) for x, y in sorted(points.items()) if _is_number(y)]
+
+    def elbo(self) -> dict[str, dict[str, list[Point]]]:
+        """{module: {term: [(epoch, value), ...]}} in the order in which modules and terms first appear."""
+        curves: dict[str, dict[str, dict[float, float]]] = {}
+        for event in self._events:
+            modules = event.get("elbo")
+            for module, terms in modules.items() if isinstance(modules, dict) else ():
+                for term, value in terms.items() if isinstance(terms, dict) else ():
+                    if _is_number(value):
+                        curves.setdefault(printable(module), {}).setdefault(printable(term), {})[
+                            event["epoch"]
+                        ] = value
+        return {m: {t: sorted(c.items()) for t, c in terms.items()} for m, terms in curves.items()}
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """All runs at or below `folder`, sorted by path.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no run in it.
+
+    """
+    runs = [_read(run, folder) for run in sorted(_run_folders(folder))]
+    if not runs:
+        what = "no run (a folder with a run.json) in it" if folder.is_dir() else "no such folder"
+        raise FileNotFoundError(f"{folder}: {what}")
+    return runs
+
+
+def _run_folders(folder: Path) -> Iterator[Path]:
+    for parent, _, files in os.walk(folder):
+        if "run.json" in files or "metrics.jsonl" in files:
+            yield Path(parent)
+
+
+def _read(run: Path, root: Path) -> Run:
+    name = printable(run.relative_to(root).as_posix() if run != root else run.resolve().name)
+    try:
+        return Run(run, name, Record.model_validate_json((run / "run.json").read_bytes()))
+    except OSError as error:
+        return Run(run, name, None, f"run.json: {error.strerror}")
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        return Run(run, name, None, printable(f"run.json: {where + ': ' if where else ''}{first['msg']}"))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

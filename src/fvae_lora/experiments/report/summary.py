@@ -1,0 +1,202 @@
+"""From runs to rows: what may be averaged with what, and what must not be."""
+
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from fvae_lora.experiments.report.records import Record, Run, Source, printable, read_runs
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the report.
+
+    A row is either the finished runs of one recipe over its seeds (state "complete"), or a single run that is
+    counted nowhere: any other state, no numbers, and `run` and `reason` say which run and why.
+    """
+
+    state: Literal["complete", "running", "failed", "unreadable", "duplicate"]
+    task: str = ""
+    dataset: str = ""
+    protocol: str = ""
+    model: str = ""
+    method: str = ""
+    settings: str = ""
+    """What sets this row apart from other rows of its method, as `key=value key=value`; "" if nothing does."""
+    learning_rate: float | None = None
+    seeds: tuple[int, ...] = ()
+    missing_seeds: tuple[int, ...] = ()
+    """Seeds that some run on the same task, data and model has, and this row lacks."""
+    accuracy: float | None = None
+    """Mean test accuracy over seeds, a fraction."""
+    accuracy_std: float | None = None
+    """Sample standard deviation (n - 1) over seeds; None for a single seed."""
+    validation_accuracy: float | None = None
+    """Mean over seeds, a fraction."""
+    trainable_parameters: int | None = None
+    inference_parameters: int | None = None
+    time_s: float | None = None
+    """Mean wall time in seconds."""
+    peak_memory_mb: float | None = None
+    """The largest peak over seeds in MB."""
+    train_flops: float | None = None
+    """Mean floating-point operations of a whole training."""
+    run: str = ""
+    reason: str = ""
+
+    @property
+    def label(self) -> str:
+        """The method, with its settings where they are needed to tell rows apart."""
+        return f"{self.method} {self.settings}".rstrip()
+
+    @property
+    def comparison(self) -> tuple[str, str, str, str]:
+        """What was measured: rows that agree in task, data set, protocol and model may be compared."""
+        return self.task, self.dataset, self.protocol, self.model
+
+
+@dataclass(frozen=True)
+class Group:
+    """A row and the runs behind it."""
+
+    row: Row
+    runs: tuple[Run, ...]
+
+
+def summary_rows(runs: Path) -> list[Row]:
+    """One row per recipe over its finished seeds, best first within a comparison; then each run not counted.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no run in it.
+
+    """
+    return [group.row for group in summarise(read_runs(runs))]
+
+
+def summarise(runs: Iterable[Run]) -> list[Group]:
+    """The groups of runs whose records differ in nothing but the seed, in the order of `summary_rows`."""
+    runs = list(runs)
+    records = [run.record for run in runs if run.record]
+    models, datasets = _labels(r.model for r in records), _labels(r.dataset for r in records)
+
+    finished: dict[tuple[Row, Recipe], dict[int, Run]] = defaultdict(dict)
+    expected: dict[tuple[str, ...], set[int]] = defaultdict(set)
+    left_out = []
+    for run in runs:
+        record = run.record
+        if record is None:
+            left_out.append(Group(Row("unreadable", run=run.name, reason=run.error), (run,)))
+            continue
+        recipe = dict(_flatten(record.recipe))
+        row = Row(
+            state=record.state,
+            task=record.task,
+            dataset=datasets[_identity(record.dataset)],
+            protocol=record.dataset.protocol,
+            model=models[_identity(record.model)],
+            method=record.method,
+            learning_rate=_number(recipe.get("train.learning_rate")),
+            run=run.name,
+        )
+        expected[row.comparison].add(record.seed)
+        if record.state != "complete":
+            reason = record.reason or ("not finished" if record.state == "running" else "no reason recorded")
+            left_out.append(Group(replace(row, seeds=(record.seed,), reason=reason), (run,)))
+            continue
+        of_recipe = finished[replace(row, run=""), frozenset(recipe.items())]
+        if first := of_recipe.get(record.seed):
+            reason = f"the same recipe and seed as {first.name}"
+            left_out.append(
+                Group(replace(row, state="duplicate", seeds=(record.seed,), reason=reason), (run,))
+            )
+        else:
+            of_recipe[record.seed] = run
+
+    settings = _settings(finished)
+    groups = [
+        Group(
+            _averaged(row, settings[row, recipe], by_seed, expected[row.comparison]), tuple(by_seed.values())
+        )
+        for (row, recipe), by_seed in finished.items()
+    ]
+    groups.sort(key=lambda g: (g.row.comparison, -(g.row.accuracy or 0), g.row.label))
+    return groups + left_out
+
+
+Recipe = frozenset[tuple[str, str]]
+
+
+def _averaged(row: Row, settings: str, by_seed: dict[int, Run], expected: set[int]) -> Row:
+    records = [run.record for run in by_seed.values() if run.record]
+
+    def over_seeds(
+        value: Callable[[Record], float | None], reduce: Callable[[list[float]], float]
+    ) -> float | None:
+        known = [v for r in records if (v := value(r)) is not None]
+        return reduce(known) if known else None
+
+    def count(value: Callable[[Record], int | None]) -> int | None:
+        mean = over_seeds(value, statistics.fmean)
+        return None if mean is None else round(mean)
+
+    accuracies = [r.metrics.test.accuracy for r in records if r.metrics.test.accuracy is not None]
+    return replace(
+        row,
+        settings=settings,
+        seeds=tuple(sorted(by_seed)),
+        missing_seeds=tuple(sorted(expected - set(by_seed))),
+        accuracy=statistics.fmean(accuracies),
+        accuracy_std=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        validation_accuracy=over_seeds(lambda r: r.metrics.validation.accuracy, statistics.fmean),
+        trainable_parameters=count(lambda r: r.parameters.trainable),
+        inference_parameters=count(lambda r: r.parameters.inference),
+        time_s=over_seeds(lambda r: r.time.wall_s, statistics.fmean),
+        peak_memory_mb=over_seeds(lambda r: r.memory.peak_mb, max),
+        train_flops=over_seeds(lambda r: r.flops.train_total, statistics.fmean),
+    )
+
+
+def _settings(keys: Iterable[tuple[Row, Recipe]]) -> dict[tuple[Row, Recipe], str]:
+    """For each recipe the entries in which it differs from another one of its method in the same comparison."""
+    siblings: dict[tuple[Any, ...], list[tuple[Row, Recipe]]] = defaultdict(list)
+    for row, recipe in keys:
+        siblings[row.comparison, row.method].append((row, recipe))
+    settings = {}
+    for group in siblings.values():
+        common = frozenset.intersection(*(recipe for _, recipe in group))
+        for row, recipe in group:
+            settings[row, recipe] = " ".join(
+                f"{k.rpartition('.')[2]}={v}" for k, v in sorted(recipe - common)
+            )
+    return settings
+
+
+def _flatten(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, printable value) of each leaf of a recipe but the seed, over which rows are averaged."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            if key != "seed":
+                yield from _flatten(value, f"{path}.{key}" if path else printable(key))
+    else:
+        yield path, printable(tree)
+
+
+def _identity(source: Source) -> tuple[str, str]:
+    return source.name, source.fingerprint
+
+
+def _labels(sources: Iterable[Source]) -> dict[tuple[str, str], str]:
+    """A name for each (name, fingerprint): the name, and the fingerprint where two things share the name."""
+    identities = {_identity(s) for s in sources}
+    uses = Counter(name for name, _ in identities)
+    return {(name, mark): f"{name} [{mark[:8]}]" if uses[name] > 1 else name for name, mark in identities}
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
