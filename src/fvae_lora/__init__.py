@@ -1,1 +1,44 @@
-"""FVAE-LoRA on stock peft."""
+"""FVAE-LoRA on stock peft: LoRA whose down-projection is the encoder of a VAE with two latents.
+
+Importing this package registers the method with peft. `FVAELoraConfig` takes the place of ``LoraConfig``; any training
+loop that uses the model's own loss then trains with the ELBO, others call `add_elbo` or use `FVAELoraTrainer`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import registration
+
+registration.add_peft_type()
+
+from .config import FVAELoraConfig  # noqa: E402
+from .export import export_for_inference  # noqa: E402
+from .reference import FVAEPEFTConfig, load_reference_adapter  # noqa: E402
+from .training import add_elbo, elbo_loss, elbo_terms  # noqa: E402
+
+registration.register()
+
+if TYPE_CHECKING:
+    from .trainer import ElboTrainerMixin, FVAELoraTrainer
+
+__all__ = [
+    "ElboTrainerMixin",
+    "FVAELoraConfig",
+    "FVAELoraTrainer",
+    "FVAEPEFTConfig",
+    "add_elbo",
+    "elbo_loss",
+    "elbo_terms",
+    "export_for_inference",
+    "load_reference_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers' Trainer takes its time to import; who does not train with it does not wait for it.
+    if name in ("ElboTrainerMixin", "FVAELoraTrainer"):
+        from . import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,94 @@
+"""What an adapter's folder holds, read without loading it, so that a bad one is refused before a model is touched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+PEFT_PREFIX = "base_model.model."
+
+
+def check_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, or say in one line what is wrong with the file.
+
+    Args:
+        path: The file, an adapter's ``adapter_config.json``.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: If the file is missing, cut off or holds anything but an object.
+
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not readable as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights in an adapter's folder; reads the file's header alone.
+
+    Args:
+        folder: The adapter's folder, with ``adapter_model.safetensors``.
+
+    Raises:
+        ValueError: If that file is missing, truncated or no safetensors file.
+
+    """
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}: the adapter's weights are missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
+
+
+def check_fit(
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    prefix: str,
+    model: nn.Module,
+) -> None:
+    """Refuse weights that do not fit a model, before anything of the model is changed.
+
+    Args:
+        found: Names and shapes in the checkpoint, without ``base_model.model.``.
+        expected: Names and shapes that the adapter's layers will have.
+        prefix: What marks the adapter's own parameters, ``fvae_lora_``.
+        model: The model to be adapted.
+
+    Raises:
+        ValueError: If a weight is missing, belongs to no layer of the model, or has another shape.
+
+    """
+    where = type(model).__name__
+    own = {key for key in found if f".{prefix}" in f".{key}"}
+    if missing := sorted(expected.keys() - own):
+        raise ValueError(f"the adapter does not fit {where}: it lacks {_some(missing)}")
+    if extra := sorted(own - expected.keys()):
+        raise ValueError(f"the adapter does not fit {where}, which has no place for {_some(extra)}")
+    base = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for key, shape in found.items():
+        wanted = expected.get(key) or base.get(key.replace(".base_layer.", "."))
+        if wanted is not None and wanted != shape:
+            raise ValueError(
+                f"the adapter does not fit {where}: {key} has shape {shape}, the model needs {wanted}"
+            )
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,1 @@
+"""Fused forward and backward paths, each beside the plain one that it must equal."""

@@ -1,0 +1,222 @@
+"""The adapted layer: ``y = W x + b + c B z1``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import transpose
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import FVAELoraConfig
+from .objective import Posterior, TokenWeights, elbo
+from .recorder import Recorder
+from .vae import FVAE, draw, raised
+
+B_STD = 0.02  # of B's initial values, as in the reference
+
+
+class FVAELoraLayer(nn.Module, BaseTunerLayer):
+    r"""A frozen layer beside B and the autoencoder whose first encoder takes the place of LoRA's A.
+
+    In training ``y = W x + b + c B z1`` with ``z1 = mean1(x) + sigma1(x) * eps``, and the layer records its ELBO with
+    `recorder`. At inference ``z1 = mean1(x)``: encoder 1's mean and B run, nothing else.
+
+    Args:
+        base_layer: `torch.nn.Linear` or transformers' ``Conv1D``, or a peft layer around one of them.
+        adapter_name: Name of the first adapter.
+        name: Name of the layer inside the adapted model.
+        recorder: The adapted model's recorder.
+        config: The first adapter's configuration.
+        r: Its rank here.
+        lora_alpha: Its alpha here.
+
+    """
+
+    adapter_layer_names = ("fvae_lora_vae", "fvae_lora_B")
+    other_param_names = ("r", "scaling")
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        name: str,
+        recorder: Recorder,
+        config: FVAELoraConfig,
+        r: int,
+        lora_alpha: float,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.recorder = recorder
+        self.fvae_lora_vae = nn.ModuleDict()
+        self.fvae_lora_B = nn.ParameterDict()
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.in_features, self.out_features = features(self.get_base_layer())
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, r, lora_alpha)
+
+    def update_layer(self, adapter_name: str, config: FVAELoraConfig, r: int, lora_alpha: float) -> None:
+        """Add an adapter, initialised as `FVAELoraConfig.init_weights` says.
+
+        Args:
+            adapter_name: Its name.
+            config: Its configuration.
+            r: Its rank in this layer.
+            lora_alpha: Its alpha in this layer.
+
+        """
+        self.r[adapter_name] = r
+        # The reference adds 1e-5 to the rank.
+        self.scaling[adapter_name] = lora_alpha / (r + 1e-5 if config.objective == "reference" else r)
+        self.fvae_lora_vae[adapter_name] = FVAE(config, self.in_features, r).train(self.training)
+        self.fvae_lora_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, r).normal_(0, B_STD))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output, plus that of each active adapter.
+
+        Args:
+            x: (..., in).
+            *args: For the base layer.
+            **kwargs: For the base layer.
+
+        Returns:
+            (..., out), in the base layer's dtype.
+
+        Raises:
+            RuntimeError: If an inference-only adapter runs in training mode.
+
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        for adapter in self.active_adapters:
+            if adapter in self.fvae_lora_B:
+                result = result + self.update(adapter, x).to(result.dtype)
+        return result
+
+    def update(self, adapter: str, x: Tensor) -> Tensor:
+        """What an adapter adds to the base layer's output, ``c B z1``; in training its ELBO is recorded.
+
+        Args:
+            adapter: The adapter's name.
+            x: (..., in).
+
+        Returns:
+            (..., out).
+
+        """
+        vae, B = self.fvae_lora_vae[adapter], self.fvae_lora_B[adapter]
+        config = vae.config
+        if self.training and config.inference_only:
+            raise RuntimeError(
+                f"adapter {adapter!r} is inference_only and cannot be trained; call model.eval()"
+            )
+        encoder_input = F.dropout(self._cast_input_dtype(x, B.dtype), config.lora_dropout, self.training)
+        if not (self.training or config.sample_at_inference):
+            return F.linear(vae.encode_mean("encoder1", encoder_input), B) * self.scaling[adapter]
+        mean, logvar = vae.encode("encoder1", encoder_input)
+        q1 = Posterior(mean, logvar, draw(mean, logvar))
+        output = F.linear(q1.sample.to(B.dtype), B) * self.scaling[adapter]
+        if self.training and config.has_residual:
+            terms = elbo(vae, x, encoder_input, q1, self._token_weights(x))
+            output = self.recorder.record(self.name, adapter, output, terms)
+        return output
+
+    def _token_weights(self, x: Tensor) -> TokenWeights:
+        masks = self.recorder.masks()
+        return TokenWeights(None, x.shape[:-1].numel()) if masks is None else masks.weights(self.name, x)
+
+    def linear_update(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Weight and bias that a linear encoder adds to the base layer: ``c B M`` and ``c B k``.
+
+        Args:
+            adapter: The adapter's name.
+
+        Returns:
+            Weight, (out, in), and bias, (out,), in at least fp32.
+
+        Raises:
+            ValueError: If the encoder is not linear.
+
+        """
+        vae, B = self.fvae_lora_vae[adapter], raised(self.fvae_lora_B[adapter])
+        if vae.encoder_depth:
+            raise ValueError(
+                f"adapter {adapter!r} cannot be merged: its encoder has a ReLU, so the update is not linear in x; "
+                "use fvae_lora.export_for_inference for a small adapter folder, or train with "
+                "encoder_hidden_dims=[] (the linear encoder), which merges exactly"
+            )
+        scaled = B * self.scaling[adapter]
+        return scaled @ raised(vae.encoder1_mean_weight), scaled @ raised(vae.encoder1_mean_bias)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates of linear encoders to the base layer, exactly: ``W + c B M`` and ``b + c B k``.
+
+        Args:
+            safe_merge: Whether to refuse a result that is not finite.
+            adapter_names: Adapters to merge; ``None`` means the active ones.
+
+        Raises:
+            ValueError: If an encoder is not linear, or, with `safe_merge`, if a result is not finite.
+
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.fvae_lora_B]
+        updates = [self.linear_update(name) for name in names]
+        for name, (weight, bias) in zip(names, updates, strict=True):
+            self._add_to_base(weight, bias, safe_merge)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take merged updates out of the base layer again."""
+        while self.merged_adapters:
+            weight, bias = self.linear_update(self.merged_adapters.pop())
+            self._add_to_base(-weight, -bias, safe=False)
+
+    def _add_to_base(self, weight: Tensor, bias: Tensor, safe: bool) -> None:
+        base = self.get_base_layer()
+        own_weight = base.weight.data
+        fan_in_fan_out = isinstance(base, Conv1D)
+        new_weight = (own_weight + transpose(weight, fan_in_fan_out)).to(own_weight.dtype)
+        new_bias = (bias if base.bias is None else base.bias.data + bias).to(own_weight.dtype)
+        if safe and not (new_weight.isfinite().all() and new_bias.isfinite().all()):
+            raise ValueError(
+                f"the merged weights of {self.name} are not finite; the adapter seems to be broken"
+            )
+        base.weight.data = new_weight
+        if base.bias is None:
+            base.bias = nn.Parameter(new_bias, requires_grad=False)
+        else:
+            base.bias.data = new_bias
+
+    def __repr__(self) -> str:
+        return "fvae_lora." + super().__repr__()
+
+
+def features(base_layer: nn.Module) -> tuple[int, int]:
+    """Input and output features of a layer that can be adapted.
+
+    Args:
+        base_layer: The layer.
+
+    Raises:
+        TypeError: If it is neither `torch.nn.Linear` nor transformers' ``Conv1D``.
+
+    """
+    if isinstance(base_layer, nn.Linear):
+        return base_layer.in_features, base_layer.out_features
+    if isinstance(base_layer, Conv1D):
+        in_features, out_features = base_layer.weight.shape
+        return in_features, out_features
+    raise TypeError(f"a {type(base_layer).__name__} cannot be adapted")

@@ -1,0 +1,165 @@
+"""The tuner: finds the target modules and puts `FVAELoraLayer` in their places."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from . import checkpoint
+from .config import FVAELoraConfig
+from .layer import FVAELoraLayer, features
+from .names import resolve_targets, todays_name
+from .recorder import forget, recorder_of
+from .vae import FVAE
+
+
+class FVAELoraModel(BaseTuner):
+    """Adapts a model with FVAE-LoRA; made by `peft.get_peft_model` and its relatives, not by hand.
+
+    Args:
+        model: The model to be adapted.
+        peft_config: Configuration, or configurations by adapter name.
+        adapter_name: Name of the adapter to add.
+        **kwargs: As in `peft.tuners.tuners_utils.BaseTuner`.
+
+    Raises:
+        ValueError: If a target matches nothing, or cannot be adapted, or stored weights do not fit the model. The
+            model is unchanged then.
+
+    """
+
+    prefix = "fvae_lora_"
+    tuner_layer_cls = FVAELoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        **kwargs: Any,
+    ) -> None:
+        # `PeftModel` hands over a dict; who injects into a model hands over the configuration itself. Such a model
+        # stays in the mode that it is in: in eval mode nothing may start to sample.
+        object.__setattr__(
+            self, "_keep_mode", isinstance(peft_config, PeftConfig)
+        )  # before nn.Module.__init__
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
+    def _prepare_adapter_config(
+        self, peft_config: FVAELoraConfig, model_config: dict[str, Any]
+    ) -> FVAELoraConfig:
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        if peft_config.target_modules not in (INCLUDE_LINEAR_LAYERS_SHORTHAND, DUMMY_TARGET_MODULES):
+            peft_config.target_modules = resolve_targets(self.model, peft_config.target_modules)
+        return peft_config
+
+    def _prepare_model(self, peft_config: FVAELoraConfig, model: nn.Module) -> None:
+        """Refuse what cannot work before the first layer is replaced."""
+        if peft_config.inference_only and not peft_config.inference_mode:
+            raise ValueError(
+                "inference_only adapters cannot be trained; load this one with is_trainable=False"
+            )
+        if peft_config.target_modules in (INCLUDE_LINEAR_LAYERS_SHORTHAND, DUMMY_TARGET_MODULES):
+            return
+        targets = {
+            name: module.get_base_layer() if isinstance(module, FVAELoraLayer) else module
+            for name, module in model.named_modules()
+            if name
+            and not _inside_adapter(model, name)
+            and self._check_target_module_exists(peft_config, name)
+        }
+        for name, module in targets.items():
+            try:
+                features(module)
+            except TypeError:
+                raise ValueError(
+                    f"target_modules: {name} is a {type(module).__name__}; only torch.nn.Linear and transformers' "
+                    "Conv1D can be adapted"
+                ) from None
+        if peft_config.checkpoint_shapes is not None:
+            self._check_checkpoint(peft_config, model, targets)
+
+    def _check_checkpoint(
+        self, config: FVAELoraConfig, model: nn.Module, targets: dict[str, nn.Module]
+    ) -> None:
+        found = {}
+        for key, shape in (config.checkpoint_shapes or {}).items():
+            layer, separator, rest = key.removeprefix(checkpoint.PEFT_PREFIX).partition(f".{self.prefix}")
+            found[todays_name(model, layer) + separator + rest if separator else layer] = shape
+        expected = {}
+        for name, module in targets.items():
+            in_features, out_features = features(module)
+            r, _ = rank_and_alpha(config, name)
+            with torch.device("meta"):
+                parameters = FVAE(config, in_features, r).named_parameters()
+            expected |= {f"{name}.{self.prefix}vae.{key}": tuple(value.shape) for key, value in parameters}
+            expected[f"{name}.{self.prefix}B"] = (out_features, r)
+        checkpoint.check_fit(found, expected, self.prefix, model)
+
+    def _create_and_replace(
+        self,
+        peft_config: FVAELoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        r, lora_alpha = rank_and_alpha(peft_config, current_key)
+        if isinstance(target, FVAELoraLayer):
+            target.update_layer(adapter_name, peft_config, r, lora_alpha)
+            return
+        try:
+            layer = FVAELoraLayer(
+                target, adapter_name, current_key, recorder_of(self.model), peft_config, r, lora_alpha
+            )
+        except TypeError:
+            raise ValueError(
+                f"target_modules: {current_key} is a {type(target).__name__}; only torch.nn.Linear and "
+                "transformers' Conv1D can be adapted"
+            ) from None
+        if self._keep_mode:
+            layer.train(target.training)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        forget(model)
+        return model
+
+
+def rank_and_alpha(config: FVAELoraConfig, name: str) -> tuple[int, float]:
+    """Rank and alpha of a module, after the configuration's patterns.
+
+    Args:
+        config: The adapter's configuration.
+        name: Full name of the module.
+
+    Returns:
+        r and lora_alpha, the latter r where the configuration leaves it open.
+
+    """
+    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
+    default = r if config.lora_alpha is None else config.lora_alpha
+    return r, config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), default)
+
+
+def _inside_adapter(model: nn.Module, name: str) -> bool:
+    parent = name
+    while parent := parent.rpartition(".")[0]:
+        with contextlib.suppress(AttributeError):
+            if isinstance(model.get_submodule(parent), FVAELoraLayer):
+                return True
+    return False

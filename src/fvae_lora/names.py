@@ -1,0 +1,99 @@
+"""Names of modules that changed between versions of transformers, or differ between architectures."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+
+from peft.utils.other import match_target_against_key
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+SYNONYMS = (
+    {"query", "q_proj", "q_lin", "q"},
+    {"key", "k_proj", "k_lin", "k"},
+    {"value", "v_proj", "v_lin", "v"},
+    {"o_proj", "out_proj", "out_lin", "o"},
+)
+
+
+def todays_name(model: nn.Module, name: str) -> str:
+    """The name that a model of today's transformers has for a module, given that of an older version.
+
+    Args:
+        model: The model.
+        name: Full name of a module, a layer of a checkpoint for example.
+
+    Returns:
+        The name in the model, or `name` itself where transformers knows of no change.
+
+    """
+    modules = dict(model.named_modules())
+    if name in modules or not isinstance(model, PreTrainedModel):
+        return name
+    renamings = [
+        change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)
+    ]
+    renamed, _ = rename_source_key(f"{name}.weight", renamings, [])
+    renamed = renamed.removesuffix(".weight")
+    return renamed if renamed in modules else name
+
+
+def resolve_targets(model: nn.Module, targets: Iterable[str] | str) -> set[str] | str:
+    """Replace target names that the model knows under another name, saying so.
+
+    Args:
+        model: The model to be adapted.
+        targets: Names of modules, full or their last parts, or one regular expression.
+
+    Returns:
+        Targets of which each matches a module.
+
+    Raises:
+        ValueError: If a target matches nothing and is no other name of something; the message lists what could be
+            meant.
+
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    if isinstance(targets, str):
+        if not any(match_target_against_key(targets, name) for name in names):
+            raise ValueError(_no_match(model, targets))
+        return targets
+    resolved = {target: _resolve(model, names, target) for target in sorted(targets)}
+    if changed := {old: new for old, new in resolved.items() if old != new}:
+        changes = ", ".join(f"{old} -> {new}" for old, new in changed.items())
+        warnings.warn(
+            f"target_modules: {type(model).__name__} has other names for these: {changes}", stacklevel=2
+        )
+    return set(resolved.values())
+
+
+def _resolve(model: nn.Module, names: list[str], target: str) -> str:
+    def found(name: str) -> bool:
+        return any(other == name or other.endswith(f".{name}") for other in names)
+
+    if found(target):
+        return target
+    if (renamed := todays_name(model, target)) != target:
+        return renamed
+    parent, _, last = target.rpartition(".")
+    others = next((group for group in SYNONYMS if last in group), set())
+    for prefix in {f"{parent}." if parent else "", ""}:
+        candidates = sorted(name for name in others if found(prefix + name))
+        if len(candidates) == 1:
+            return prefix + candidates[0]
+    raise ValueError(_no_match(model, target))
+
+
+def _no_match(model: nn.Module, target: str) -> str:
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+    could_be = ", ".join(sorted(name for name in linear if not re.fullmatch(r"\d*", name))) or "none"
+    return f"target_modules: {target!r} matches no module of {type(model).__name__}; its linear layers are named {could_be}"

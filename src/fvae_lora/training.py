@@ -1,0 +1,115 @@
+"""The ELBO for loops that compute their own loss, and for whoever wants to look at it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .layer import FVAELoraLayer
+from .recorder import Forward, Recorder, join, task_weight
+
+
+def elbo_loss(model: nn.Module) -> Tensor:
+    """The weighted negative ELBO of the model's last forward pass, to be added to the task loss.
+
+    Under the paper's profile ``- lambda * sum over layers of L_FVAE``, each a mean over the tokens that are no padding;
+    active adapters add up. Source: arXiv 2510.19640.
+
+    Args:
+        model: An adapted model, or one that contains it; wrappers such as DDP or `torch.compile` are fine.
+
+    Returns:
+        A scalar in at least fp32. Zero without a graph when nothing was recorded: in eval mode, with adapters disabled,
+        with ``elbo_weight=0``.
+
+    """
+    recorded = [recorder for recorder in recorders(model) if recorder.forward.calls]
+    total = torch.zeros((), device=next(model.parameters()).device)
+    if not recorded:
+        return total
+    if any(recorder.forward.in_loss for recorder in recorded):
+        warnings.warn(
+            "this forward's own loss contains the ELBO already; do not add it a second time", stacklevel=2
+        )
+    total.requires_grad_(torch.is_grad_enabled())
+    for recorder in recorded:
+        total = join(total, recorder, recorder.forward.shares or {}, in_loss=recorder.forward.in_loss)
+    return total
+
+
+def add_elbo(task_loss: Tensor, model: nn.Module) -> Tensor:
+    """``task_weight * task_loss + elbo_loss(model)``, for loops that compute their own loss.
+
+    Args:
+        task_loss: The loss that the loop computed from the model's outputs, a scalar.
+        model: The adapted model, after the forward pass that gave those outputs.
+
+    Returns:
+        The loss to call ``backward`` on, a scalar; `task_loss` itself when nothing was recorded.
+
+    Raises:
+        RuntimeError: If that forward returned a loss of its own, which contains the ELBO already.
+
+    """
+    forwards = [recorder.forward for recorder in recorders(model) if recorder.forward.calls]
+    if not forwards:
+        return task_loss
+    if any(forward.in_loss for forward in forwards):
+        raise RuntimeError(
+            "the loss that this forward returned contains the ELBO already; use it, or call the model without labels"
+        )
+    weights = {task_weight(forward) for forward in forwards}
+    if len(weights) > 1:
+        raise ValueError(f"task_weight must be the same for all active adapters, not {sorted(weights)}")
+    return weights.pop() * task_loss + elbo_loss(model).to(task_loss.device)
+
+
+@torch.no_grad()
+def elbo_terms(model: nn.Module) -> dict[str, dict[str, float]]:
+    """The unweighted terms of the ELBO of the model's last forward pass in training mode, layer by layer.
+
+    They are means over tokens, as they stand in ``L_FVAE = alpha reconstruction - beta kl_z1 + delta gamma``.
+
+    Args:
+        model: An adapted model, or one that contains it.
+
+    Returns:
+        For each adapted module (with the adapter's name behind it where several were active) the terms
+        ``"reconstruction"`` (nats), ``"kl_z1"`` (nats), ``"gamma"`` (nats), ``"w2"`` where z1 and z2 have equal dimensions,
+        ``"kl_z2"`` (nats) under ``objective="vae2lat"``, ``"z1_l2"`` and ``"z2_l2"`` under ``objective="reference"``.
+        Empty when nothing was recorded.
+
+    """
+    return {
+        module: _mean_terms(forward, layer, adapter)
+        for forward in (recorder.forward for recorder in recorders(model))
+        for layer, adapter in list(forward.calls)
+        for module in [layer if _single(forward) else f"{layer}.{adapter}"]
+    }
+
+
+def _mean_terms(forward: Forward, layer: str, adapter: str) -> dict[str, float]:
+    runs = forward.calls[layer, adapter]
+    counts = torch.stack(
+        [torch.as_tensor(run.terms.weights.count, dtype=torch.float64).cpu() for run in runs]
+    )
+    names = list(runs[0].terms.terms())
+    values = torch.stack([torch.stack(list(run.terms.terms().values())).double().cpu() for run in runs])
+    means = (values * counts[:, None]).sum(0) / counts.sum().clamp(min=1)
+    return dict(zip(names, means.tolist(), strict=True))
+
+
+def _single(forward: Forward) -> bool:
+    return len({adapter for _, adapter in forward.calls}) == 1
+
+
+def recorders(model: nn.Module) -> Iterator[Recorder]:
+    """The recorders of the adapted models inside a model, each once."""
+    seen: dict[int, Recorder] = {}
+    for module in model.modules():
+        if isinstance(module, FVAELoraLayer):
+            seen.setdefault(id(module.recorder), module.recorder)
+    return iter(seen.values())
