@@ -25,7 +25,6 @@ def check_json(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: If the file is missing, cut off or holds anything but an object.
-
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -44,7 +43,6 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
     Raises:
         ValueError: If that file is missing, truncated or no safetensors file.
-
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
@@ -72,7 +70,6 @@ def check_fit(
 
     Raises:
         ValueError: If a weight is missing, belongs to no layer of the model, or has another shape.
-
     """
     where = type(model).__name__
     own = {key for key in found if f".{prefix}" in f".{key}"}
@@ -84,9 +81,7 @@ def check_fit(
     for key, shape in found.items():
         wanted = expected.get(key) or base.get(key.replace(".base_layer.", "."))
         if wanted is not None and wanted != shape:
-            raise ValueError(
-                f"the adapter does not fit {where}: {key} has shape {shape}, the model needs {wanted}"
-            )
+            raise ValueError(f"the adapter does not fit {where}: {key} has shape {shape}, the model needs {wanted}")
 
 
 def _some(names: list[str], limit: int = 3) -> str:

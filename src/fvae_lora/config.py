@@ -79,7 +79,6 @@ class FVAELoraConfig(PeftConfig):
     Raises:
         ValueError: If a field has a value that makes no sense, alone or beside another; the message begins with the
             field's name.
-
     """
 
     r: int = 16
@@ -106,8 +105,8 @@ class FVAELoraConfig(PeftConfig):
     elbo_token_fraction: float = 1.0
     sample_at_inference: bool = False
     inference_only: bool = False
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -145,15 +144,12 @@ class FVAELoraConfig(PeftConfig):
 
         Raises:
             ValueError: If the folder's configuration is unreadable, or its weights are missing or truncated.
-
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         local = (folder / CONFIG_NAME).is_file()
         if local:
             checkpoint.check_json(folder / CONFIG_NAME)
-        config: FVAELoraConfig = super().from_pretrained(
-            str(pretrained_model_name_or_path), subfolder, **kwargs
-        )
+        config: FVAELoraConfig = super().from_pretrained(str(pretrained_model_name_or_path), subfolder, **kwargs)
         if local and isinstance(config, FVAELoraConfig):
             config.checkpoint_shapes = checkpoint.shapes(folder)
         return config
@@ -164,7 +160,6 @@ class FVAELoraConfig(PeftConfig):
         Args:
             save_directory: Folder to write to; made if need be.
             **kwargs: As in `peft.PeftConfig.save_pretrained`.
-
         """
         super().save_pretrained(str(save_directory), **kwargs)
         model_card.say_how_to_load(Path(save_directory), self)
@@ -185,9 +180,7 @@ class FVAELoraConfig(PeftConfig):
 
     def _check_values(self) -> None:
         for name, allowed in CHOICES.items():
-            _require(
-                getattr(self, name) in allowed, name, getattr(self, name), f"one of {', '.join(allowed)}"
-            )
+            _require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {', '.join(allowed)}")
         for name in ("r", "residual_dim"):
             value = getattr(self, name)
             optional = value is None and name == "residual_dim"
@@ -213,9 +206,7 @@ class FVAELoraConfig(PeftConfig):
         ):
             value = getattr(self, name)
             optional = value is None and name.startswith("factorization_weight_")
-            _require(
-                optional or (_is_number(value) and value >= 0), name, value, "a finite number, at least 0"
-            )
+            _require(optional or (_is_number(value) and value >= 0), name, value, "a finite number, at least 0")
         for name in ("residual_prior_std", "task_weight", "lora_alpha"):
             value = getattr(self, name)
             optional = value is None and name == "lora_alpha"
@@ -227,15 +218,11 @@ class FVAELoraConfig(PeftConfig):
             "a finite number",
         )
         fraction = self.elbo_token_fraction
-        _require(
-            _is_number(fraction) and 0 < fraction <= 1, "elbo_token_fraction", fraction, "a number in (0, 1]"
-        )
+        _require(_is_number(fraction) and 0 < fraction <= 1, "elbo_token_fraction", fraction, "a number in (0, 1]")
         for key, rank in (self.rank_pattern or {}).items():
             _require(_is_count(rank), f"rank_pattern[{key!r}]", rank, "a positive integer")
         for key, alpha in (self.alpha_pattern or {}).items():
-            _require(
-                _is_number(alpha) and alpha > 0, f"alpha_pattern[{key!r}]", alpha, "a finite number above 0"
-            )
+            _require(_is_number(alpha) and alpha > 0, f"alpha_pattern[{key!r}]", alpha, "a finite number above 0")
 
     def _check_combinations(self) -> None:
         if self.latent_fusion == "average":
@@ -243,13 +230,9 @@ class FVAELoraConfig(PeftConfig):
             fits = self.residual_dim is None or ranks == {self.residual_dim}
             _require(fits, "residual_dim", self.residual_dim, "r (or None) when latent_fusion is 'average'")
         if self.encoder_hidden_dims == []:
-            _require(
-                self.encoder_dropout == 0, "encoder_dropout", self.encoder_dropout, "0 with a linear encoder"
-            )
+            _require(self.encoder_dropout == 0, "encoder_dropout", self.encoder_dropout, "0 with a linear encoder")
         if not self.decoder_hidden_dims:
-            _require(
-                self.decoder_dropout == 0, "decoder_dropout", self.decoder_dropout, "0 with a linear decoder"
-            )
+            _require(self.decoder_dropout == 0, "decoder_dropout", self.decoder_dropout, "0 with a linear decoder")
         if self.objective != "reference":
             for name in ("factorization_weight_z1", "factorization_weight_z2"):
                 value = getattr(self, name)

@@ -33,7 +33,6 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         config: The first adapter's configuration.
         r: Its rank here.
         lora_alpha: Its alpha here.
-
     """
 
     adapter_layer_names = ("fvae_lora_vae", "fvae_lora_B")
@@ -71,7 +70,6 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
             config: Its configuration.
             r: Its rank in this layer.
             lora_alpha: Its alpha in this layer.
-
         """
         self.r[adapter_name] = r
         # The reference adds 1e-5 to the rank.
@@ -94,7 +92,6 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             RuntimeError: If an inference-only adapter runs in training mode.
-
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -115,14 +112,11 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
 
         Returns:
             (..., out).
-
         """
         vae, B = self.fvae_lora_vae[adapter], self.fvae_lora_B[adapter]
         config = vae.config
         if self.training and config.inference_only:
-            raise RuntimeError(
-                f"adapter {adapter!r} is inference_only and cannot be trained; call model.eval()"
-            )
+            raise RuntimeError(f"adapter {adapter!r} is inference_only and cannot be trained; call model.eval()")
         encoder_input = F.dropout(self._cast_input_dtype(x, B.dtype), config.lora_dropout, self.training)
         if not (self.training or config.sample_at_inference):
             return F.linear(vae.encode_mean("encoder1", encoder_input), B) * self.scaling[adapter]
@@ -149,7 +143,6 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: If the encoder is not linear.
-
         """
         vae, B = self.fvae_lora_vae[adapter], raised(self.fvae_lora_B[adapter])
         if vae.encoder_depth:
@@ -170,7 +163,6 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: If an encoder is not linear, or, with `safe_merge`, if a result is not finite.
-
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.fvae_lora_B]
         updates = [self.linear_update(name) for name in names]
@@ -191,9 +183,7 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         new_weight = (own_weight + transpose(weight, fan_in_fan_out)).to(own_weight.dtype)
         new_bias = (bias if base.bias is None else base.bias.data + bias).to(own_weight.dtype)
         if safe and not (new_weight.isfinite().all() and new_bias.isfinite().all()):
-            raise ValueError(
-                f"the merged weights of {self.name} are not finite; the adapter seems to be broken"
-            )
+            raise ValueError(f"the merged weights of {self.name} are not finite; the adapter seems to be broken")
         base.weight.data = new_weight
         if base.bias is None:
             base.bias = nn.Parameter(new_bias, requires_grad=False)
@@ -212,7 +202,6 @@ def features(base_layer: nn.Module) -> tuple[int, int]:
 
     Raises:
         TypeError: If it is neither `torch.nn.Linear` nor transformers' ``Conv1D``.
-
     """
     if isinstance(base_layer, nn.Linear):
         return base_layer.in_features, base_layer.out_features

@@ -26,7 +26,6 @@ def sequence_of(layer: str, encoder_decoder: bool) -> Sequence:
 
     Returns:
         ``"decoder"`` for a decoder's own sequence; keys and values of its cross-attention read the ``"input"``.
-
     """
     parts = layer.split(".")
     reads_memory = bool(CROSS_ATTENTION.intersection(parts)) and parts[-1] in KEYS_AND_VALUES
@@ -45,7 +44,6 @@ class TokenMasks:
     Args:
         model: The adapted model.
         inputs: The arguments of its forward by name.
-
     """
 
     model: nn.Module
@@ -58,7 +56,6 @@ class TokenMasks:
         Args:
             layer: Name of the adapted module inside the model.
             x: Its input, (..., d).
-
         """
         sequence = sequence_of(layer, is_encoder_decoder(self.model))
         if "vision" in layer or "visual" in layer:
@@ -95,7 +92,6 @@ def count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[Sequence, 
     Returns:
         The number for each sequence, as scalars. Where there is no mask it is in the units of the main input, pixels
         for example: right up to a factor that the batches of a run share.
-
     """
     masks = TokenMasks(model, inputs)
     main = inputs.get(getattr(model, "main_input_name", "input_ids"))
@@ -123,8 +119,4 @@ def _lengths_after_convolutions(model: nn.Module, mask: Tensor) -> Tensor | None
 def _after_convolutions(model: nn.Module, mask: Tensor, length: int) -> Tensor | None:
     """The mask of an audio model's frames, from that of its samples."""
     lengths = _lengths_after_convolutions(model, mask)
-    return (
-        None
-        if lengths is None
-        else torch.arange(length, device=mask.device) < lengths[:, None].to(mask.device)
-    )
+    return None if lengths is None else torch.arange(length, device=mask.device) < lengths[:, None].to(mask.device)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
@@ -33,7 +33,6 @@ class FVAELoraModel(BaseTuner):
     Raises:
         ValueError: If a target matches nothing, or cannot be adapted, or stored weights do not fit the model. The
             model is unchanged then.
-
     """
 
     prefix = "fvae_lora_"
@@ -49,15 +48,12 @@ class FVAELoraModel(BaseTuner):
     ) -> None:
         # `PeftModel` hands over a dict; who injects into a model hands over the configuration itself. Such a model
         # stays in the mode that it is in: in eval mode nothing may start to sample.
-        object.__setattr__(
-            self, "_keep_mode", isinstance(peft_config, PeftConfig)
-        )  # before nn.Module.__init__
+        object.__setattr__(self, "_keep_mode", isinstance(peft_config, PeftConfig))  # before nn.Module.__init__
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
-    def _prepare_adapter_config(
-        self, peft_config: FVAELoraConfig, model_config: dict[str, Any]
-    ) -> FVAELoraConfig:
+    def _prepare_adapter_config(self, peft_config: FVAELoraConfig, model_config: dict[str, Any]) -> FVAELoraConfig:
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        assert peft_config.target_modules is not None
         if peft_config.target_modules not in (INCLUDE_LINEAR_LAYERS_SHORTHAND, DUMMY_TARGET_MODULES):
             peft_config.target_modules = resolve_targets(self.model, peft_config.target_modules)
         return peft_config
@@ -65,17 +61,13 @@ class FVAELoraModel(BaseTuner):
     def _prepare_model(self, peft_config: FVAELoraConfig, model: nn.Module) -> None:
         """Refuse what cannot work before the first layer is replaced."""
         if peft_config.inference_only and not peft_config.inference_mode:
-            raise ValueError(
-                "inference_only adapters cannot be trained; load this one with is_trainable=False"
-            )
+            raise ValueError("inference_only adapters cannot be trained; load this one with is_trainable=False")
         if peft_config.target_modules in (INCLUDE_LINEAR_LAYERS_SHORTHAND, DUMMY_TARGET_MODULES):
             return
         targets = {
-            name: module.get_base_layer() if isinstance(module, FVAELoraLayer) else module
+            name: _base(module)
             for name, module in model.named_modules()
-            if name
-            and not _inside_adapter(model, name)
-            and self._check_target_module_exists(peft_config, name)
+            if name and not _inside_adapter(model, name) and self._check_target_module_exists(peft_config, name)
         }
         for name, module in targets.items():
             try:
@@ -88,14 +80,12 @@ class FVAELoraModel(BaseTuner):
         if peft_config.checkpoint_shapes is not None:
             self._check_checkpoint(peft_config, model, targets)
 
-    def _check_checkpoint(
-        self, config: FVAELoraConfig, model: nn.Module, targets: dict[str, nn.Module]
-    ) -> None:
+    def _check_checkpoint(self, config: FVAELoraConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
         found = {}
         for key, shape in (config.checkpoint_shapes or {}).items():
             layer, separator, rest = key.removeprefix(checkpoint.PEFT_PREFIX).partition(f".{self.prefix}")
             found[todays_name(model, layer) + separator + rest if separator else layer] = shape
-        expected = {}
+        expected: dict[str, tuple[int, ...]] = {}
         for name, module in targets.items():
             in_features, out_features = features(module)
             r, _ = rank_and_alpha(config, name)
@@ -140,6 +130,11 @@ class FVAELoraModel(BaseTuner):
         return model
 
 
+def _base(module: nn.Module) -> nn.Module:
+    base: nn.Module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return base
+
+
 def rank_and_alpha(config: FVAELoraConfig, name: str) -> tuple[int, float]:
     """Rank and alpha of a module, after the configuration's patterns.
 
@@ -149,7 +144,6 @@ def rank_and_alpha(config: FVAELoraConfig, name: str) -> tuple[int, float]:
 
     Returns:
         r and lora_alpha, the latter r where the configuration leaves it open.
-
     """
     r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
     default = r if config.lora_alpha is None else config.lora_alpha

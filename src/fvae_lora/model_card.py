@@ -17,7 +17,6 @@ def say_how_to_load(folder: Path, config: FVAELoraConfig) -> None:
     Args:
         folder: The adapter's folder; its README is made if there is none, and is left alone if it says so already.
         config: The adapter's configuration.
-
     """
     readme = folder / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""

@@ -30,14 +30,11 @@ def todays_name(model: nn.Module, name: str) -> str:
 
     Returns:
         The name in the model, or `name` itself where transformers knows of no change.
-
     """
     modules = dict(model.named_modules())
     if name in modules or not isinstance(model, PreTrainedModel):
         return name
-    renamings = [
-        change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)
-    ]
+    renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
     renamed, _ = rename_source_key(f"{name}.weight", renamings, [])
     renamed = renamed.removesuffix(".weight")
     return renamed if renamed in modules else name
@@ -56,7 +53,6 @@ def resolve_targets(model: nn.Module, targets: Iterable[str] | str) -> set[str] 
     Raises:
         ValueError: If a target matches nothing and is no other name of something; the message lists what could be
             meant.
-
     """
     names = [name for name, _ in model.named_modules() if name]
     if isinstance(targets, str):
@@ -66,9 +62,7 @@ def resolve_targets(model: nn.Module, targets: Iterable[str] | str) -> set[str] 
     resolved = {target: _resolve(model, names, target) for target in sorted(targets)}
     if changed := {old: new for old, new in resolved.items() if old != new}:
         changes = ", ".join(f"{old} -> {new}" for old, new in changed.items())
-        warnings.warn(
-            f"target_modules: {type(model).__name__} has other names for these: {changes}", stacklevel=2
-        )
+        warnings.warn(f"target_modules: {type(model).__name__} has other names for these: {changes}", stacklevel=2)
     return set(resolved.values())
 
 
@@ -91,9 +85,8 @@ def _resolve(model: nn.Module, names: list[str], target: str) -> str:
 
 def _no_match(model: nn.Module, target: str) -> str:
     linear = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
+        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
     }
     could_be = ", ".join(sorted(name for name in linear if not re.fullmatch(r"\d*", name))) or "none"
-    return f"target_modules: {target!r} matches no module of {type(model).__name__}; its linear layers are named {could_be}"
+    where = type(model).__name__
+    return f"target_modules: {target!r} matches no module of {where}; its linear layers are named {could_be}"

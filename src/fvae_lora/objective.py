@@ -34,7 +34,6 @@ def kl_to_prior(mean: Tensor, logvar: Tensor, prior_mean: float = 0.0, prior_std
 
     Returns:
         (...,).
-
     """
     scaled = ((mean - prior_mean).square() + logvar.exp()) / prior_std**2
     return 0.5 * (scaled - 1 - logvar).sum(-1) + mean.shape[-1] * math.log(prior_std)
@@ -55,12 +54,9 @@ def gamma(
 
     Returns:
         (...,).
-
     """
     r1, r2 = mean1.shape[-1], mean2.shape[-1]
-    log_p2 = -0.5 * ((mean2 - prior_mean).square() + logvar2.exp()).sum(-1) / prior_std**2 - r2 * math.log(
-        prior_std
-    )
+    log_p2 = -0.5 * ((mean2 - prior_mean).square() + logvar2.exp()).sum(-1) / prior_std**2 - r2 * math.log(prior_std)
     log_p1 = -0.5 * (mean1.square() + logvar1.exp()).sum(-1)
     return log_p2 - log_p1 + 0.5 * (r1 - r2) * LOG_2PI
 
@@ -76,7 +72,6 @@ def w2(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> Tensor
 
     Returns:
         (...,).
-
     """
     sigma1, sigma2 = torch.exp(0.5 * logvar1), torch.exp(0.5 * logvar2)
     return (mean1 - mean2).square().sum(-1) + (sigma1 - sigma2).square().sum(-1)
@@ -89,7 +84,6 @@ class TokenWeights:
     Args:
         mask: 1.0 for tokens that count and 0.0 for padding, (...,); ``None`` where all count.
         count: How many tokens count.
-
     """
 
     mask: Tensor | None
@@ -103,7 +97,6 @@ class TokenWeights:
 
         Returns:
             A scalar.
-
         """
         return self.scaled(per_token.sum() if self.mask is None else (per_token * self.mask).sum())
 
@@ -121,7 +114,6 @@ class TokenWeights:
 
         Returns:
             Indices into the flattened tokens, (k,), and their weights, each the token's own times tokens / k.
-
         """
         tokens = shape.numel()
         k = max(1, math.ceil(fraction * tokens)) if tokens else 0
@@ -159,7 +151,6 @@ def elbo(vae: FVAE, x: Tensor, encoder_input: Tensor, q1: Posterior, weights: To
 
     Returns:
         The layer's terms.
-
     """
     config = vae.config
     if config.elbo_token_fraction < 1:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from .config import FVAELoraConfig
 from .masks import IGNORED_LABEL, TokenMasks, is_encoder_decoder, sequence_of
@@ -63,9 +62,7 @@ class Forward:
         values: list[Tensor] = []
         for (layer, adapter), calls in self.calls.items():
             weight = self._weight(adapter, calls[0].terms.config) * shares.get(self._sequence(layer), 1.0)
-            values += [
-                call.negative_elbo * (weight * _share_of_run(call.terms.weights, calls)) for call in calls
-            ]
+            values += [call.negative_elbo * (weight * _share_of_run(call.terms.weights, calls)) for call in calls]
         return torch.stack([value.to(values[0].device) for value in values]).sum()
 
     def coefficient(self, layer: str, adapter: str, weights: TokenWeights) -> Tensor | float:
@@ -134,7 +131,6 @@ class Recorder:
 
         Returns:
             The output to go on with.
-
         """
         negative_elbo = -terms.total()
         if (rerun := self._rerun()) is not None and (layer, adapter) in rerun.calls:
@@ -142,9 +138,7 @@ class Recorder:
                 output, negative_elbo * rerun.coefficient(layer, adapter, terms.weights), rerun.scale
             )
         forward = self.forward
-        if not forward.is_open and (
-            forward.used or forward.masks is not None or (layer, adapter) in forward.calls
-        ):
+        if not forward.is_open and (forward.used or forward.masks is not None or (layer, adapter) in forward.calls):
             # The layer runs outside a forward of the adapted model, as when somebody calls a part of it.
             self.begin(Forward(is_open=False))
             forward = self.forward
@@ -163,7 +157,7 @@ class _AddElbo(torch.autograd.Function):
         return loss + negative_elbo.to(loss.device)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[no-untyped-def]
         ctx.forward_pass.scale = grad.detach()
         ctx.recorder.backward = ctx.forward_pass
         return grad, grad, None
@@ -178,7 +172,7 @@ class _HandOver(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[no-untyped-def]
         return grad, ctx.scale, None
 
 
@@ -187,9 +181,7 @@ def _inside_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def join(
-    loss: Tensor, recorder: Recorder, shares: Mapping[str, Tensor | float], in_loss: bool = False
-) -> Tensor:
+def join(loss: Tensor, recorder: Recorder, shares: Mapping[str, Tensor | float], in_loss: bool = False) -> Tensor:
     """Add the ELBO of the last forward to a scalar.
 
     Args:
@@ -200,7 +192,6 @@ def join(
 
     Returns:
         ``loss + negative ELBO``.
-
     """
     forward = recorder.forward
     forward.used, forward.in_loss, forward.shares = True, in_loss, shares
@@ -215,7 +206,6 @@ def task_weight(forward: Forward) -> float:
 
     Raises:
         ValueError: If they do not.
-
     """
     weights = {calls[0].terms.config.task_weight for calls in forward.calls.values()}
     if len(weights) > 1:
@@ -267,9 +257,7 @@ def forget(model: nn.Module) -> None:
 
 def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     if getattr(model, "_is_replica", False):
-        raise RuntimeError(
-            "FVAE-LoRA does not support torch.nn.DataParallel; use torchrun or accelerate launch"
-        )
+        raise RuntimeError("FVAE-LoRA does not support torch.nn.DataParallel; use torchrun or accelerate launch")
     recorder: Recorder = getattr(model, ATTRIBUTE)
     inputs = kwargs
     if args:

@@ -89,8 +89,8 @@ def FVAEPEFTConfig(  # noqa: N802
 ) -> FVAELoraConfig:
     """A configuration by the reference's field names: what its quick start passes, with its profile of the method.
 
-    The profile: ``task_weight * L_task`` plus the *mean* over layers of the negative ELBO, means of the sampled z1^2 and
-    (z2 - m)^2 in place of Gamma, and the scale ``lora_alpha / (latent_dim + 1e-5)``.
+    The profile: ``task_weight * L_task`` plus the *mean* over layers of the negative ELBO, means of the sampled z1^2
+    and (z2 - m)^2 in place of Gamma, and the scale ``lora_alpha / (latent_dim + 1e-5)``.
 
     Args:
         latent_dim: Dimension of both latents, so the rank (its `r` is ignored).
@@ -120,7 +120,6 @@ def FVAEPEFTConfig(  # noqa: N802
     Raises:
         ValueError: If a field asks for a mode that is not supported; the message begins with the field's name.
         TypeError: If the reference has no such field.
-
     """
     for name, supported in ONLY_SUPPORTED.items():
         value = others.pop(name, supported)
@@ -170,7 +169,6 @@ def load_reference_adapter(
     Raises:
         ValueError: If the folder is no reference adapter, is damaged, asks for something unsupported, or does not fit
             the model, which is unchanged then.
-
     """
     path = Path(folder)
     fields = checkpoint.check_json(path / CONFIG_NAME)
@@ -205,7 +203,6 @@ def convert_state_dict(state: Mapping[str, Tensor], model: nn.Module) -> dict[st
 
     Raises:
         ValueError: If a key of the adapter is not known, or a tau is not positive.
-
     """
     converted = {}
     for key, value in state.items():
@@ -233,7 +230,6 @@ def our_name(name: str) -> str:
 
     Raises:
         ValueError: If the reference has no such parameter.
-
     """
     if name == "lora_B":
         return "fvae_lora_B"

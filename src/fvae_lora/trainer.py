@@ -14,22 +14,20 @@ from .masks import count_tokens
 from .recorder import ATTRIBUTE
 from .training import add_elbo, recorders
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
+# For the type checker a Trainer; at run time a plain mixin, to stand before any of the Trainer's subclasses.
+_Base: Any = Trainer if TYPE_CHECKING else object
 
 
 class ElboTrainerMixin(_Base):
-    """Weights the ELBO by tokens, for `transformers.Trainer` and its subclasses: ``class T(ElboTrainerMixin, SFTTrainer)``.
+    """Weights the ELBO by tokens, for `transformers.Trainer` and its subclasses.
 
-    An optimizer's step gets the mean of the ELBO over all its tokens that are no padding, across accumulated micro-batches
-    and, with ``average_tokens_across_devices``, across ranks. Where the Trainer computes the loss itself (label smoothing,
-    ``compute_loss_func``) the ELBO is added to that. A model without FVAE-LoRA layers trains as with the plain Trainer.
+    Use: ``class MyTrainer(ElboTrainerMixin, SFTTrainer)``. An optimizer's step gets the mean of the ELBO over all its
+    tokens that are no padding, across accumulated micro-batches and, with ``average_tokens_across_devices``, across
+    ranks. Where the Trainer computes the loss itself (label smoothing, ``compute_loss_func``) the ELBO is added to
+    that. A model without FVAE-LoRA layers trains as with the plain Trainer.
 
     Raises:
         RuntimeError: In training on several GPUs with `torch.nn.DataParallel`, which splits what the layers record.
-
     """
 
     _tokens_in_step: Mapping[str, Tensor] | None = None
@@ -43,8 +41,7 @@ class ElboTrainerMixin(_Base):
         if root is not None and batches and isinstance(batches[0], Mapping):
             counts = [count_tokens(root, batch) for batch in batches]
             self._tokens_in_step = {
-                sequence: torch.stack([count[sequence].to(device) for count in counts]).sum()
-                for sequence in counts[0]
+                sequence: torch.stack([count[sequence].to(device) for count in counts]).sum() for sequence in counts[0]
             }
         return batches, num_items
 
@@ -65,15 +62,12 @@ class ElboTrainerMixin(_Base):
 
         Returns:
             A scalar, and with `return_outputs` the outputs behind it.
-
         """
         root = _root(self.model)
         if root is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.args.n_gpu > 1:
-            raise RuntimeError(
-                "FVAE-LoRA does not support torch.nn.DataParallel; use torchrun or accelerate launch"
-            )
+            raise RuntimeError("FVAE-LoRA does not support torch.nn.DataParallel; use torchrun or accelerate launch")
         across_devices = (
             self.args.average_tokens_across_devices
             and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
@@ -84,9 +78,7 @@ class ElboTrainerMixin(_Base):
             recorder.next_shares = shares
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         pending = [
-            recorder.forward
-            for recorder in recorders(root)
-            if recorder.forward.calls and not recorder.forward.used
+            recorder.forward for recorder in recorders(root) if recorder.forward.calls and not recorder.forward.used
         ]
         if pending:
             # The plain Trainer multiplied the loss that it computed by the number of processes.
@@ -103,9 +95,7 @@ class ElboTrainerMixin(_Base):
         if self._tokens_in_step is None:
             return None
         # Unless the loss is normalised over the whole step, the Trainer divides it by the number of micro-batches.
-        normalised = (
-            self.model_accepts_loss_kwargs and num_items is not None
-        ) or self.compute_loss_func is not None
+        normalised = (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
         if getattr(self, "loss_is_scaled_for_ga", None) is not None:
             normalised = self.loss_is_scaled_for_ga
         micro_batches = 1 if normalised else self.current_gradient_accumulation_steps

@@ -24,16 +24,13 @@ def elbo_loss(model: nn.Module) -> Tensor:
     Returns:
         A scalar in at least fp32. Zero without a graph when nothing was recorded: in eval mode, with adapters disabled,
         with ``elbo_weight=0``.
-
     """
     recorded = [recorder for recorder in recorders(model) if recorder.forward.calls]
     total = torch.zeros((), device=next(model.parameters()).device)
     if not recorded:
         return total
     if any(recorder.forward.in_loss for recorder in recorded):
-        warnings.warn(
-            "this forward's own loss contains the ELBO already; do not add it a second time", stacklevel=2
-        )
+        warnings.warn("this forward's own loss contains the ELBO already; do not add it a second time", stacklevel=2)
     total.requires_grad_(torch.is_grad_enabled())
     for recorder in recorded:
         total = join(total, recorder, recorder.forward.shares or {}, in_loss=recorder.forward.in_loss)
@@ -52,7 +49,6 @@ def add_elbo(task_loss: Tensor, model: nn.Module) -> Tensor:
 
     Raises:
         RuntimeError: If that forward returned a loss of its own, which contains the ELBO already.
-
     """
     forwards = [recorder.forward for recorder in recorders(model) if recorder.forward.calls]
     if not forwards:
@@ -78,10 +74,10 @@ def elbo_terms(model: nn.Module) -> dict[str, dict[str, float]]:
 
     Returns:
         For each adapted module (with the adapter's name behind it where several were active) the terms
-        ``"reconstruction"`` (nats), ``"kl_z1"`` (nats), ``"gamma"`` (nats), ``"w2"`` where z1 and z2 have equal dimensions,
-        ``"kl_z2"`` (nats) under ``objective="vae2lat"``, ``"z1_l2"`` and ``"z2_l2"`` under ``objective="reference"``.
+        ``"reconstruction"`` (nats), ``"kl_z1"`` (nats), ``"gamma"`` (nats), ``"w2"`` where z1 and z2 have equal
+        dimensions, ``"kl_z2"`` (nats) under ``objective="vae2lat"``, ``"z1_l2"`` and ``"z2_l2"`` under
+        ``objective="reference"``.
         Empty when nothing was recorded.
-
     """
     return {
         module: _mean_terms(forward, layer, adapter)
@@ -93,9 +89,7 @@ def elbo_terms(model: nn.Module) -> dict[str, dict[str, float]]:
 
 def _mean_terms(forward: Forward, layer: str, adapter: str) -> dict[str, float]:
     runs = forward.calls[layer, adapter]
-    counts = torch.stack(
-        [torch.as_tensor(run.terms.weights.count, dtype=torch.float64).cpu() for run in runs]
-    )
+    counts = torch.stack([torch.as_tensor(run.terms.weights.count, dtype=torch.float64).cpu() for run in runs])
     names = list(runs[0].terms.terms())
     values = torch.stack([torch.stack(list(run.terms.terms().values())).double().cpu() for run in runs])
     means = (values * counts[:, None]).sum(0) / counts.sum().clamp(min=1)

@@ -6,6 +6,7 @@ adapter's name in the last or second-to-last place of a parameter's name, in eve
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -27,7 +28,6 @@ class FVAE(nn.Module):
         config: The adapter's configuration.
         in_features: Dimension d of x.
         rank: Dimension r of z1.
-
     """
 
     def __init__(self, config: FVAELoraConfig, in_features: int, rank: int) -> None:
@@ -46,7 +46,7 @@ class FVAE(nn.Module):
             self._add_encoder("encoder2", [in_features, *hidden], self.residual_dim, heads)
             latent = rank if config.latent_fusion == "average" else rank + self.residual_dim
             widths = [latent, *config.decoder_hidden_dims]
-            for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+            for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
                 self._add_linear(f"decoder_hidden{i}", fan_in, fan_out)
             self._add_linear("decoder_output", widths[-1], in_features)
             self.log_tau = nn.Parameter(torch.empty(in_features))
@@ -54,7 +54,7 @@ class FVAE(nn.Module):
 
     def _add_encoder(self, name: str, widths: list[int], out_features: int, heads: tuple[str, ...]) -> None:
         for trunk in self._trunks(name, heads):
-            for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+            for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
                 self._add_linear(f"{trunk}_hidden{i}", fan_in, fan_out)
         for head in heads:
             self._add_linear(f"{name}_{head}", widths[-1], out_features)
@@ -73,9 +73,7 @@ class FVAE(nn.Module):
         """
         for name, parameter in self.named_parameters():
             layer, _, kind = name.rpartition("_")
-            if name == "log_tau" or (
-                self.config.init_weights and layer.split("_")[1:] in (["mean"], ["logvar"])
-            ):
+            if name == "log_tau" or (self.config.init_weights and layer.split("_")[1:] in (["mean"], ["logvar"])):
                 nn.init.zeros_(parameter)
             elif kind == "weight":
                 nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
@@ -101,12 +99,9 @@ class FVAE(nn.Module):
 
         Returns:
             The mean, (..., r).
-
         """
         trunk = encoder if self.config.shared_encoder_trunk else f"{encoder}_mean"
-        return self.linear(
-            f"{encoder}_mean", self._hidden(trunk, x, self.encoder_depth, self.config.encoder_dropout)
-        )
+        return self.linear(f"{encoder}_mean", self._hidden(trunk, x, self.encoder_depth, self.config.encoder_dropout))
 
     def encode(self, encoder: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the posterior, the latter clamped to [-20, 20].
@@ -117,7 +112,6 @@ class FVAE(nn.Module):
 
         Returns:
             Mean and log-variance, each (..., r) and in at least fp32.
-
         """
         dropout = self.config.encoder_dropout
         if self.config.shared_encoder_trunk:
@@ -138,7 +132,6 @@ class FVAE(nn.Module):
 
         Returns:
             The last hidden layer, (..., h).
-
         """
         fused = (z1 + z2) / 2 if self.config.latent_fusion == "average" else torch.cat([z1, z2], dim=-1)
         fused = fused.to(self.log_tau.dtype)
@@ -156,7 +149,6 @@ def draw(mean: Tensor, logvar: Tensor) -> Tensor:
 
     Returns:
         The sample, (..., r).
-
     """
     return mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
 

@@ -7,11 +7,12 @@ four and keeps one, because the gradient is known as soon as the residual is.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -26,7 +27,6 @@ def log_likelihood(x: Tensor, reconstruction: Tensor, log_tau: Tensor) -> Tensor
 
     Returns:
         One number per token, (...,).
-
     """
     scaled = (x - reconstruction) * torch.exp(-log_tau)
     return -0.5 * scaled.square().sum(-1) - log_tau.sum() - 0.5 * x.shape[-1] * LOG_2PI
@@ -47,7 +47,6 @@ def summed_log_likelihood(
 
     Returns:
         A scalar in x's dtype, differentiable once in all of x, hidden, weight, bias and log_tau.
-
     """
     return _SummedLogLikelihood.apply(x, hidden, weight, bias, log_tau, mask)
 
@@ -71,7 +70,7 @@ class _SummedLogLikelihood(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
         scaled, flat_hidden, weight, weighted_squares, log_tau = ctx.saved_tensors
         x_shape, hidden_shape = ctx.shapes
         narrow = scaled.to(weight.dtype)

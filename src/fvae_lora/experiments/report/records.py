@@ -1,26 +1,30 @@
 """Reading the records of a folder of runs, whatever state the runs were left in."""
 
 import json
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
-from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+
+from fvae_lora.experiments.errors import UserError
 
 Point = tuple[float, float]
 
 
 def printable(value: object) -> str:
-    """`value` as text without control characters or lone surrogates, which no terminal or file should get."""
+    """Turn `value` into text without control characters and lone surrogates, fit for terminals and files."""
     text = value if isinstance(value, str) else "" if value is None else json.dumps(value)
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 Name = Annotated[str, BeforeValidator(printable)]
+Count = Annotated[int, Field(ge=0, le=10**18)]
+Quantity = Annotated[float, Field(ge=0, le=1e30)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Source(BaseModel):
@@ -42,16 +46,16 @@ class Dataset(Source):
 class Parameters(BaseModel):
     """Numbers of parameters."""
 
-    total: int | None = None
-    trainable: int | None = None
-    inference: int | None = None
+    total: Count | None = None
+    trainable: Count | None = None
+    inference: Count | None = None
 
 
 class Time(BaseModel):
     """Durations in seconds, and when the run began and ended."""
 
-    wall_s: FiniteFloat | None = None
-    train_s: FiniteFloat | None = None
+    wall_s: Quantity | None = None
+    train_s: Quantity | None = None
     started: Name = ""
     finished: Name = ""
 
@@ -59,19 +63,19 @@ class Time(BaseModel):
 class Memory(BaseModel):
     """Peak memory in MB."""
 
-    peak_mb: FiniteFloat | None = None
+    peak_mb: Quantity | None = None
 
 
 class Flops(BaseModel):
     """Floating-point operations of the whole training."""
 
-    train_total: FiniteFloat | None = None
+    train_total: Quantity | None = None
 
 
 class Score(BaseModel):
     """Accuracy as a fraction."""
 
-    accuracy: FiniteFloat | None = None
+    accuracy: Fraction | None = None
 
 
 class Metrics(BaseModel):
@@ -116,7 +120,7 @@ class Record(BaseModel):
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its folder, its name below the folder of runs, and its record (None and `error` if unreadable)."""
+    """A run: its folder, its name below the folder of runs, and its record (None and `error` if unreadable)."""
 
     folder: Path
     name: str
@@ -135,23 +139,25 @@ class Run:
                 event = json.loads(line)
             except (ValueError, RecursionError):
                 continue  # the line that a kill cut off
-            if isinstance(event, dict) and _is_number(event.get("epoch")):
+            if isinstance(event, dict) and is_number(event.get("epoch")):
                 events.append(event)
         return events
 
     def curve(self, event: str, value: str) -> list[Point]:
-        """(epoch, value) of every such line of `metrics.jsonl`, in order; values that are no finite number are left out."""
-        points = {e["epoch"]: e.get(value) for e in self._events if e.get("event") == event}
-        return [(float(x), float(y)) for x, y in sorted(points.items()) if _is_number(y)]
+        """List (epoch, value) of every such line of `metrics.jsonl`, in order, finite values only."""
+        points = {
+            e["epoch"]: e[value] for e in self._events if e.get("event") == event and is_number(e.get(value))
+        }
+        return sorted(points.items())
 
     def elbo(self) -> dict[str, dict[str, list[Point]]]:
-        """{module: {term: [(epoch, value), ...]}} in the order in which modules and terms first appear."""
+        """Return {module: {term: [(epoch, value), ...]}}, modules and terms in order of appearance."""
         curves: dict[str, dict[str, dict[float, float]]] = {}
         for event in self._events:
             modules = event.get("elbo")
             for module, terms in modules.items() if isinstance(modules, dict) else ():
                 for term, value in terms.items() if isinstance(terms, dict) else ():
-                    if _is_number(value):
+                    if is_number(value):
                         curves.setdefault(printable(module), {}).setdefault(printable(term), {})[
                             event["epoch"]
                         ] = value
@@ -159,16 +165,16 @@ class Run:
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """All runs at or below `folder`, sorted by path.
+    """Read all runs at or below `folder`, sorted by path.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no run in it.
+        UserError: there is no such folder, or no run in it.
 
     """
     runs = [_read(run, folder) for run in sorted(_run_folders(folder))]
     if not runs:
         what = "no run (a folder with a run.json) in it" if folder.is_dir() else "no such folder"
-        raise FileNotFoundError(f"{folder}: {what}")
+        raise UserError(f"{folder}: {what}")
     return runs
 
 
@@ -190,5 +196,6 @@ def _read(run: Path, root: Path) -> Run:
         return Run(run, name, None, printable(f"run.json: {where + ': ' if where else ''}{first['msg']}"))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether `value` is a number that can be averaged and drawn: not True, not NaN, not beyond 1e100."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100

@@ -2,12 +2,13 @@
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fvae_lora.experiments.report.records import Record, Run, Source, printable, read_runs
+from fvae_lora.experiments.recipe import flatten
+from fvae_lora.experiments.report.records import Record, Run, Source, is_number, printable, read_runs
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Row:
     model: str = ""
     method: str = ""
     settings: str = ""
-    """What sets this row apart from other rows of its method, as `key=value key=value`; "" if nothing does."""
+    """What sets this row apart from other rows of its method, as `key=value key=value`, or nothing."""
     learning_rate: float | None = None
     seeds: tuple[int, ...] = ()
     missing_seeds: tuple[int, ...] = ()
@@ -70,14 +71,14 @@ def summary_rows(runs: Path) -> list[Row]:
     """One row per recipe over its finished seeds, best first within a comparison; then each run not counted.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no run in it.
+        UserError: there is no such folder, or no run in it.
 
     """
     return [group.row for group in summarise(read_runs(runs))]
 
 
 def summarise(runs: Iterable[Run]) -> list[Group]:
-    """The groups of runs whose records differ in nothing but the seed, in the order of `summary_rows`."""
+    """Group the runs whose recipes differ in nothing but the seed, in the order of `summary_rows`."""
     runs = list(runs)
     records = [run.record for run in runs if run.record]
     models, datasets = _labels(r.model for r in records), _labels(r.dataset for r in records)
@@ -90,7 +91,7 @@ def summarise(runs: Iterable[Run]) -> list[Group]:
         if record is None:
             left_out.append(Group(Row("unreadable", run=run.name, reason=run.error), (run,)))
             continue
-        recipe = dict(_flatten(record.recipe))
+        recipe = flatten(record.recipe)
         row = Row(
             state=record.state,
             task=record.task,
@@ -106,7 +107,7 @@ def summarise(runs: Iterable[Run]) -> list[Group]:
             reason = record.reason or ("not finished" if record.state == "running" else "no reason recorded")
             left_out.append(Group(replace(row, seeds=(record.seed,), reason=reason), (run,)))
             continue
-        of_recipe = finished[replace(row, run=""), frozenset(recipe.items())]
+        of_recipe = finished[replace(row, run=""), _settings_of(recipe)]
         if first := of_recipe.get(record.seed):
             reason = f"the same recipe and seed as {first.name}"
             left_out.append(
@@ -118,27 +119,27 @@ def summarise(runs: Iterable[Run]) -> list[Group]:
     settings = _settings(finished)
     groups = [
         Group(
-            _averaged(row, settings[row, recipe], by_seed, expected[row.comparison]), tuple(by_seed.values())
+            _averaged(row, settings[row, recipe], of_recipe, expected[row.comparison]),
+            tuple(of_recipe.values()),
         )
-        for (row, recipe), by_seed in finished.items()
+        for (row, recipe), of_recipe in finished.items()
     ]
     groups.sort(key=lambda g: (g.row.comparison, -(g.row.accuracy or 0), g.row.label))
     return groups + left_out
 
 
 Recipe = frozenset[tuple[str, str]]
+Field = Callable[[Record], float | None]
 
 
-def _averaged(row: Row, settings: str, by_seed: dict[int, Run], expected: set[int]) -> Row:
-    records = [run.record for run in by_seed.values() if run.record]
+def _averaged(row: Row, settings: str, runs: dict[int, Run], expected: set[int]) -> Row:
+    records = [run.record for run in runs.values() if run.record]
 
-    def over_seeds(
-        value: Callable[[Record], float | None], reduce: Callable[[list[float]], float]
-    ) -> float | None:
+    def over_seeds(value: Field, reduce: Callable[[list[float]], float]) -> float | None:
         known = [v for r in records if (v := value(r)) is not None]
         return reduce(known) if known else None
 
-    def count(value: Callable[[Record], int | None]) -> int | None:
+    def count(value: Field) -> int | None:
         mean = over_seeds(value, statistics.fmean)
         return None if mean is None else round(mean)
 
@@ -146,8 +147,8 @@ def _averaged(row: Row, settings: str, by_seed: dict[int, Run], expected: set[in
     return replace(
         row,
         settings=settings,
-        seeds=tuple(sorted(by_seed)),
-        missing_seeds=tuple(sorted(expected - set(by_seed))),
+        seeds=tuple(sorted(runs)),
+        missing_seeds=tuple(sorted(expected - set(runs))),
         accuracy=statistics.fmean(accuracies),
         accuracy_std=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         validation_accuracy=over_seeds(lambda r: r.metrics.validation.accuracy, statistics.fmean),
@@ -160,7 +161,7 @@ def _averaged(row: Row, settings: str, by_seed: dict[int, Run], expected: set[in
 
 
 def _settings(keys: Iterable[tuple[Row, Recipe]]) -> dict[tuple[Row, Recipe], str]:
-    """For each recipe the entries in which it differs from another one of its method in the same comparison."""
+    """Name the entries in which a recipe differs from another of its method in the same comparison."""
     siblings: dict[tuple[Any, ...], list[tuple[Row, Recipe]]] = defaultdict(list)
     for row, recipe in keys:
         siblings[row.comparison, row.method].append((row, recipe))
@@ -174,14 +175,10 @@ def _settings(keys: Iterable[tuple[Row, Recipe]]) -> dict[tuple[Row, Recipe], st
     return settings
 
 
-def _flatten(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, printable value) of each leaf of a recipe but the seed, over which rows are averaged."""
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            if key != "seed":
-                yield from _flatten(value, f"{path}.{key}" if path else printable(key))
-    else:
-        yield path, printable(tree)
+def _settings_of(recipe: dict[str, Any]) -> Recipe:
+    """Keep what rows may differ in: model and data are known by their contents, seeds are averaged over."""
+    named_elsewhere = {"task", "method", "model", "dataset", "seed"}
+    return frozenset((printable(k), printable(v)) for k, v in recipe.items() if k not in named_elsewhere)
 
 
 def _identity(source: Source) -> tuple[str, str]:
@@ -189,14 +186,11 @@ def _identity(source: Source) -> tuple[str, str]:
 
 
 def _labels(sources: Iterable[Source]) -> dict[tuple[str, str], str]:
-    """A name for each (name, fingerprint): the name, and the fingerprint where two things share the name."""
+    """Label each (name, fingerprint) by its name, and by the fingerprint where two things share the name."""
     identities = {_identity(s) for s in sources}
     uses = Counter(name for name, _ in identities)
     return {(name, mark): f"{name} [{mark[:8]}]" if uses[name] > 1 else name for name, mark in identities}
 
 
-def _number(text: str | None) -> float | None:
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return None
+def _number(value: object) -> float | None:
+    return float(value) if is_number(value) else None
