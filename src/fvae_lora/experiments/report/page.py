@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from fvae_lora.experiments.report.charts import Mark, swatch
 from fvae_lora.experiments.report.columns import COLUMNS, accuracy
 from fvae_lora.experiments.report.comparison import comparison
 from fvae_lora.experiments.report.records import printable, read_runs
@@ -23,7 +24,7 @@ def write_page(runs: Path, out: Path) -> Path:
     read = read_runs(runs)
     groups = summarise(read)
     finished = [group for group in groups if group.row.state == "complete"]
-    marks = {label: i for i, label in enumerate(sorted({group.row.label for group in finished}))}
+    labels = sorted({group.row.label for group in finished})
     templates = Environment(
         loader=PackageLoader(__package__),
         autoescape=True,
@@ -37,11 +38,12 @@ def write_page(runs: Path, out: Path) -> Path:
         counted=sum(len(group.runs) for group in finished),
         states=Counter(group.row.state for group in groups if group.row.state != "complete"),
         incomplete=sum(bool(group.row.missing_seeds) for group in finished),
-        labels=list(marks),
+        labels=labels,
         accuracy=accuracy,
         columns=COLUMNS,
+        swatch=swatch,
         comparisons=[
-            comparison(list(compared), marks)
+            comparison(list(compared), {label: Mark(label, i) for i, label in enumerate(labels)})
             for _, compared in groupby(finished, lambda group: group.row.comparison)
         ],
         left_out=[group.row for group in groups if group.row.state != "complete"],

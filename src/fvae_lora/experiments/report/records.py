@@ -120,7 +120,7 @@ class Record(BaseModel):
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its folder, its name below the folder of runs, and its record (None and `error` if unreadable)."""
+    """A run: its folder, its name below the folder of runs, its record, or None and the `error`."""
 
     folder: Path
     name: str
@@ -145,9 +145,7 @@ class Run:
 
     def curve(self, event: str, value: str) -> list[Point]:
         """List (epoch, value) of every such line of `metrics.jsonl`, in order, finite values only."""
-        points = {
-            e["epoch"]: e[value] for e in self._events if e.get("event") == event and is_number(e.get(value))
-        }
+        points = {e["epoch"]: e[value] for e in self._events if e.get("event") == event and is_number(e.get(value))}
         return sorted(points.items())
 
     def elbo(self) -> dict[str, dict[str, list[Point]]]:
@@ -158,9 +156,7 @@ class Run:
             for module, terms in modules.items() if isinstance(modules, dict) else ():
                 for term, value in terms.items() if isinstance(terms, dict) else ():
                     if is_number(value):
-                        curves.setdefault(printable(module), {}).setdefault(printable(term), {})[
-                            event["epoch"]
-                        ] = value
+                        curves.setdefault(printable(module), {}).setdefault(printable(term), {})[event["epoch"]] = value
         return {m: {t: sorted(c.items()) for t, c in terms.items()} for m, terms in curves.items()}
 
 

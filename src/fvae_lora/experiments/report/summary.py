@@ -31,10 +31,12 @@ class Row:
     seeds: tuple[int, ...] = ()
     missing_seeds: tuple[int, ...] = ()
     """Seeds that some run on the same task, data and model has, and this row lacks."""
+    accuracies: tuple[float, ...] = ()
+    """Test accuracies in the order of `seeds`, fractions."""
     accuracy: float | None = None
-    """Mean test accuracy over seeds, a fraction."""
+    """Their mean."""
     accuracy_std: float | None = None
-    """Sample standard deviation (n - 1) over seeds; None for a single seed."""
+    """Their sample standard deviation (n - 1); None for a single seed."""
     validation_accuracy: float | None = None
     """Mean over seeds, a fraction."""
     trainable_parameters: int | None = None
@@ -110,9 +112,7 @@ def summarise(runs: Iterable[Run]) -> list[Group]:
         of_recipe = finished[replace(row, run=""), _settings_of(recipe)]
         if first := of_recipe.get(record.seed):
             reason = f"the same recipe and seed as {first.name}"
-            left_out.append(
-                Group(replace(row, state="duplicate", seeds=(record.seed,), reason=reason), (run,))
-            )
+            left_out.append(Group(replace(row, state="duplicate", seeds=(record.seed,), reason=reason), (run,)))
         else:
             of_recipe[record.seed] = run
 
@@ -133,22 +133,23 @@ Field = Callable[[Record], float | None]
 
 
 def _averaged(row: Row, settings: str, runs: dict[int, Run], expected: set[int]) -> Row:
-    records = [run.record for run in runs.values() if run.record]
+    records = {seed: run.record for seed, run in sorted(runs.items()) if run.record}
 
     def over_seeds(value: Field, reduce: Callable[[list[float]], float]) -> float | None:
-        known = [v for r in records if (v := value(r)) is not None]
+        known = [v for r in records.values() if (v := value(r)) is not None]
         return reduce(known) if known else None
 
     def count(value: Field) -> int | None:
         mean = over_seeds(value, statistics.fmean)
         return None if mean is None else round(mean)
 
-    accuracies = [r.metrics.test.accuracy for r in records if r.metrics.test.accuracy is not None]
+    accuracies = tuple(r.metrics.test.accuracy for r in records.values() if r.metrics.test.accuracy is not None)
     return replace(
         row,
         settings=settings,
-        seeds=tuple(sorted(runs)),
-        missing_seeds=tuple(sorted(expected - set(runs))),
+        seeds=tuple(records),
+        missing_seeds=tuple(sorted(expected - set(records))),
+        accuracies=accuracies,
         accuracy=statistics.fmean(accuracies),
         accuracy_std=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         validation_accuracy=over_seeds(lambda r: r.metrics.validation.accuracy, statistics.fmean),
@@ -169,9 +170,7 @@ def _settings(keys: Iterable[tuple[Row, Recipe]]) -> dict[tuple[Row, Recipe], st
     for group in siblings.values():
         common = frozenset.intersection(*(recipe for _, recipe in group))
         for row, recipe in group:
-            settings[row, recipe] = " ".join(
-                f"{k.rpartition('.')[2]}={v}" for k, v in sorted(recipe - common)
-            )
+            settings[row, recipe] = " ".join(f"{k.rpartition('.')[2]}={v}" for k, v in sorted(recipe - common))
     return settings
 
 

@@ -1,0 +1,173 @@
+"""What the page says about the rows that were measured alike: their table, their charts, their facts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from markupsafe import Markup
+
+from fvae_lora.experiments.report.charts import COLOURS, Dot, Line, Mark, line_chart, scatter_chart, spark, strip
+from fvae_lora.experiments.report.columns import number, quantity
+from fvae_lora.experiments.report.curves import mean_curve, thinned
+from fvae_lora.experiments.report.records import Point, Run, printable
+from fvae_lora.experiments.report.summary import Group, Row
+
+POINTS_IN_A_MEAN = 120
+POINTS_IN_A_SEED = 60
+POINTS_IN_A_SPARK = 40
+"""What a curve is thinned to, so that 200 runs stay a page that a browser opens at once."""
+
+COSTS: dict[str, Callable[[Row], float | None]] = {
+    "FLOPs of training": lambda row: row.train_flops,
+    "seconds": lambda row: row.time_s,
+    "trainable parameters": lambda row: row.trainable_parameters,
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Charts that share a legend."""
+
+    legend: Sequence[Mark]
+    charts: Sequence[Markup]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How each term of one adapted layer developed: (curve, first value, last value), None where unknown."""
+
+    name: str
+    terms: Sequence[tuple[Markup, str, str] | None]
+
+
+@dataclass(frozen=True)
+class Elbo:
+    """The layers of one row."""
+
+    label: str
+    terms: Sequence[str]
+    layers: Sequence[Layer]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that the page shows of the rows that were measured alike."""
+
+    row: Row
+    rows: Sequence[tuple[Row, Mark, Markup]]
+    """Each with its mark and the strip of its seeds."""
+    scale: tuple[str, str]
+    """The ends of the strips, in percent."""
+    curves: Sequence[Panel]
+    costs: Panel
+    elbo: Sequence[Elbo]
+    facts: dict[str, str]
+
+
+def comparison(groups: Sequence[Group], marks: dict[str, Mark]) -> Comparison:
+    """Draw everything about `groups`, which were measured alike; `marks` has a mark for each label."""
+    accuracies = [score for group in groups for score in group.row.accuracies]
+    low, high = min(accuracies), max(accuracies)
+    by_mark = sorted(groups, key=lambda group: marks[group.row.label].number)
+    return Comparison(
+        row=groups[0].row,
+        rows=[(g.row, marks[g.row.label], strip(g.row.accuracies, low, high)) for g in groups],
+        scale=(f"{100 * low:.1f}", f"{100 * high:.1f}"),
+        curves=[
+            panel for i in range(0, len(groups), COLOURS) if (panel := _curves(by_mark[i : i + COLOURS], marks)).charts
+        ],
+        costs=_costs([group.row for group in by_mark], marks),
+        elbo=[elbo for group in groups if (elbo := _elbo(group)).layers],
+        facts=_facts([run for group in groups for run in group.runs]),
+    )
+
+
+def _curves(groups: Sequence[Group], marks: dict[str, Mark]) -> Panel:
+    charts = []
+    for title, event, value, factor in (
+        ("Validation accuracy, %", "validation", "accuracy", 100),
+        ("Training loss", "train", "loss", 1),
+    ):
+        lines = []
+        for group in groups:
+            seeds = [[(x, factor * y) for x, y in run.curve(event, value)] for run in group.runs]
+            if mean := mean_curve(seeds):
+                faint = [thinned(seed, POINTS_IN_A_SEED) for seed in seeds] if seeds[1:] else []
+                lines.append(Line(marks[group.row.label], thinned(mean, POINTS_IN_A_MEAN), faint))
+        if lines:
+            charts.append(line_chart(title, "epoch", lines))
+    return Panel([marks[group.row.label] for group in groups], charts)
+
+
+def _costs(rows: Sequence[Row], marks: dict[str, Mark]) -> Panel:
+    charts = []
+    for name, cost in COSTS.items():
+        dots = [
+            Dot(marks[row.label], value, 100 * row.accuracy, 100 * (row.accuracy_std or 0))
+            for row in rows
+            if row.accuracy is not None and (value := cost(row)) is not None
+        ]
+        if dots:
+            charts.append(scatter_chart(f"Accuracy, %, against {name}", name, dots, quantity))
+    return Panel([marks[row.label] for row in rows], charts)
+
+
+def _elbo(group: Group) -> Elbo:
+    seeds = [run.elbo() for run in group.runs]
+    layers = list(dict.fromkeys(layer for seed in seeds for layer in seed))
+    terms = list(dict.fromkeys(term for seed in seeds for layer in seed.values() for term in layer))
+    curves = {
+        (layer, term): [seed[layer][term] for seed in seeds if term in seed.get(layer, {})]
+        for layer in layers
+        for term in terms
+    }
+    return Elbo(
+        group.row.label,
+        terms,
+        [
+            Layer(name, [_development(curves[layer, term]) for term in terms])
+            for layer, name in zip(layers, _without_common_parents(layers), strict=True)
+        ],
+    )
+
+
+def _without_common_parents(modules: Sequence[str]) -> list[str]:
+    paths = [module.split(".") for module in modules]
+    shared = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
+    return [".".join(path[shared:] or path) for path in paths]
+
+
+def _development(seeds: Sequence[list[Point]]) -> tuple[Markup, str, str] | None:
+    mean = mean_curve(seeds)
+    if not mean:
+        return None
+    shared = [x for x, _ in mean]
+    at = [dict(seed) for seed in seeds]
+    low = thinned([(x, min(seed[x] for seed in at)) for x in shared], POINTS_IN_A_SPARK)
+    high = thinned([(x, max(seed[x] for seed in at)) for x in shared], POINTS_IN_A_SPARK)
+    y_range = min(y for _, y in low), max(y for _, y in high)
+    curve = spark(thinned(mean, POINTS_IN_A_SPARK), low, high, y_range)
+    return curve, number(mean[0][1]), number(mean[-1][1])
+
+
+def _facts(runs: Sequence[Run]) -> dict[str, str]:
+    """List what was measured on what, each fact with every value that the runs have for it."""
+    records = [run.record for run in runs if run.record]
+    facts = {
+        "data": [f"{r.dataset.name} {r.dataset.fingerprint[:12]}" for r in records],
+        "protocol": [r.dataset.protocol for r in records],
+        "splits": [_listing(r.dataset.splits) for r in records],
+        "classes": [str(len(r.dataset.classes) or "") for r in records],
+        "validation from": [r.dataset.validation_from for r in records],
+        "model": [f"{r.model.name} {r.model.fingerprint[:12]}" for r in records],
+        "parameters": [quantity(r.parameters.total) for r in records],
+        "hardware": [_listing(r.hardware) for r in records],
+        "versions": [_listing(r.versions) for r in records],
+        "commit": [r.git_commit[:12] for r in records],
+    }
+    return {k: text for k, v in facts.items() if (text := "; ".join(filter(None, dict.fromkeys(v))))}
+
+
+def _listing(value: Any) -> str:
+    return printable(", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value)
