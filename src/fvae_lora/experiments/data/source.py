@@ -1,0 +1,151 @@
+"""Labelled images by name: a local folder, a data set on the hub, or the digits that ship with scikit-learn.
+
+Whatever the source, a split has two columns: `image` (a file's path or its bytes, not decoded) and `label`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+from datasets import ClassLabel, Dataset, Features, Image
+
+from fvae_lora.experiments.data.names import is_local
+from fvae_lora.experiments.errors import UserError
+from fvae_lora.experiments.recipe import DataSettings
+
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+
+def open_source(name: str, settings: DataSettings) -> dict[str, Dataset]:
+    """The official splits of a data set, by their usual names: `train`, and `validation` and `test` where they exist.
+
+    Raises:
+        UserError: no such data set; a split that is empty; one class only; labels that differ between splits.
+    """
+    if name in BUILT_IN:
+        splits = BUILT_IN[name]()
+    elif is_local(name):
+        splits = _from_folder(Path(name))
+    else:
+        splits = _from_hub(name, settings)
+    if "train" not in splits:
+        raise UserError(f"dataset {name}: no train split; it has {', '.join(splits) or 'nothing'}")
+    splits = {key: _two_columns(name, key, rows, settings) for key, rows in splits.items()}
+    return _with_classes(name, splits)
+
+
+def _digits() -> dict[str, Dataset]:
+    from PIL import Image as Pil
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = [Pil.fromarray((image * 255 / 16).round().astype("uint8")) for image in digits.images]
+    labels = ClassLabel(names=[str(digit) for digit in digits.target_names])
+    features = Features({"image": Image(), "label": labels})
+    return {"train": Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)}
+
+
+BUILT_IN: dict[str, Callable[[], dict[str, Dataset]]] = {"sklearn-digits": _digits}
+"""Data sets that need neither a network nor a folder."""
+
+
+def _from_folder(folder: Path) -> dict[str, Dataset]:
+    if not folder.is_dir():
+        raise UserError(f"dataset {folder}: no such folder")
+    by_split: dict[str, list[Path]] = {}
+    for file in sorted(folder.rglob("*.parquet")):
+        by_split.setdefault(_split_of(file.relative_to(folder)), []).append(file)
+    if by_split:
+        files = {split: [str(file) for file in found] for split, found in by_split.items()}
+        return dict(datasets.load_dataset("parquet", data_files=files))
+    parts = {SPLIT_NAMES[p.name]: p for p in sorted(folder.iterdir()) if p.is_dir() and p.name in SPLIT_NAMES}
+    return {split: _from_class_folders(part) for split, part in (parts or {"train": folder}).items()}
+
+
+def _split_of(file: Path) -> str:
+    """`train-00000-of-00002.parquet` and `train/0.parquet` belong to train; a lone `data.parquet` does, too."""
+    for part in (file.name.split(".")[0].split("-")[0], *(parent.name for parent in file.parents)):
+        if part in SPLIT_NAMES:
+            return SPLIT_NAMES[part]
+    return "train"
+
+
+def _from_class_folders(folder: Path) -> Dataset:
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        files += [str(file) for file in found]
+        labels += [label] * len(found)
+    features = Features({"image": Image(), "label": ClassLabel(names=classes)})
+    return Dataset.from_dict({"image": files, "label": labels}, features=features)
+
+
+def _from_hub(name: str, settings: DataSettings) -> dict[str, Dataset]:
+    try:
+        found = datasets.load_dataset(name, settings.config)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        line = str(error).strip().partition("\n")[0]
+        raise UserError(f"dataset {name}: neither a local folder nor to be had from the hub: {line}") from error
+    return {SPLIT_NAMES.get(split, split): rows for split, rows in found.items() if split in SPLIT_NAMES}
+
+
+def _two_columns(name: str, split: str, rows: Dataset, settings: DataSettings) -> Dataset:
+    if not len(rows):
+        raise UserError(f"dataset {name}: split {split} is empty")
+    typed = {kind: [c for c, f in rows.features.items() if isinstance(f, kind)] for kind in (Image, ClassLabel)}
+    columns = {}
+    for what, wanted, candidates in (
+        ("image", settings.image_column, [*typed[Image], "image", "img"]),
+        ("label", settings.label_column, [*typed[ClassLabel], "label", "labels"]),
+    ):
+        found = next((c for c in ([wanted] if wanted else candidates) if c in rows.column_names), None)
+        if found is None:
+            raise UserError(
+                f"dataset {name}: no {what} column in split {split}; set data.{what}_column to one of "
+                f"{', '.join(rows.column_names)}"
+            )
+        columns[found] = what
+    rows = rows.select_columns(list(columns)).rename_columns(columns)
+    return rows.cast_column("image", Image(decode=False))
+
+
+def _with_classes(name: str, splits: dict[str, Dataset]) -> dict[str, Dataset]:
+    classes = {split: _classes(rows) for split, rows in splits.items()}
+    for split, found in classes.items():
+        if different := sorted(set(found) ^ set(classes["train"])):
+            raise UserError(
+                f"dataset {name}: split {split} and split train differ in their labels: {', '.join(different[:5])}"
+            )
+    if len(classes["train"]) < 2:
+        raise UserError(f"dataset {name}: split train has one class only: {classes['train'][0]}")
+    label = ClassLabel(names=classes["train"])
+    return {
+        split: rows if rows.features["label"] == label else _relabelled(rows, classes[split], label)
+        for split, rows in splits.items()
+    }
+
+
+def _classes(rows: Dataset) -> list[str]:
+    """Names of the classes: those declared, or else those that occur."""
+    feature = rows.features["label"]
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    return [str(value) for value in sorted(set(rows["label"]))]
+
+
+def _relabelled(rows: Dataset, classes: list[str], label: ClassLabel) -> Dataset:
+    values = rows["label"]
+    names = [classes[v] for v in values] if isinstance(rows.features["label"], ClassLabel) else map(str, values)
+    numbers = [label.str2int(name) for name in names]
+    return rows.remove_columns("label").add_column("label", numbers).cast_column("label", label)

@@ -1,0 +1,72 @@
+"""Protocols: which rows train, which select the epoch, which are the test."""
+
+from dataclasses import dataclass
+
+from datasets import Dataset
+from sklearn.model_selection import train_test_split
+
+from fvae_lora.experiments.errors import UserError
+from fvae_lora.experiments.recipe import DataSettings
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three splits of a run, and where those that the data set lacks were taken from."""
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    validation_from: str
+    test_from: str
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of their numbers."""
+        return list(self.train.features["label"].names)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Rows per split."""
+        return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
+
+
+def split(official: dict[str, Dataset], settings: DataSettings, seed: int) -> Splits:
+    """The splits of a run under `settings.protocol`; only the reference's protocol depends on the run's `seed`.
+
+    Raises:
+        UserError: if a split cannot be taken from another because a class has too few rows.
+    """
+    return (_clean if settings.protocol == "clean" else _reference)(dict(official), settings, seed)
+
+
+def _clean(parts: dict[str, Dataset], settings: DataSettings, _: int) -> Splits:
+    origin = {name: f"the official {name} split" for name in ("validation", "test")}
+    for name, share in (("test", settings.test_share), ("validation", settings.validation_share)):
+        if name not in parts:
+            parts["train"], parts[name] = _stratified(parts["train"], name, share, settings.split_seed)
+            origin[name] = f"{share:g} of train, stratified, split seed {settings.split_seed}"
+    return Splits(**parts, validation_from=origin["validation"], test_from=origin["test"])
+
+
+def _stratified(rows: Dataset, name: str, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    labels = rows["label"][:]
+    try:
+        kept, taken = train_test_split(range(len(rows)), test_size=share, random_state=seed, stratify=labels)
+    except ValueError as error:
+        raise UserError(f"dataset: no {name} split, and none can be taken from train: {error}") from error
+    return rows.select(sorted(kept)), rows.select(sorted(taken))
+
+
+def _reference(parts: dict[str, Dataset], _: DataSettings, seed: int) -> Splits:
+    origin = {name: f"the official {name} split" for name in ("validation", "test")}
+    present = [name for name in ("validation", "test") if name in parts]
+    if len(present) == 1:
+        halves = parts[present[0]].train_test_split(test_size=0.5, seed=seed)
+        parts |= {"validation": halves["train"], "test": halves["test"]}
+        origin = dict.fromkeys(origin, f"half of the official {present[0]} split, seed {seed}")
+    elif not present:
+        rest = parts["train"].train_test_split(test_size=0.2, seed=seed)
+        halves = rest["test"].train_test_split(test_size=0.5, seed=seed)
+        parts = {"train": rest["train"], "validation": halves["train"], "test": halves["test"]}
+        origin = dict.fromkeys(origin, f"0.1 of train, seed {seed}")
+    return Splits(**parts, validation_from=origin["validation"], test_from=origin["test"])

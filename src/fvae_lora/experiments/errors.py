@@ -1,0 +1,9 @@
+"""What can be wrong with a request or with a run, in one line."""
+
+
+class UserError(Exception):
+    """The request cannot be served: what was wrong, where, and what is allowed. Exit code 2."""
+
+
+class RunError(Exception):
+    """The run itself failed; its record says why. Exit code 1."""

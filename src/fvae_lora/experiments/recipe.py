@@ -1,0 +1,218 @@
+"""Recipes: what a run does, as YAML that is checked against a schema before anything starts."""
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fvae_lora.experiments.errors import UserError
+
+SHIPPED = Path(str(files("fvae_lora.experiments"))) / "recipes"
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+MethodName = Literal["fvae-lora", "lora", "linear-probe", "full"]
+
+
+class Section(BaseModel):
+    """A part of a recipe; a key that it does not know is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class DataSettings(Section):
+    """Which rows are trained on, selected on and tested on."""
+
+    protocol: Literal["clean", "reference"] = "clean"
+    """`clean` takes a missing split from train, the same for every seed, and keeps the official test split whole.
+    `reference` splits as the reference implementation does: anew for each seed, and it may halve the test split."""
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    split_seed: Annotated[int, Field(ge=0)] = 0
+    config: str | None = None
+    """Which configuration of a data set on the hub, where it has several."""
+    image_column: str | None = None
+    label_column: str | None = None
+
+
+class ImageSettings(Section):
+    """How images are augmented; training split only."""
+
+    augmentation: list[Literal["random_resized_crop", "horizontal_flip"]] = []
+    min_crop: Annotated[float, Field(gt=0, le=1)] = 0.08
+    """The smallest share of an image's area that a random crop keeps."""
+
+
+class TrainSettings(Section):
+    """The optimisation."""
+
+    epochs: Count = 30
+    batch_size: Count = 32
+    gradient_accumulation: Count = 1
+    learning_rate: Positive = 5e-3
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    warmup_ratio: Share = 0.1
+    weight_decay: Weight = 0.01
+    max_grad_norm: Weight = 1.0
+    """0 switches clipping off."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    patience: Count | None = None
+    """Epochs without a better validation score after which training stops; None trains for all epochs."""
+    log_every: Count = 50
+    """Steps between two lines of the learning curve; the end of an epoch always gets one."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that read the data."""
+
+
+class AdapterSettings(Section):
+    """What is adapted, common to the methods that adapt."""
+
+    r: Count = 16
+    alpha: Positive | None = None
+    """The scale is alpha / r; None means r."""
+    dropout: Share = 0.1
+    target_modules: Annotated[list[str], Field(min_length=1)] = ["query", "key"]
+
+
+class FvaeSettings(Section):
+    """Fields of `FVAELoraConfig`, by its names, that `adapter` does not already set."""
+
+    residual_dim: Count | None = None
+    encoder_hidden_dims: list[Count] | None = None
+    encoder_dropout: Share = 0.0
+    shared_encoder_trunk: bool = True
+    decoder_hidden_dims: list[Count] = [128]
+    decoder_dropout: Share = 0.0
+    latent_fusion: Literal["concat", "average"] = "concat"
+    residual_prior_mean: Annotated[float, Field(allow_inf_nan=False)] = 1.5
+    residual_prior_std: Positive = 1.0
+    objective: Literal["fvae", "vae2lat", "reference"] = "fvae"
+    elbo_weight: Weight = 1e-3
+    reconstruction_weight: Weight = 1.0
+    kl_weight: Weight = 10.0
+    factorization_weight: Weight = 1.0
+    factorization_weight_z1: Weight | None = None
+    factorization_weight_z2: Weight | None = None
+    task_weight: Positive = 1.0
+    layer_reduction: Literal["sum", "mean"] = "sum"
+    elbo_token_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class Recipe(Section):
+    """One run, completely: the same recipe on the same data and the same versions gives the same result."""
+
+    task: Literal["image"] = "image"
+    method: MethodName = "fvae-lora"
+    model: Annotated[str, Field(min_length=1)]
+    dataset: Annotated[str, Field(min_length=1)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
+    data: DataSettings = DataSettings()
+    image: ImageSettings = ImageSettings()
+    train: TrainSettings = TrainSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    fvae: FvaeSettings = FvaeSettings()
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package: name (`image/default`) to file."""
+    return {p.relative_to(SHIPPED).with_suffix("").as_posix(): p for p in sorted(SHIPPED.rglob("*.yaml"))}
+
+
+def recipe_file(name: str) -> Path:
+    """The file of a shipped recipe, or the file of that path.
+
+    Raises:
+        UserError: if there is neither.
+    """
+    path = shipped().get(name, Path(name))
+    if not path.is_file():
+        raise UserError(f"recipe {name}: no such file, and no shipped recipe; shipped are {', '.join(shipped())}")
+    return path
+
+
+def load_recipe(name: str, overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of that name or path, changed by `key=value` strings and, last, by dotted `options`.
+
+    A recipe's `per_method` maps a method to the dotted keys that it has otherwise; overrides win over these.
+
+    Raises:
+        UserError: an unknown key, a bad value, no such recipe, not YAML.
+    """
+    path = recipe_file(name)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"recipe {name}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {name}: expected keys and values, for example `method: lora`")
+    per_method = tree.pop("per_method", None) or {}
+    changes = dict(parse_override(o) for o in overrides) | dict(options or {})
+    method = changes.get("method", tree.get("method", Recipe.model_fields["method"].default))
+    for known, settings in per_method.items():
+        if known not in get_args(MethodName) or not isinstance(settings, dict):
+            allowed = ", ".join(get_args(MethodName))
+            raise UserError(f"recipe {name}: per_method.{known}: expected keys and values below one of {allowed}")
+    for key, value in (per_method.get(method, {}) | changes).items():
+        _set(tree, key, value)
+    return check_recipe(tree, f"recipe {name}")
+
+
+def check_recipe(tree: Mapping[str, Any], where: str) -> Recipe:
+    """`tree` as a recipe.
+
+    Raises:
+        UserError: names `where`, the first key that is wrong, and what is allowed there.
+    """
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error)}") from error
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`train.epochs=3` as ("train.epochs", 3); the value is read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"{text}: expected key=value, for example train.epochs=3")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"{key}: {value!r} is not a YAML value") from error
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        branch = tree.setdefault(parent, {})
+        if not isinstance(branch, dict):
+            raise UserError(f"{key}: unknown key; {parent} has no keys below it")
+        tree = branch
+    tree[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    *parents, last = first["loc"]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for parent in parents:
+            section = section.model_fields[parent].annotation
+        return f"{key}: unknown key; allowed are {', '.join(section.model_fields)}"
+    if first["type"] == "missing":
+        option = f" (or --{last})" if last in ("model", "dataset") else ""
+        return f"{key}: missing; give {key}=...{option}"
+    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"

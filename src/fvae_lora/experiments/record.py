@@ -1,0 +1,148 @@
+"""A run's folder: what it holds, how it is written, and how two processes stay out of each other's way.
+
+`run.json` is the record, `metrics.jsonl` the learning curve, `adapter/` what was trained, `checkpoints/` what an
+unfinished run resumes from. Every file is replaced as a whole or not at all; whatever kills the process, the folder
+holds one consistent state.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fvae_lora.experiments.errors import UserError
+
+SCHEMA = 1
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Puts `text` in the place of the file `path`, in one step that survives a crash."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        path: the folder; it is made when the run is locked.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.record_file = path / "run.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.adapter = path / "adapter"
+        self.checkpoints = path / "checkpoints"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for this process; the system lets go of it however the process ends.
+
+        Raises:
+            UserError: another process holds it, or it cannot be written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock", timeout=0)
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(f"{self.path}: another process is using this run's folder") from error
+        except OSError as error:
+            raise UserError(f"{self.path}: not a folder that can be written to: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def read(self) -> dict[str, Any] | None:
+        """The record, or None if there is none yet.
+
+        Raises:
+            UserError: if it is not a whole record.
+        """
+        try:
+            record = json.loads(self.record_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.record_file}: not a whole record; nothing was changed") from error
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+            raise UserError(f"{self.record_file}: not a record of schema {SCHEMA}; nothing was changed")
+        return record
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Replaces the record."""
+        write_atomically(self.record_file, json.dumps(record, indent=1) + "\n")
+
+    def append(self, event: dict[str, Any]) -> None:
+        """Adds one line to the learning curve."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def events(self) -> list[dict[str, Any]]:
+        """The learning curve, without a last line that was cut off."""
+        if not self.metrics_file.exists():
+            return []
+        events = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                events.append(json.loads(line))
+        return events
+
+    def rewind(self, step: int) -> None:
+        """Forgets what the learning curve tells about steps after `step`: they will be done again."""
+        kept = [e for e in self.events() if e["step"] <= step and e["event"] != "test"]
+        write_atomically(self.metrics_file, "".join(json.dumps(event) + "\n" for event in kept))
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written to its end."""
+        whole = [c for c in self.checkpoints.glob("checkpoint-*") if (c / ".whole").exists()]
+        return max(whole, key=checkpoint_step, default=None)
+
+    def keep_checkpoints(self, *keep: int) -> None:
+        """Marks the checkpoints of these steps as whole and removes all others."""
+        for step in keep:
+            (self.checkpoints / f"checkpoint-{step}" / ".whole").touch()
+        for checkpoint in self.checkpoints.glob("checkpoint-*"):
+            if checkpoint_step(checkpoint) not in keep:
+                (checkpoint / ".whole").unlink(missing_ok=True)
+                shutil.rmtree(checkpoint)
+
+    def drop_unfinished_checkpoints(self) -> None:
+        """Removes checkpoints whose writing was interrupted."""
+        for checkpoint in self.checkpoints.glob("checkpoint-*"):
+            if not (checkpoint / ".whole").exists():
+                shutil.rmtree(checkpoint)
+
+    def save_adapter(self, checkpoint: Path) -> None:
+        """Makes what a checkpoint holds of the model the run's result."""
+        part = self.path / ".adapter.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        for file in checkpoint.iterdir():
+            if file.suffix == ".safetensors" or file.name in ("adapter_config.json", "config.json", "README.md"):
+                shutil.copy2(file, part)
+        shutil.rmtree(self.adapter, ignore_errors=True)
+        part.rename(self.adapter)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])

@@ -1,0 +1,309 @@
+"""One run: from a recipe to a scored adapter and its record. Started again, it goes on where it was stopped."""
+
+import contextlib
+import hashlib
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerState, default_data_collator, set_seed
+
+from fvae_lora.experiments.cost import inference_flops, training_flops
+from fvae_lora.experiments.data import Splits, fingerprint, split
+from fvae_lora.experiments.data.names import is_local, located, portable
+from fvae_lora.experiments.errors import RunError, UserError
+from fvae_lora.experiments.heads import head_modules
+from fvae_lora.experiments.methods import METHODS
+from fvae_lora.experiments.recipe import Recipe, check_recipe, flatten
+from fvae_lora.experiments.record import SCHEMA, RunFolder, checkpoint_step
+from fvae_lora.experiments.surroundings import git_commit, hardware, peak_memory_mb, versions
+from fvae_lora.experiments.tasks import Task, load_task
+from fvae_lora.experiments.training import (
+    FolderCallback,
+    RunTrainer,
+    checkpoint_state,
+    finished,
+    largest_logits,
+    load_whole_model,
+    trainer_arguments,
+)
+
+Record = dict[str, Any]
+
+
+def run(recipe: Recipe, path: Path, quiet: bool = False) -> Record:
+    """Trains, selects the epoch on validation, scores it once on test, and leaves the record in the folder `path`.
+
+    Args:
+        recipe: what to do.
+        path: the run's folder. A run that was stopped there goes on; a complete one is only read.
+        quiet: no progress bars.
+
+    Returns:
+        The record.
+
+    Raises:
+        UserError: bad input; a folder that is in use, holds another run or cannot be read. Nothing was overwritten.
+        RunError: the run failed. Its record says why, and its last checkpoint is kept.
+    """
+    folder = RunFolder(path)
+    with folder.locked():
+        earlier = folder.read()
+        record = {"schema": SCHEMA, "state": "running", "reason": None, **_request(recipe, path)}
+        if earlier is not None:
+            _refuse_another(earlier["recipe"], record["recipe"], path)
+            if earlier["state"] == "complete":
+                return earlier
+        prepared = _prepare(recipe, (earlier or {}) | record)
+        try:
+            return _complete(prepared, folder, quiet)
+        except (RunError, UserError, OSError, RuntimeError, SafetensorError) as error:
+            reason = _in_one_line(error, recipe, path)
+            _mark_failed(folder, reason)
+            raise RunError(f"{path}: {reason}") from error
+
+
+def evaluate(path: Path, model: str | None = None, dataset: str | None = None, quiet: bool = False) -> dict[str, float]:
+    """Scores a finished run's adapter on its test split again.
+
+    Args:
+        path: the run's folder.
+        model: where the base model is, if not where the record says.
+        dataset: where the data are, if not where the record says.
+        quiet: no progress bars.
+
+    Returns:
+        `loss` and the task's metric, as in the record's `metrics.test`.
+
+    Raises:
+        UserError: no finished run there; another model or other data than the run had.
+    """
+    folder = RunFolder(path)
+    record = folder.read()
+    if record is None or record["state"] != "complete":
+        raise UserError(f"{path}: no finished run" + ("" if record is None else f"; its state is {record['state']}"))
+    places = {
+        key: given or located(record["recipe"][key], path) for key, given in (("model", model), ("dataset", dataset))
+    }
+    recipe = check_recipe(record["recipe"] | places, str(folder.record_file))
+    task = load_task(recipe.task)
+    official = task.open_source(recipe.dataset, recipe.data)
+    _refuse_other_contents(record, "dataset", fingerprint(official), recipe.dataset)
+    return _score(recipe, folder, split(official, recipe.data, recipe.seed), record, quiet)[0]
+
+
+@dataclass
+class _Prepared:
+    """A run that is ready to train; nothing has been written yet."""
+
+    recipe: Recipe
+    task: Task
+    splits: Splits
+    rows: dict[str, Any]
+    model: nn.Module
+    record: Record
+    began: float
+
+
+def _prepare(recipe: Recipe, record: Record) -> _Prepared:
+    """Opens data and model, and refuses what `record`, if a run has begun, was not started with."""
+    began = time.monotonic()
+    set_seed(recipe.seed)
+    task = load_task(recipe.task)
+    official = task.open_source(recipe.dataset, recipe.data)
+    splits = split(official, recipe.data, recipe.seed)
+    model, processor = task.load_model(recipe.model, splits.classes)
+    data = {"name": _name(recipe.dataset), "fingerprint": fingerprint(official), **_described(splits, recipe)}
+    base = {"name": _name(recipe.model), "fingerprint": _model_fingerprint(model)}
+    for what, contents in (("model", base), ("dataset", data)):
+        _refuse_other_contents(record, what, contents["fingerprint"], contents["name"])
+
+    rows = task.datasets(recipe, splits, model, processor)
+    method = METHODS[recipe.method]
+    total = sum(p.numel() for p in model.parameters())
+    adapted = method.apply(model, recipe)
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    record |= {
+        "model": base,
+        "dataset": data,
+        "parameters": {"total": total, "trainable": trainable, "inference": method.inference_parameters(adapted)},
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "hardware": hardware(),
+    }
+    return _Prepared(recipe, task, splits, rows, adapted, record, began)
+
+
+def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
+    """Trains from the last checkpoint on, scores, and closes the record."""
+    recipe, record, rows = prepared.recipe, prepared.record, prepared.rows
+    arguments = trainer_arguments(recipe, folder.checkpoints, prepared.task.METRIC, quiet)
+    before = record.get("time", {"wall_s": 0.0, "train_s": 0.0, "started": _now()})
+    training_began = time.monotonic()
+
+    def note_cost() -> None:
+        now = time.monotonic()
+        record["time"] = {
+            "wall_s": before["wall_s"] + now - prepared.began,
+            "train_s": before["train_s"] + now - training_began,
+            "started": before["started"],
+            "finished": None,
+        }
+        record["memory"] = {"peak_mb": max(peak_memory_mb(), record.get("memory", {}).get("peak_mb", 0.0))}
+        folder.write(record)
+
+    note_cost()
+    trainer = RunTrainer(
+        model=prepared.model,
+        args=arguments,
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"],
+        data_collator=default_data_collator,
+        compute_metrics=prepared.task.metrics,
+        preprocess_logits_for_metrics=largest_logits,
+        callbacks=[FolderCallback(folder, recipe, prepared.task.METRIC, note_cost)],
+    )
+    state = _train(trainer, recipe, folder)
+    note_cost()
+    train_s = record["time"]["train_s"]
+
+    folder.save_adapter(folder.checkpoints / f"checkpoint-{state.best_global_step}")
+    step_flops = training_flops(prepared.model, rows["train"], recipe.train.batch_size)
+    test, batch_flops = _score(recipe, folder, prepared.splits, record, quiet)
+    folder.append({"event": "test", "step": state.global_step, "epoch": state.epoch, **test})
+    best = next(e for e in folder.events() if e["event"] == "validation" and e["step"] == state.best_global_step)
+    scores = {key: best[key] for key in test}
+    micro_batches = state.global_step * recipe.train.gradient_accumulation
+    note_cost()
+    record["time"] |= {"train_s": train_s, "finished": _now()}
+    record |= {
+        "state": "complete",
+        "flops": {"train_step": step_flops, "eval_batch": batch_flops, "train_total": step_flops * micro_batches},
+        "metrics": {"test": test, "validation": scores | {"best_epoch": round(best["epoch"])}},
+    }
+    folder.write(record)
+    shutil.rmtree(folder.checkpoints)
+    return record
+
+
+def _train(trainer: Trainer, recipe: Recipe, folder: RunFolder) -> TrainerState:
+    """Trains to the end, from the last whole checkpoint if there is one; what the Trainer knew at the end."""
+    folder.drop_unfinished_checkpoints()
+    last = folder.last_checkpoint()
+    folder.rewind(checkpoint_step(last) if last else 0)
+    if last is None or not finished(checkpoint_state(last), recipe):
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    return checkpoint_state(folder.last_checkpoint())
+
+
+def _score(
+    recipe: Recipe, folder: RunFolder, splits: Splits, record: Record, quiet: bool
+) -> tuple[dict[str, float], int]:
+    """Scores on test of the model as `adapter/` holds it, and the cost of a batch."""
+    task = load_task(recipe.task)
+    base, processor = task.load_model(recipe.model, splits.classes)
+    _refuse_other_contents(record, "model", _model_fingerprint(base), recipe.model)
+    rows = task.datasets(recipe, splits, base, processor)["test"]
+    model = _with_adapter(base, folder.adapter)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            model=model,
+            args=trainer_arguments(recipe, Path(scratch), task.METRIC, quiet),
+            eval_dataset=rows,
+            data_collator=default_data_collator,
+            compute_metrics=task.metrics,
+            preprocess_logits_for_metrics=largest_logits,
+        )
+        scores = trainer.evaluate(metric_key_prefix="test")
+    return {key: scores[f"test_{key}"] for key in ("loss", task.METRIC)}, inference_flops(
+        model, rows, recipe.train.batch_size
+    )
+
+
+def _with_adapter(base: PreTrainedModel, adapter: Path) -> nn.Module:
+    if (adapter / "adapter_config.json").exists():
+        adapted: nn.Module = PeftModel.from_pretrained(base, str(adapter))
+        return adapted
+    load_whole_model(base, adapter)
+    return base
+
+
+def _request(recipe: Recipe, path: Path) -> Record:
+    """What the record says of the request, before anything is opened."""
+    places = {"model": portable(recipe.model, path), "dataset": portable(recipe.dataset, path)}
+    return {
+        "task": recipe.task,
+        "method": recipe.method,
+        "seed": recipe.seed,
+        "recipe": recipe.model_dump() | places,
+    }
+
+
+def _described(splits: Splits, recipe: Recipe) -> Record:
+    return {
+        "protocol": recipe.data.protocol,
+        "splits": splits.sizes,
+        "classes": splits.classes,
+        "validation_from": splits.validation_from,
+        "test_from": splits.test_from,
+    }
+
+
+def _model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the pretrained parameters and buffers: all but the head's."""
+    heads = tuple(f"{head}." for head in head_modules(model))
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith(heads):
+            total.update(repr((name, tuple(tensor.shape))).encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def _refuse_another(there: Record, here: Record, path: Path) -> None:
+    """Where model and data lie may change between two starts; what they are is compared by fingerprint."""
+    known, wanted = flatten(there), flatten(here)
+    for key in sorted((known.keys() | wanted.keys()) - {"model", "dataset"}):
+        if known.get(key) != wanted.get(key):
+            raise UserError(
+                f"{path}: holds a run of another recipe, {key} is {known.get(key)} there and {wanted.get(key)} here; "
+                "nothing was changed"
+            )
+
+
+def _refuse_other_contents(record: Record, what: str, found: str, name: str) -> None:
+    if what in record and record[what]["fingerprint"] != found:
+        raise UserError(f"{what} {name}: not what the run was started with ({record[what]['name']}, other contents)")
+
+
+def _name(name: str) -> str:
+    return Path(name).name if is_local(name) else name
+
+
+def _mark_failed(folder: RunFolder, reason: str) -> None:
+    """Closes the record of a run that had begun; on a full disk a half-written checkpoint makes room for the reason."""
+    with contextlib.suppress(OSError):
+        folder.drop_unfinished_checkpoints()
+        if (record := folder.read()) is not None:
+            folder.write(record | {"state": "failed", "reason": reason})
+
+
+def _in_one_line(error: Exception, recipe: Recipe, path: Path) -> str:
+    """The error without the places that only this machine has."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror + (f": {error.filename}" if error.filename else "")
+    line = text.strip().partition("\n")[0] or type(error).__name__
+    for place, short in ((path, ""), (Path(recipe.dataset), ""), (Path(recipe.model), ""), (Path.home(), "~")):
+        line = line.replace(f"{place.resolve()}/", f"{short}/" if short else "")
+    return line
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,146 @@
+"""transformers' Trainer as the runs use it: it stops at the first number that is none, and keeps the run's folder."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fvae_lora import FVAELoraTrainer, elbo_terms
+from fvae_lora.experiments.errors import RunError, UserError
+from fvae_lora.experiments.recipe import Recipe
+from fvae_lora.experiments.record import RunFolder
+
+
+class RunTrainer(FVAELoraTrainer):
+    """A Trainer that raises `RunError` at the step whose loss is NaN or infinite, before it reaches a parameter."""
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch, forward and backward; the loss that it adds."""
+        loss = super().training_step(model, *args, **kwargs)
+        if not torch.isfinite(loss):
+            raise RunError(f"the loss is {loss.item()} at step {self.state.global_step + 1}: {blame(self.model)}")
+        return loss
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_whole_model(self.model, Path(resume_from_checkpoint))
+
+
+def load_whole_model(model: PreTrainedModel, folder: Path) -> None:
+    """Loads the parameters that `save_pretrained` wrote to `folder` into `model`, every one of them.
+
+    transformers writes them under names of older versions, and a Trainer that resumes skips those it does not know.
+    """
+    model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
+
+
+def blame(model: nn.Module) -> str:
+    """The first layer whose ELBO is not finite and its terms, or else the task's loss."""
+    for module, terms in elbo_terms(model).items():
+        wrong = {term: value for term, value in terms.items() if not math.isfinite(value)}
+        if wrong:
+            return f"{module} has " + ", ".join(f"{term} {value}" for term, value in wrong.items())
+    return "the task's own loss went wrong, every layer's terms are finite"
+
+
+class FolderCallback(TrainerCallback):
+    """Writes the learning curve and looks after the checkpoints."""
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, metric: str, on_checkpoint: Callable[[], None]):
+        self.folder, self.recipe, self.metric, self.on_checkpoint = folder, recipe, metric, on_checkpoint
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Closes the running mean of the loss, which no checkpoint carries over."""
+        control.should_log = True
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """One line of the learning curve."""
+        where = {"step": state.global_step, "epoch": logs.get("epoch")}
+        if "loss" in logs:
+            line = {"event": "train", **where, **{k: logs.get(k) for k in ("loss", "learning_rate", "grad_norm")}}
+            if line["grad_norm"] is not None and not math.isfinite(line["grad_norm"]):
+                raise RunError(f"the gradient's norm is {line['grad_norm']} at step {state.global_step}")
+            if terms := elbo_terms(kwargs["model"]):
+                line["elbo"] = terms
+            self.folder.append(line)
+        elif "eval_loss" in logs:
+            scores = {"loss": logs["eval_loss"], self.metric: logs[f"eval_{self.metric}"]}
+            self.folder.append({"event": "validation", **where, **scores})
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The checkpoint is whole now: it and the best one stay."""
+        self.folder.keep_checkpoints(state.global_step, state.best_global_step)
+        self.on_checkpoint()
+        control.should_training_stop = finished(state, self.recipe)
+
+
+def finished(state: TrainerState, recipe: Recipe) -> bool:
+    """Whether training is over: all epochs done, or out of patience."""
+    if state.global_step >= state.max_steps:
+        return True
+    if recipe.train.patience is None:
+        return False
+    steps_per_epoch = state.max_steps // recipe.train.epochs
+    return state.global_step - state.best_global_step >= recipe.train.patience * steps_per_epoch
+
+
+def checkpoint_state(checkpoint: Path | None) -> TrainerState:
+    """What the Trainer knew when it wrote a checkpoint."""
+    assert checkpoint is not None, "an epoch ends with a checkpoint"
+    state: TrainerState = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return state
+
+
+def trainer_arguments(recipe: Recipe, output: Path, metric: str, quiet: bool) -> TrainingArguments:
+    """The recipe in transformers' words.
+
+    Raises:
+        UserError: if this machine cannot train in the recipe's precision.
+    """
+    train = recipe.train
+    if train.precision != "fp32" and not torch.cuda.is_available():
+        raise UserError(f"train.precision: {train.precision} needs a GPU; fp32 is allowed here")
+    return TrainingArguments(
+        output_dir=str(output),
+        num_train_epochs=train.epochs,
+        per_device_train_batch_size=train.batch_size,
+        per_device_eval_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=train.warmup_ratio,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        bf16=train.precision == "bf16",
+        fp16=train.precision == "fp16",
+        optim="adamw_torch",
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_steps=train.log_every,
+        logging_nan_inf_filter=False,
+        metric_for_best_model=metric,
+        greater_is_better=True,
+        dataloader_num_workers=train.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        disable_tqdm=quiet,
+    )
+
+
+def largest_logits(logits: Any, _: torch.Tensor) -> torch.Tensor:
+    """The predicted class of each row: all that the scores need of the logits (rows, classes)."""
+    first: torch.Tensor = logits[0] if isinstance(logits, tuple) else logits
+    return first.argmax(dim=-1)
