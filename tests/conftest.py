@@ -1,0 +1,58 @@
+"""What every test starts from; the models themselves are in ``tiny.py``."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tiny import BUILDERS
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    transformers.set_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """Threads cost tiny models more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def golden() -> Path:
+    """Numbers that the reference implementation computed."""
+    return GOLDEN
+
+
+@pytest.fixture(params=sorted(BUILDERS))
+def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Each of the tiny models in turn, in float32."""
+    return BUILDERS[request.param]()
+
+
+@pytest.fixture
+def with_noises(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Tensor]], list[Tensor]]:
+    """Make the method draw given noises, in this order; the returned list holds those still to be drawn."""
+
+    def use(noises: list[Tensor]) -> list[Tensor]:
+        left = list(noises)
+        monkeypatch.setattr(torch, "randn_like", lambda mean: left.pop(0).to(mean).reshape(mean.shape))
+        return left
+
+    return use

@@ -1,0 +1,93 @@
+"""Tiny models of today's transformers, from their configurations, and batches for them. Nothing is downloaded.
+
+No dropout: what two runs differ in is then the method's noise alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+VOCABULARY = 60
+CLASSES = 3
+TARGETS = {
+    "bert": ["query", "value"],
+    "vit": ["q_proj", "v_proj"],
+    "gpt2": ["c_attn"],
+    "llama": ["q_proj", "v_proj"],
+    "t5": ["q", "v"],
+}
+
+
+def tiny_bert(dtype: torch.dtype = torch.float32, **fields: object) -> BertForSequenceClassification:
+    """A classifier of sequences; adapt ``query`` and ``value``."""
+    config = {"num_labels": CLASSES, "vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 32}
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForSequenceClassification(BertConfig(**config | fields)).to(dtype)
+
+
+def tiny_vit(dtype: torch.dtype = torch.float32, **fields: object) -> ViTForImageClassification:
+    """A classifier of 8 x 8 images; adapt ``q_proj`` and ``v_proj``."""
+    config = {"num_labels": CLASSES, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config |= {"intermediate_size": 32, "image_size": 8, "patch_size": 4}
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return ViTForImageClassification(ViTConfig(**config | fields)).to(dtype)
+
+
+def tiny_gpt2(dtype: torch.dtype = torch.float32, **fields: object) -> GPT2LMHeadModel:
+    """A causal language model whose layers are ``Conv1D``; adapt ``c_attn``."""
+    config = {"vocab_size": VOCABULARY, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    config |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config |= {"bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(**config | fields)).to(dtype)
+
+
+def tiny_llama(dtype: torch.dtype = torch.float32, **fields: object) -> LlamaForCausalLM:
+    """A causal language model without biases; adapt ``q_proj`` and ``v_proj``."""
+    config = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32}
+    return LlamaForCausalLM(LlamaConfig(**config | fields)).to(dtype)
+
+
+def tiny_t5(dtype: torch.dtype = torch.float32, **fields: object) -> T5ForConditionalGeneration:
+    """An encoder and a decoder; adapt ``q`` and ``v``."""
+    config = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    config |= {"dropout_rate": 0.0, "decoder_start_token_id": 0}
+    return T5ForConditionalGeneration(T5Config(**config | fields)).to(dtype)
+
+
+BUILDERS = {"bert": tiny_bert, "vit": tiny_vit, "gpt2": tiny_gpt2, "llama": tiny_llama, "t5": tiny_t5}
+
+
+def batch_for(model: PreTrainedModel, rows: int = 4, length: int = 6) -> dict[str, Tensor]:
+    """Arguments of a model's forward, with labels; rows of text differ in length and are padded at the end.
+
+    The same for the same shape, whatever was drawn before.
+    """
+    generator = torch.Generator().manual_seed(rows * 1000 + length)
+    if model.config.model_type == "vit":
+        pixels = torch.randn(rows, 3, 8, 8, generator=generator, dtype=torch.float64).to(model.dtype)
+        return {"pixel_values": pixels, "labels": torch.arange(rows) % CLASSES}
+    ids = torch.randint(1, VOCABULARY, (rows, length), generator=generator)
+    lengths = length - torch.arange(rows) % max(1, length - 2)
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    batch = {"input_ids": ids * mask, "attention_mask": mask}
+    if model.config.model_type == "bert":
+        return batch | {"labels": torch.arange(rows) % CLASSES}
+    if model.config.model_type == "t5":
+        ids, mask = ids[:, : length - 2].flip(1), mask[:, 1:-1]
+    return batch | {"labels": ids.masked_fill(mask == 0, -100)}
