@@ -155,12 +155,13 @@ def _facts(runs: Sequence[Run]) -> dict[str, str]:
     """List what was measured on what, each fact with every value that the runs have for it."""
     records = [run.record for run in runs if run.record]
     facts = {
-        "data": [f"{r.dataset.name} {r.dataset.fingerprint[:12]}" for r in records],
+        "data": [f"{r.dataset.name}, SHA-256 {r.dataset.fingerprint[:12]}" for r in records],
         "protocol": [r.dataset.protocol for r in records],
         "splits": [_listing(r.dataset.splits) for r in records],
         "classes": [str(len(r.dataset.classes) or "") for r in records],
         "validation from": [r.dataset.validation_from for r in records],
-        "model": [f"{r.model.name} {r.model.fingerprint[:12]}" for r in records],
+        "test from": [r.dataset.test_from for r in records],
+        "model": [f"{r.model.name}, SHA-256 {r.model.fingerprint[:12]}" for r in records],
         "parameters": [quantity(r.parameters.total) for r in records],
         "hardware": [_listing(r.hardware) for r in records],
         "versions": [_listing(r.versions) for r in records],

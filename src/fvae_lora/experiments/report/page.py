@@ -6,12 +6,13 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from fvae_lora.experiments.record import write_atomically
 from fvae_lora.experiments.report.charts import Mark, swatch
 from fvae_lora.experiments.report.columns import COLUMNS, accuracy
 from fvae_lora.experiments.report.comparison import comparison
 from fvae_lora.experiments.report.records import printable, read_runs
 from fvae_lora.experiments.report.summary import summarise
-from fvae_lora.experiments.report.tables import write_text
+from fvae_lora.experiments.report.tables import left_out
 
 
 def write_page(runs: Path, out: Path) -> Path:
@@ -24,7 +25,8 @@ def write_page(runs: Path, out: Path) -> Path:
     read = read_runs(runs)
     groups = summarise(read)
     finished = [group for group in groups if group.row.state == "complete"]
-    labels = sorted({group.row.label for group in finished})
+    uncounted = left_out([group.row for group in groups])
+    marks = {label: Mark(label, i) for i, label in enumerate(sorted({group.row.label for group in finished}))}
     templates = Environment(
         loader=PackageLoader(__package__),
         autoescape=True,
@@ -36,17 +38,16 @@ def write_page(runs: Path, out: Path) -> Path:
         folder=printable(runs.resolve().name),
         runs=len(read),
         counted=sum(len(group.runs) for group in finished),
-        states=Counter(group.row.state for group in groups if group.row.state != "complete"),
+        states=Counter(row.state for row in uncounted),
         incomplete=sum(bool(group.row.missing_seeds) for group in finished),
-        labels=labels,
+        labels=list(marks),
         accuracy=accuracy,
         columns=COLUMNS,
         swatch=swatch,
         comparisons=[
-            comparison(list(compared), {label: Mark(label, i) for i, label in enumerate(labels)})
-            for _, compared in groupby(finished, lambda group: group.row.comparison)
+            comparison(list(compared), marks) for _, compared in groupby(finished, lambda group: group.row.comparison)
         ],
-        left_out=[group.row for group in groups if group.row.state != "complete"],
+        left_out=uncounted,
     )
-    write_text(out, page)
+    write_atomically(out, page)
     return out

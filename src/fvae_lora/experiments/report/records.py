@@ -41,6 +41,7 @@ class Dataset(Source):
     splits: dict[str, Any] = {}
     classes: list[Any] = []
     validation_from: Name = ""
+    test_from: Name = ""
 
 
 class Parameters(BaseModel):
@@ -52,12 +53,9 @@ class Parameters(BaseModel):
 
 
 class Time(BaseModel):
-    """Durations in seconds, and when the run began and ended."""
+    """Seconds from start to end, pauses not counted."""
 
     wall_s: Quantity | None = None
-    train_s: Quantity | None = None
-    started: Name = ""
-    finished: Name = ""
 
 
 class Memory(BaseModel):
@@ -145,8 +143,8 @@ class Run:
 
     def curve(self, event: str, value: str) -> list[Point]:
         """List (epoch, value) of every such line of `metrics.jsonl`, in order, finite values only."""
-        points = {e["epoch"]: e[value] for e in self._events if e.get("event") == event and is_number(e.get(value))}
-        return sorted(points.items())
+        events = (e for e in self._events if e.get("event") == event and is_number(e.get(value)))
+        return sorted({e["epoch"]: e[value] for e in events}.items())
 
     def elbo(self) -> dict[str, dict[str, list[Point]]]:
         """Return {module: {term: [(epoch, value), ...]}}, modules and terms in order of appearance."""
@@ -154,10 +152,14 @@ class Run:
         for event in self._events:
             modules = event.get("elbo")
             for module, terms in modules.items() if isinstance(modules, dict) else ():
+                of_module = curves.setdefault(module, {})
                 for term, value in terms.items() if isinstance(terms, dict) else ():
                     if is_number(value):
-                        curves.setdefault(printable(module), {}).setdefault(printable(term), {})[event["epoch"]] = value
-        return {m: {t: sorted(c.items()) for t, c in terms.items()} for m, terms in curves.items()}
+                        of_module.setdefault(term, {})[event["epoch"]] = value
+        return {
+            printable(module): {printable(term): sorted(curve.items()) for term, curve in terms.items()}
+            for module, terms in curves.items()
+        }
 
 
 def read_runs(folder: Path) -> list[Run]:

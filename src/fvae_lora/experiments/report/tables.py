@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fvae_lora.experiments.record import write_atomically
 from fvae_lora.experiments.report.columns import COLUMNS
 from fvae_lora.experiments.report.summary import Row
 
@@ -58,12 +59,9 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
     writer = csv.DictWriter(out, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        seeds = {
-            "seeds": " ".join(map(str, row.seeds)),
-            "missing_seeds": " ".join(map(str, row.missing_seeds)),
-        }
-        writer.writerow(asdict(row) | seeds)
-    write_text(path, out.getvalue())
+        cells = asdict(row).items()
+        writer.writerow({k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in cells})
+    write_atomically(path, out.getvalue())
 
 
 def write_markdown(rows: Sequence[Row], path: Path) -> None:
@@ -76,7 +74,7 @@ def write_markdown(rows: Sequence[Row], path: Path) -> None:
     if rest := left_out(rows):
         lines += ["Not counted:", ""]
         lines += [f"- {row.state}: {_markdown(row.run)}: {_markdown(row.reason)}" for row in rest] + [""]
-    write_text(path, "\n".join(lines))
+    write_atomically(path, "\n".join(lines))
 
 
 def write_latex(rows: Sequence[Row], path: Path) -> None:
@@ -88,14 +86,7 @@ def write_latex(rows: Sequence[Row], path: Path) -> None:
         lines += [" & ".join(map(_latex, _cells(row))) + r" \\" for row in compared]
         lines += [r"\bottomrule", r"\end{tabular}", ""]
     lines += [f"% not counted: {row.state}: {row.run}: {row.reason}" for row in left_out(rows)]
-    write_text(path, "\n".join(lines) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write the whole file, or leave the old one as it is."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8", newline="")
-    part.replace(path)
+    write_atomically(path, "\n".join(lines) + "\n")
 
 
 def _cells(row: Row) -> list[str]:

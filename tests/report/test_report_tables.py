@@ -1,0 +1,121 @@
+"""The terminal table, CSV, Markdown and LaTeX."""
+
+import csv
+import io
+
+import pytest
+from rich.console import Console
+from synthetic_runs import record, write_run
+
+from fvae_lora.experiments.report import print_table, summary_rows, write_csv, write_latex, write_markdown
+from fvae_lora.experiments.report.columns import duration, memory, number, quantity
+
+
+def printed(rows, width=80):
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    print_table(rows, console)
+    return console.file.getvalue()
+
+
+@pytest.fixture
+def three_seeds(tmp_path):
+    for seed, accuracy in ((1, 0.90), (2, 0.92), (42, 0.97)):
+        run = record("lora", seed, time={"wall_s": 83.0}, memory={"peak_mb": 812.4})
+        run["metrics"]["test"]["accuracy"] = accuracy
+        write_run(tmp_path / str(seed), run)
+    return summary_rows(tmp_path)
+
+
+def test_the_terminal_table_says_what_was_measured(three_seeds):
+    text = printed(three_seeds)
+    assert "image · digits · clean · tiny-vit" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("lora"))
+    assert line.split() == ["lora", "93.00", "±", "3.61", "3", "0.001", "295k", "295k", "1m23s", "812MB"]
+    assert "Not counted" not in text
+
+
+def test_the_terminal_table_fits_80_columns(demo):
+    text = printed(summary_rows(demo))
+    assert max(map(len, text.splitlines())) <= 80
+    for method in ("fvae-lora", "lora", "linear-probe", "full"):
+        assert sum(line.startswith(f"{method} ") for line in text.splitlines()) == 1
+
+
+def test_the_terminal_table_lists_what_it_does_not_count(demo):
+    text = printed(summary_rows(demo), width=200)
+    assert "Not counted: 3" in text
+    assert "failed     full-42  the loss is NaN at step 310" in text
+    assert "running    linear-probe-42  not finished" in text
+    assert "unreadable cut-off  run.json: Invalid JSON" in text
+    assert "2 of 3" in text
+
+
+def test_names_neither_style_nor_drive_the_terminal(tmp_path):
+    run = record("lora", dataset="[red]loud[/red]\x1b[2J")
+    write_run(tmp_path / "run", run | {"method": "[bold]x[/bold]"})
+    text = printed(summary_rows(tmp_path), width=120)
+    assert "[red]loud[/red]" in text
+    assert "[bold]x[/bold]" in text
+    assert "\x1b" not in text
+
+
+def test_csv_holds_the_unrounded_numbers(three_seeds, demo, tmp_path):
+    write_csv(three_seeds, tmp_path / "table.csv")
+    (row,) = csv.DictReader((tmp_path / "table.csv").open(encoding="utf-8"))
+    assert float(row["accuracy"]) == three_seeds[0].accuracy
+    assert float(row["accuracy_std"]) == three_seeds[0].accuracy_std
+    assert (row["seeds"], row["accuracies"], row["missing_seeds"]) == ("1 2 42", "0.9 0.92 0.97", "")
+    write_csv(summary_rows(demo), tmp_path / "table.csv")
+    states = [row["state"] for row in csv.DictReader((tmp_path / "table.csv").open(encoding="utf-8"))]
+    assert states == ["complete"] * 4 + ["unreadable", "failed", "running"]
+
+
+def test_markdown_escapes_names(tmp_path):
+    write_run(tmp_path / "run", record(dataset="a|b <script>", method="*x*|y"))
+    write_markdown(summary_rows(tmp_path), tmp_path / "table.md")
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert r"a\|b \<script\>" in text
+    (line,) = (line for line in text.splitlines() if line.startswith(r"| \*x\*\|y | "))
+    assert line.replace(r"\|", "").count("|") == 9
+
+
+def test_latex_is_a_booktabs_table_with_escaped_names(tmp_path):
+    write_run(tmp_path / "run", record(method=r"50%_a&b\c#$"))
+    write_latex(summary_rows(tmp_path), tmp_path / "table.tex")
+    text = (tmp_path / "table.tex").read_text(encoding="utf-8")
+    for part in (r"\toprule", r"\midrule", r"\bottomrule", r"accuracy \%"):
+        assert part in text
+    assert r"50\%\_a\&b\textbackslash{}c\#\$ & " in text
+
+
+def test_latex_does_not_let_a_name_leave_its_comment(tmp_path):
+    write_run(tmp_path / "run", record(dataset="x\n\\input{y}"))
+    write_latex(summary_rows(tmp_path), tmp_path / "table.tex")
+    lines = (tmp_path / "table.tex").read_text(encoding="utf-8").splitlines()
+    assert all(line.startswith("%") for line in lines if "input" in line)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (7, "7"),
+        (999.4, "999"),
+        (999.6, "1k"),
+        (1930, "1.93k"),
+        (294_912, "295k"),
+        (2.8e6, "2.8M"),
+        (1.25e13, "12.5T"),
+        (3e19, "30E"),
+    ],
+)
+def test_quantities(value, text):
+    assert quantity(value) == text
+
+
+def test_durations_sizes_and_numbers():
+    assert [duration(s) for s in (None, 4.24, 59.94, 59.96, 83, 3599.7, 11100)] == [
+        "–", "4.2s", "59.9s", "1m00s", "1m23s", "1h00m", "3h05m",
+    ]  # fmt: skip
+    assert [memory(m) for m in (None, 812.4, 999.6, 15300)] == ["–", "812MB", "1.0GB", "15.3GB"]
+    assert number(-351.2) == "−351"
