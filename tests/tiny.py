@@ -5,8 +5,11 @@ No dropout: what two runs differ in is then the method's noise alone.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
-from torch import Tensor
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -20,6 +23,9 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.pytorch_utils import Conv1D
+
+from fvae_lora import FVAELoraConfig
 
 VOCABULARY = 60
 CLASSES = 3
@@ -91,3 +97,30 @@ def batch_for(model: PreTrainedModel, rows: int = 4, length: int = 6) -> dict[st
     if model.config.model_type == "t5":
         ids, mask = ids[:, : length - 2].flip(1), mask[:, 1:-1]
     return batch | {"labels": ids.masked_fill(mask == 0, -100)}
+
+
+def adapted_linear(
+    in_features: int = 6,
+    out_features: int = 5,
+    *,
+    bias: bool = True,
+    conv1d: bool = False,
+    layers: int = 1,
+    dtype: torch.dtype = torch.float64,
+    **config: object,
+) -> PeftModel:
+    """Linear layers in a row, each adapted, with parameters that are neither zero nor symmetric."""
+    widths = [in_features] * layers + [out_features]
+    bases = [Conv1D(n, m) if conv1d else nn.Linear(m, n, bias=bias) for m, n in itertools.pairwise(widths)]
+    config = {"r": 3, "decoder_hidden_dims": [7], "kl_weight": 1.0, "elbo_weight": 1.0} | config
+    targets = [str(i) for i in range(layers)]
+    model = get_peft_model(nn.Sequential(*bases).to(dtype), FVAELoraConfig(target_modules=targets, **config))
+    return randomised(model)
+
+
+def randomised(model: nn.Module, std: float = 0.3) -> nn.Module:
+    """Draw all the method's parameters anew: at the start the encoders' heads are zero."""
+    for name, parameter in model.named_parameters():
+        if "fvae_lora_" in name:
+            nn.init.normal_(parameter, 0.0, std)
+    return model
