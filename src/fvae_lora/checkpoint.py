@@ -74,9 +74,9 @@ def check_fit(
     where = type(model).__name__
     own = {key for key in found if f".{prefix}" in f".{key}"}
     if missing := sorted(expected.keys() - own):
-        raise ValueError(f"the adapter does not fit {where}: it lacks {_some(missing)}")
+        raise ValueError(f"the adapter does not fit {where}: it lacks {some(missing)}")
     if extra := sorted(own - expected.keys()):
-        raise ValueError(f"the adapter does not fit {where}, which has no place for {_some(extra)}")
+        raise ValueError(f"the adapter does not fit {where}, which has no place for {some(extra)}")
     base = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for key, shape in found.items():
         wanted = expected.get(key) or base.get(key.replace(".base_layer.", "."))
@@ -84,6 +84,7 @@ def check_fit(
             raise ValueError(f"the adapter does not fit {where}: {key} has shape {shape}, the model needs {wanted}")
 
 
-def _some(names: list[str], limit: int = 3) -> str:
+def some(names: list[str], limit: int = 3) -> str:
+    """The first of some names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 import torch
@@ -124,8 +125,17 @@ class FVAELoraModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        layers = [module for module in self.model.modules() if isinstance(module, FVAELoraLayer)]
+        without_bias = [layer.name for layer in layers if layer.get_base_layer().bias is None]
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        if merge and without_bias:
+            # transformers ignores keys that a model's class does not know.
+            warnings.warn(
+                f"merging gives a bias to {checkpoint.some(without_bias)}; {type(model).__name__} has none there, so "
+                "its from_pretrained would leave the saved bias out",
+                stacklevel=3,
+            )
         forget(model)
         return model
 
