@@ -56,14 +56,15 @@ class _SummedLogLikelihood(torch.autograd.Function):
     def forward(ctx, x, hidden, weight, bias, log_tau, mask):  # type: ignore[no-untyped-def]
         d = x.shape[-1]
         flat_hidden = hidden.reshape(-1, hidden.shape[-1])
-        residual = x.reshape(-1, d) - F.linear(flat_hidden, weight, bias)
-        precision = torch.exp(-2 * log_tau.to(x.dtype))
-        scaled = residual * precision
-        if mask is not None:
-            scaled *= mask.reshape(-1, 1)
-        weighted_squares = torch.linalg.vecdot(residual, scaled, dim=0)
-        count = residual.shape[0] if mask is None else mask.sum()
-        value = -0.5 * weighted_squares.sum() - count * (log_tau.to(x.dtype).sum() + 0.5 * d * LOG_2PI)
+        reconstruction = F.linear(flat_hidden, weight, bias)
+        with torch.autocast(x.device.type, enabled=False):  # from here on nothing may run in half precision
+            residual = x.reshape(-1, d) - reconstruction
+            scaled = residual * torch.exp(-2 * log_tau.to(x.dtype))
+            if mask is not None:
+                scaled *= mask.reshape(-1, 1)
+            weighted_squares = torch.linalg.vecdot(residual, scaled, dim=0)
+            count = residual.shape[0] if mask is None else mask.sum()
+            value = -0.5 * weighted_squares.sum() - count * (log_tau.to(x.dtype).sum() + 0.5 * d * LOG_2PI)
         ctx.save_for_backward(scaled, flat_hidden, weight, weighted_squares, log_tau)
         ctx.count, ctx.shapes = count, (x.shape, hidden.shape)
         return value
@@ -73,13 +74,13 @@ class _SummedLogLikelihood(torch.autograd.Function):
     def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
         scaled, flat_hidden, weight, weighted_squares, log_tau = ctx.saved_tensors
         x_shape, hidden_shape = ctx.shapes
-        narrow = scaled.to(weight.dtype)
-        # grad is a scalar: it multiplies the small results, not the (tokens, d) tensor that they come from.
+        grad_x = scaled * -grad  # the only pass over (tokens, d); the signs of the others are mended on small tensors
+        narrow = grad_x.to(weight.dtype)
         return (
-            (scaled * -grad).reshape(x_shape),
-            (narrow @ weight * grad).reshape(hidden_shape).to(flat_hidden.dtype),
-            (narrow.t() @ flat_hidden.to(weight.dtype) * grad).to(weight.dtype),
-            (scaled.sum(0) * grad).to(weight.dtype),
+            grad_x.reshape(x_shape),
+            -(narrow @ weight).reshape(hidden_shape).to(flat_hidden.dtype),
+            -(narrow.t() @ flat_hidden.to(weight.dtype)),
+            -grad_x.sum(0).to(weight.dtype),
             ((weighted_squares - ctx.count) * grad).to(log_tau.dtype),
             None,
         )
