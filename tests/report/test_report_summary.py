@@ -81,6 +81,13 @@ def test_the_recipes_of_different_methods_are_not_compared(tmp_path):
     assert [row.settings for row in summary_rows(tmp_path)] == ["", ""]
 
 
+def test_the_order_of_rows_does_not_look_at_test(tmp_path):
+    for method, validation, test in (("full", 0.8, 0.9), ("lora", 0.9, 0.7), ("linear-probe", 0.7, 0.8)):
+        scores = {"test": {"accuracy": test}, "validation": {"accuracy": validation}}
+        write_run(tmp_path / method, record(method, metrics=scores))
+    assert [row.method for row in summary_rows(tmp_path)] == ["lora", "full", "linear-probe"]
+
+
 @pytest.mark.parametrize("what", ["model", "dataset"])
 def test_the_same_name_for_other_contents_is_another_row(tmp_path, what):
     write_run(tmp_path / "a", record(seed=1))
@@ -188,10 +195,8 @@ def test_the_mean_curve_goes_as_far_as_every_seed():
     assert mean_curve([[], []]) == []
 
 
-def test_thinning_keeps_the_mean_and_the_end():
-    curve = [(float(x), float(x * x)) for x in range(101)]
-    thin = thinned(curve, 11)
-    assert len(thin) == 11
-    assert thin[0] == (4.5, 28.5)
-    assert thin[-1] == curve[-1]
-    assert thinned(curve, 101) == curve
+def test_thinning_averages_neighbours():
+    curve = [(1.0, 1.0), (2.0, 3.0), (3.0, 5.0), (4.0, 9.0), (5.0, 11.0)]
+    assert thinned(curve, 3) == [(1.5, 2.0), (3.5, 7.0), (5.0, 11.0)]
+    assert thinned(curve, 5) == curve
+    assert thinned([], 5) == []

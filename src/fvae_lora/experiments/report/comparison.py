@@ -165,7 +165,7 @@ def _facts(runs: Sequence[Run]) -> dict[str, str]:
         "parameters": [quantity(r.parameters.total) for r in records],
         "hardware": [_listing(r.hardware) for r in records],
         "versions": [_listing(r.versions) for r in records],
-        "commit": [r.git_commit[:12] for r in records],
+        "commit": [r.git_commit[:12] + ("-dirty" if r.git_commit.endswith("-dirty") else "") for r in records],
     }
     return {k: text for k, v in facts.items() if (text := "; ".join(filter(None, dict.fromkeys(v))))}
 

@@ -15,10 +15,7 @@ def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:
 
 
 def thinned(curve: Sequence[Point], points: int) -> list[Point]:
-    """Replace neighbouring points by their means until at most `points` are left; the last one stays."""
-    size = math.ceil((len(curve) - 1) / max(points - 1, 1))
-    if size <= 1:
-        return list(curve)
-    chunks = [curve[i : i + size] for i in range(0, len(curve) - 1, size)]
-    means = [(statistics.fmean(x for x, _ in chunk), statistics.fmean(y for _, y in chunk)) for chunk in chunks]
-    return [*means, curve[-1]]
+    """Replace neighbouring points by their mean, so that at most `points` are left."""
+    size = math.ceil(len(curve) / points)
+    chunks = [curve[i : i + size] for i in range(0, len(curve), size)]
+    return [(statistics.fmean(x for x, _ in chunk), statistics.fmean(y for _, y in chunk)) for chunk in chunks]

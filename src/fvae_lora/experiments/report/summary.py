@@ -70,7 +70,9 @@ class Group:
 
 
 def summary_rows(runs: Path) -> list[Row]:
-    """One row per recipe over its finished seeds, best first within a comparison; then each run not counted.
+    """Return one row per recipe over its finished seeds, then each run that is not counted.
+
+    Rows that may be compared stand together, in the order of validation accuracy: the order does not look at test.
 
     Raises:
         UserError: there is no such folder, or no run in it.
@@ -124,7 +126,7 @@ def summarise(runs: Iterable[Run]) -> list[Group]:
         )
         for (row, recipe), of_recipe in finished.items()
     ]
-    groups.sort(key=lambda g: (g.row.comparison, -(g.row.accuracy or 0), g.row.label))
+    groups.sort(key=lambda g: (g.row.comparison, -(g.row.validation_accuracy or 0), g.row.label))
     return groups + left_out
 
 
