@@ -184,6 +184,15 @@ def test_a_record_without_costs_or_curves_is_a_row(tmp_path):
     assert re.search(r"lora \d+\.\d\d 1 – – – – –", words(page))
 
 
+def test_a_seed_without_curves_does_not_hide_the_others(tmp_path):
+    for seed in (1, 2, 3):
+        lines = metrics("fvae-lora", seed, epochs=2, layers=1) if seed < 3 else []
+        write_run(tmp_path / "runs" / str(seed), record("fvae-lora", seed), lines)
+    page = Page(write_page(tmp_path / "runs", tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert page.count("path", "seed") == 2 * 2
+    assert page.count("svg", "spark") == 2 * 4
+
+
 def test_the_same_runs_give_the_same_page(demo, tmp_path, source):
     assert write_page(demo, tmp_path / "page.html").read_text(encoding="utf-8") == source
 

@@ -91,7 +91,8 @@ def _curves(groups: Sequence[Group], marks: dict[str, Mark]) -> Panel:
     ):
         lines = []
         for group in groups:
-            seeds = [[(x, factor * y) for x, y in run.curve(event, value)] for run in group.runs]
+            logged = [run.curve(event, value) for run in group.runs]
+            seeds = [[(x, factor * y) for x, y in curve] for curve in logged if curve]
             if mean := mean_curve(seeds):
                 faint = [thinned(seed, POINTS_IN_A_SEED) for seed in seeds] if seeds[1:] else []
                 lines.append(Line(marks[group.row.label], thinned(mean, POINTS_IN_A_MEAN), faint))

@@ -16,6 +16,6 @@ def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:
 
 def thinned(curve: Sequence[Point], points: int) -> list[Point]:
     """Replace neighbouring points by their mean, so that at most `points` are left."""
-    size = math.ceil(len(curve) / points)
+    size = max(1, math.ceil(len(curve) / points))
     chunks = [curve[i : i + size] for i in range(0, len(curve), size)]
     return [(statistics.fmean(x for x, _ in chunk), statistics.fmean(y for _, y in chunk)) for chunk in chunks]
