@@ -75,6 +75,14 @@ def test_runs_of_other_recipes_are_other_rows(tmp_path):
     assert all(row.seeds == (1, 2) for row in rows)
 
 
+def test_a_setting_that_one_row_lacks_is_said(tmp_path):
+    for patience in (None, 3):
+        run = record("lora")
+        run["recipe"]["train"]["patience"] = patience
+        write_run(tmp_path / str(patience), run)
+    assert {row.settings for row in summary_rows(tmp_path)} == {"patience=none", "patience=3"}
+
+
 def test_the_recipes_of_different_methods_are_not_compared(tmp_path):
     write_run(tmp_path / "a", record("lora"))
     write_run(tmp_path / "b", record("full"))

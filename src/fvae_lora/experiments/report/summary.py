@@ -179,7 +179,7 @@ def _settings(keys: Iterable[tuple[Row, Recipe]]) -> dict[tuple[Row, Recipe], st
 def _settings_of(recipe: dict[str, Any]) -> Recipe:
     """Keep what rows may differ in: model and data are known by their contents, seeds are averaged over."""
     named_elsewhere = {"task", "method", "model", "dataset", "seed"}
-    return frozenset((printable(k), printable(v)) for k, v in recipe.items() if k not in named_elsewhere)
+    return frozenset((printable(k), printable(v) or "none") for k, v in recipe.items() if k not in named_elsewhere)
 
 
 def _identity(source: Source) -> tuple[str, str]:
