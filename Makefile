@@ -1,0 +1,64 @@
+# make demo    sees FVAE-LoRA work on real images, in a few minutes, without a network beyond the package registry
+# make test    runs the tests; make test PYTEST_FLAGS="-m slow" the slow ones
+# make check   lint, format and types
+# make test-oldest   the method's tests against the oldest supported peft and transformers
+# Each sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
+
+PYTHON ?= python3
+VENV ?= .venv
+OLDEST := .venv-oldest
+BIN := $(VENV)/bin
+PIP_FLAGS := --quiet --disable-pip-version-check
+export HF_HUB_OFFLINE ?= 1
+export HF_HOME ?= $(CURDIR)/.cache/huggingface
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test check test-oldest benchmark setup clean python-is-new-enough
+
+setup: $(VENV)/.ready
+
+demo: setup
+	@echo "== demo: FVAE-LoRA, LoRA and a linear probe on handwritten digits (a few minutes; Ctrl-C, then again, resumes)"
+	@$(BIN)/fvae-lora demo $(DEMO_FLAGS)
+
+test: setup
+	@echo "== tests"
+	@$(BIN)/python -m pytest -n 2 $(PYTEST_FLAGS)
+
+check: setup
+	@echo "== lint, format, types"
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy
+
+test-oldest: $(OLDEST)/.ready
+	@echo "== the method's tests against $$(grep -E '^(peft|transformers)==' constraints-oldest.txt | tr '\n' ' ')"
+	@$(OLDEST)/bin/python -m pytest -n 2 $(PYTEST_FLAGS) --ignore tests/experiments --ignore tests/report
+
+benchmark: setup
+	@$(BIN)/python benchmarks/cost.py
+
+python-is-new-enough:
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not installed; Python 3.11 or later is needed" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.11 or later is needed: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "make: $(PYTHON) has no venv module; install it (Debian: python3-venv)" >&2; exit 2; }
+
+# torch comes first and by its exact version, so that no other package picks a build of its own.
+$(VENV)/.ready: pyproject.toml constraints.txt | python-is-new-enough
+	@echo "== setting up $(VENV): about a gigabyte and a minute or two, once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install $(PIP_FLAGS) "$$(grep '^torch==' constraints.txt)"
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt | python-is-new-enough
+	@echo "== setting up $(OLDEST), once"
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install $(PIP_FLAGS) "$$(grep '^torch==' constraints.txt)"
+	@$(OLDEST)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints-oldest.txt --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(OLDEST) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
