@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import peft
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
@@ -20,6 +21,7 @@ CHOICES = {
     "layer_reduction": ("sum", "mean"),
     "bias": ("none", "all", "fvae_lora_only"),
 }
+PEFT_SAVES_BIASES = tuple(map(int, peft.__version__.split(".")[:2])) >= (0, 21)
 
 
 @dataclass
@@ -69,7 +71,8 @@ class FVAELoraConfig(PeftConfig):
         layers_pattern: Name of the list of layers that `layers_to_transform` counts in.
         rank_pattern: Ranks that differ from `r`, by module name or regular expression.
         alpha_pattern: Values that differ from `lora_alpha`, by module name or regular expression.
-        bias: ``"none"``, ``"all"`` or ``"fvae_lora_only"``: which biases of the base model are trained.
+        bias: ``"none"``, ``"all"`` or ``"fvae_lora_only"``: which biases of the base model are trained; other than
+            ``"none"`` needs peft 0.21, earlier versions would not save them.
         fan_in_fan_out: The base weight is stored as (in, out), as in transformers' ``Conv1D``.
         modules_to_save: Further modules to train and save, a classifier for example.
         trainable_token_indices: Indices of token embeddings to train, as in peft's ``LoraConfig``.
@@ -237,6 +240,8 @@ class FVAELoraConfig(PeftConfig):
             for name in ("factorization_weight_z1", "factorization_weight_z2"):
                 value = getattr(self, name)
                 _require(value is None, name, value, "None unless objective is 'reference'")
+        saved = self.bias == "none" or PEFT_SAVES_BIASES
+        _require(saved, "bias", self.bias, "'none' with peft before 0.21, which would not save trained biases")
         if self.inference_only:
             sampling = self.sample_at_inference
             _require(not sampling, "sample_at_inference", sampling, "False with inference_only")

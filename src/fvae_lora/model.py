@@ -52,6 +52,10 @@ class FVAELoraModel(BaseTuner):
         object.__setattr__(self, "_keep_mode", isinstance(peft_config, PeftConfig))  # before nn.Module.__init__
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The adapted model's, by way of its hooks: peft before 0.21 called its `forward` without them."""
+        return self.model(*args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: FVAELoraConfig, model_config: dict[str, Any]) -> FVAELoraConfig:
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
         assert peft_config.target_modules is not None
