@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,18 +39,51 @@ def train(
     """Trains one run and scores it. A run that was stopped goes on where it was."""
     from fvae_lora.experiments.recipe import load_recipe
 
-    options = {"model": model, "dataset": dataset, "method": method, "seed": seed}
-    chosen = load_recipe(recipe, overrides or [], {k: v for k, v in options.items() if v is not None})
+    options = _given(model=model, dataset=dataset, method=method, seed=seed)
+    chosen = load_recipe(recipe, overrides or [], options)
     folder = out or Path("runs") / f"{chosen.method}-seed{chosen.seed}"
-    _one_device()
+    one_device()
 
     from fvae_lora.experiments.report import print_table, summary_rows
     from fvae_lora.experiments.runner import run
 
-    _hush()
+    hush()
     run(chosen, folder, quiet)
     print_table(summary_rows(folder), console)
     console.print(f"The run is in {folder}", highlight=False)
+
+
+@app.command()
+def compare(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    model: Model = None,
+    dataset: Dataset = None,
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "fvae-lora,lora,linear-probe",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "1,2,42",
+    vary: Annotated[
+        list[str] | None, typer.Option(help="KEY=[A,B]: do it for each value; may be given several times.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 1,
+    out: Annotated[Path, typer.Option(help="The folder of the runs.")] = Path("runs"),
+) -> None:
+    """Does methods x seeds x varied keys; only what is missing is run. Killed at any moment, it goes on from there."""
+    from fvae_lora.experiments.report import print_table, summary_rows
+    from fvae_lora.experiments.sweep import parse_list, parse_variations, plan, sweep
+
+    runs = plan(
+        recipe,
+        out,
+        parse_list("--methods", methods),
+        parse_list("--seeds", seeds),
+        overrides or [],
+        _given(model=model, dataset=dataset),
+        parse_variations(vary or []),
+    )
+    failures = sweep(runs, jobs, console)
+    print_table(summary_rows(out), console)
+    if failures:
+        raise RunError(f"{len(failures)} of {len(runs)} runs failed; the same command tries them again")
 
 
 @app.command()
@@ -59,24 +93,68 @@ def evaluate(
     dataset: Dataset = None,
 ) -> None:
     """Scores a finished run again, from its adapter alone."""
-    _one_device()
+    one_device()
 
     from fvae_lora.experiments import runner
     from fvae_lora.experiments.record import RunFolder
 
-    _hush()
+    hush()
     scores = runner.evaluate(run, model, dataset)
     recorded = (RunFolder(run).read() or {})["metrics"]["test"]
     for name, value in scores.items():
         console.print(f"{name:<10}{value:.6f}  recorded {recorded[name]:.6f}", highlight=False)
 
 
-def _one_device() -> None:
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(help="The folder of the runs (default: runs/demo).")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One seed, two epochs: does everything work?")] = False,
+) -> None:
+    """FVAE-LoRA, LoRA and a linear probe on handwritten digits; nothing is fetched."""
+    from fvae_lora.experiments.demo import demo as run_demo
+
+    if failures := run_demo(out or Path("runs/demo-quick" if quick else "runs/demo"), quick, console):
+        raise RunError(f"{len(failures)} runs failed")
+
+
+@app.command()
+def report(
+    runs: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of runs.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the page and the tables (default: DIR).")] = None,
+) -> None:
+    """A folder of runs as a table, as CSV, Markdown and LaTeX, and as one HTML page."""
+    from fvae_lora.experiments.report import (
+        print_table,
+        summary_rows,
+        write_csv,
+        write_latex,
+        write_markdown,
+        write_page,
+    )
+
+    try:
+        rows = summary_rows(runs)
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from error
+    folder = out or runs
+    folder.mkdir(parents=True, exist_ok=True)
+    print_table(rows, console)
+    for write, name in ((write_csv, "report.csv"), (write_markdown, "report.md"), (write_latex, "report.tex")):
+        write(rows, folder / name)
+    page = write_page(runs, folder / "report.html")
+    console.print(f"The page is {page}, the tables lie beside it", highlight=False)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def one_device() -> None:
     """One run is one process on one device; of several GPUs the Trainer would silently take all, and grow the batch."""
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
 
-def _hush() -> None:
+def hush() -> None:
     """A new head and a renamed option are no news to somebody who asked for a run."""
     import warnings
 
@@ -85,16 +163,18 @@ def _hush() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message="target_modules: .* has other names")
 
 
 def main() -> None:
     """Runs the command line: one line and exit code 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C."""
-    sys.exit(_exit_code())
+    sys.exit(exit_code(lambda: app(standalone_mode=False)))
 
 
-def _exit_code() -> int:
+def exit_code(command: Callable[[], Any]) -> int:
+    """Runs `command`; says in one line what a user has to know of its end."""
     try:
-        result: Any = app(standalone_mode=False)
+        result = command()
     except KeyboardInterrupt:
         return _say("stopped; the same command goes on where it was", 130)
     except (UserError, RunError) as error:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers import PreTrainedModel
@@ -28,7 +28,7 @@ class Method:
     config: Callable[[Recipe, PreTrainedModel], PeftConfig] | None
     training_only: tuple[str, ...] = ()
 
-    def apply(self, model: PreTrainedModel, recipe: Recipe) -> nn.Module:
+    def apply(self, model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftModel:
         """`model`, changed in place, with this method's parameters trainable and all others frozen."""
         if self.config is None:
             return model

@@ -16,8 +16,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fvae_lora.experiments.errors import UserError
+from fvae_lora.experiments.names import portable, short
+from fvae_lora.experiments.recipe import Recipe, flatten
 
 SCHEMA = 1
+
+Record = dict[str, Any]
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -50,15 +54,18 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, patience_s: float = 0) -> Iterator[None]:
         """Holds the folder for this process; the system lets go of it however the process ends.
+
+        Args:
+            patience_s: how long to wait for another process to let go.
 
         Raises:
             UserError: another process holds it, or it cannot be written to.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock", timeout=0)
+            lock = FileLock(self.path / ".lock", timeout=patience_s)
             lock.acquire()
         except Timeout as error:
             raise UserError(f"{self.path}: another process is using this run's folder") from error
@@ -69,7 +76,7 @@ class RunFolder:
         finally:
             lock.release()
 
-    def read(self) -> dict[str, Any] | None:
+    def read(self) -> Record | None:
         """The record, or None if there is none yet.
 
         Raises:
@@ -85,7 +92,39 @@ class RunFolder:
             raise UserError(f"{self.record_file}: not a record of schema {SCHEMA}; nothing was changed")
         return record
 
-    def write(self, record: dict[str, Any]) -> None:
+    def opening(self, recipe: Recipe) -> Record:
+        """The first lines of a record: what was asked for."""
+        places = {"model": portable(recipe.model, self.path), "dataset": portable(recipe.dataset, self.path)}
+        return {
+            "schema": SCHEMA,
+            "state": "running",
+            "reason": None,
+            "task": recipe.task,
+            "method": recipe.method,
+            "seed": recipe.seed,
+            "recipe": recipe.model_dump() | places,
+        }
+
+    def read_for(self, recipe: Recipe) -> Record | None:
+        """The record of this very recipe's run, or None if there is none yet.
+
+        Where model and data lie may have changed since; what they are is compared by fingerprint when they are open.
+
+        Raises:
+            UserError: the folder holds another recipe's run, or no whole record.
+        """
+        record = self.read()
+        if record is not None:
+            there, here = flatten(record["recipe"]), flatten(self.opening(recipe)["recipe"])
+            for key in sorted((there.keys() | here.keys()) - {"model", "dataset"}):
+                if there.get(key) != here.get(key):
+                    raise UserError(
+                        f"{self.path}: holds a run of another recipe, {key} is {there.get(key)} there and "
+                        f"{here.get(key)} here; nothing was changed"
+                    )
+        return record
+
+    def write(self, record: Record) -> None:
         """Replaces the record."""
         write_atomically(self.record_file, json.dumps(record, indent=1) + "\n")
 
@@ -131,14 +170,19 @@ class RunFolder:
             if not (checkpoint / ".whole").exists():
                 shutil.rmtree(checkpoint)
 
-    def save_adapter(self, checkpoint: Path) -> None:
-        """Makes what a checkpoint holds of the model the run's result."""
+    def save_adapter(self, checkpoint: Path, base: str) -> None:
+        """Makes what a checkpoint holds of the model the run's result.
+
+        Where the files name `base`, the place of the base model on this machine, they get its short name.
+        """
         part = self.path / ".adapter.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         for file in checkpoint.iterdir():
             if file.suffix == ".safetensors" or file.name in ("adapter_config.json", "config.json", "README.md"):
-                shutil.copy2(file, part)
+                shutil.copyfile(file, part / file.name)
+        for file in (*part.glob("*.json"), *part.glob("*.md")):
+            file.write_text(file.read_text(encoding="utf-8").replace(base, short(base)), encoding="utf-8")
         shutil.rmtree(self.adapter, ignore_errors=True)
         part.rename(self.adapter)
 

@@ -13,16 +13,16 @@ from typing import Any
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerState, default_data_collator, set_seed
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState, default_data_collator, set_seed
 
 from fvae_lora.experiments.cost import inference_flops, training_flops
 from fvae_lora.experiments.data import Splits, fingerprint, split
-from fvae_lora.experiments.data.names import is_local, located, portable
 from fvae_lora.experiments.errors import RunError, UserError
 from fvae_lora.experiments.heads import head_modules
 from fvae_lora.experiments.methods import METHODS
-from fvae_lora.experiments.recipe import Recipe, check_recipe, flatten
-from fvae_lora.experiments.record import SCHEMA, RunFolder, checkpoint_step
+from fvae_lora.experiments.names import located, short
+from fvae_lora.experiments.recipe import Recipe, check_recipe
+from fvae_lora.experiments.record import Record, RunFolder, checkpoint_step
 from fvae_lora.experiments.surroundings import git_commit, hardware, peak_memory_mb, versions
 from fvae_lora.experiments.tasks import Task, load_task
 from fvae_lora.experiments.training import (
@@ -34,8 +34,6 @@ from fvae_lora.experiments.training import (
     load_whole_model,
     trainer_arguments,
 )
-
-Record = dict[str, Any]
 
 
 def run(recipe: Recipe, path: Path, quiet: bool = False) -> Record:
@@ -55,13 +53,10 @@ def run(recipe: Recipe, path: Path, quiet: bool = False) -> Record:
     """
     folder = RunFolder(path)
     with folder.locked():
-        earlier = folder.read()
-        record = {"schema": SCHEMA, "state": "running", "reason": None, **_request(recipe, path)}
-        if earlier is not None:
-            _refuse_another(earlier["recipe"], record["recipe"], path)
-            if earlier["state"] == "complete":
-                return earlier
-        prepared = _prepare(recipe, (earlier or {}) | record)
+        earlier = folder.read_for(recipe)
+        if earlier is not None and earlier["state"] == "complete":
+            return earlier
+        prepared = _prepare(recipe, (earlier or {}) | folder.opening(recipe))
         try:
             return _complete(prepared, folder, quiet)
         except (RunError, UserError, OSError, RuntimeError, SafetensorError) as error:
@@ -107,7 +102,7 @@ class _Prepared:
     task: Task
     splits: Splits
     rows: dict[str, Any]
-    model: nn.Module
+    model: PreTrainedModel | PeftModel
     record: Record
     began: float
 
@@ -120,8 +115,8 @@ def _prepare(recipe: Recipe, record: Record) -> _Prepared:
     official = task.open_source(recipe.dataset, recipe.data)
     splits = split(official, recipe.data, recipe.seed)
     model, processor = task.load_model(recipe.model, splits.classes)
-    data = {"name": _name(recipe.dataset), "fingerprint": fingerprint(official), **_described(splits, recipe)}
-    base = {"name": _name(recipe.model), "fingerprint": _model_fingerprint(model)}
+    data = {"name": short(recipe.dataset), "fingerprint": fingerprint(official), **_described(splits, recipe)}
+    base = {"name": short(recipe.model), "fingerprint": _model_fingerprint(model)}
     for what, contents in (("model", base), ("dataset", data)):
         _refuse_other_contents(record, what, contents["fingerprint"], contents["name"])
 
@@ -170,11 +165,13 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
         preprocess_logits_for_metrics=largest_logits,
         callbacks=[FolderCallback(folder, recipe, prepared.task.METRIC, note_cost)],
     )
+    if quiet:
+        trainer.remove_callback(PrinterCallback)
     state = _train(trainer, recipe, folder)
     note_cost()
     train_s = record["time"]["train_s"]
 
-    folder.save_adapter(folder.checkpoints / f"checkpoint-{state.best_global_step}")
+    folder.save_adapter(folder.checkpoints / f"checkpoint-{state.best_global_step}", prepared.model.name_or_path)
     step_flops = training_flops(prepared.model, rows["train"], recipe.train.batch_size)
     test, batch_flops = _score(recipe, folder, prepared.splits, record, quiet)
     folder.append({"event": "test", "step": state.global_step, "epoch": state.epoch, **test})
@@ -221,6 +218,8 @@ def _score(
             compute_metrics=task.metrics,
             preprocess_logits_for_metrics=largest_logits,
         )
+        if quiet:
+            trainer.remove_callback(PrinterCallback)
         scores = trainer.evaluate(metric_key_prefix="test")
     return {key: scores[f"test_{key}"] for key in ("loss", task.METRIC)}, inference_flops(
         model, rows, recipe.train.batch_size
@@ -233,17 +232,6 @@ def _with_adapter(base: PreTrainedModel, adapter: Path) -> nn.Module:
         return adapted
     load_whole_model(base, adapter)
     return base
-
-
-def _request(recipe: Recipe, path: Path) -> Record:
-    """What the record says of the request, before anything is opened."""
-    places = {"model": portable(recipe.model, path), "dataset": portable(recipe.dataset, path)}
-    return {
-        "task": recipe.task,
-        "method": recipe.method,
-        "seed": recipe.seed,
-        "recipe": recipe.model_dump() | places,
-    }
 
 
 def _described(splits: Splits, recipe: Recipe) -> Record:
@@ -266,24 +254,9 @@ def _model_fingerprint(model: nn.Module) -> str:
     return total.hexdigest()
 
 
-def _refuse_another(there: Record, here: Record, path: Path) -> None:
-    """Where model and data lie may change between two starts; what they are is compared by fingerprint."""
-    known, wanted = flatten(there), flatten(here)
-    for key in sorted((known.keys() | wanted.keys()) - {"model", "dataset"}):
-        if known.get(key) != wanted.get(key):
-            raise UserError(
-                f"{path}: holds a run of another recipe, {key} is {known.get(key)} there and {wanted.get(key)} here; "
-                "nothing was changed"
-            )
-
-
 def _refuse_other_contents(record: Record, what: str, found: str, name: str) -> None:
     if what in record and record[what]["fingerprint"] != found:
         raise UserError(f"{what} {name}: not what the run was started with ({record[what]['name']}, other contents)")
-
-
-def _name(name: str) -> str:
-    return Path(name).name if is_local(name) else name
 
 
 def _mark_failed(folder: RunFolder, reason: str) -> None:
@@ -300,8 +273,8 @@ def _in_one_line(error: Exception, recipe: Recipe, path: Path) -> str:
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror + (f": {error.filename}" if error.filename else "")
     line = text.strip().partition("\n")[0] or type(error).__name__
-    for place, short in ((path, ""), (Path(recipe.dataset), ""), (Path(recipe.model), ""), (Path.home(), "~")):
-        line = line.replace(f"{place.resolve()}/", f"{short}/" if short else "")
+    for place in (path, Path(recipe.dataset), Path(recipe.model), Path.cwd(), Path.home()):
+        line = line.replace(f"{place.resolve()}/", "").replace(f"{place}/", "")
     return line
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import datasets
 from datasets import ClassLabel, Dataset, Features, Image
 
-from fvae_lora.experiments.data.names import is_local
 from fvae_lora.experiments.errors import UserError
+from fvae_lora.experiments.names import is_local
 from fvae_lora.experiments.recipe import DataSettings
 
 SPLIT_NAMES = {

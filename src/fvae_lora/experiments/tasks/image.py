@@ -17,9 +17,9 @@ from transformers import (
 
 from fvae_lora.experiments.data import Splits, open_source
 from fvae_lora.experiments.data.images import Images, augmentation, process
-from fvae_lora.experiments.data.names import is_local
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.heads import draw_new_head
+from fvae_lora.experiments.names import is_local
 from fvae_lora.experiments.recipe import Recipe
 
 __all__ = ["METRIC", "datasets", "load_model", "metrics", "open_source"]
@@ -56,8 +56,6 @@ def load_model(name: str, classes: list[str]) -> tuple[PreTrainedModel, Any]:
         raise UserError(f"model {name}: not to be loaded for image classification: {line}") from error
     if trained_on != classes:
         draw_new_head(model)
-    # What an adapter's folder will say about its base model: not where it lay.
-    model.name_or_path = model.config._name_or_path = Path(name).name if is_local(name) else name
     return model, processor
 
 

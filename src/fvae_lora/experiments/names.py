@@ -9,6 +9,11 @@ def is_local(name: str) -> bool:
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
+def short(name: str) -> str:
+    """A folder's own name; a name on the hub as it is."""
+    return Path(name).resolve().name if is_local(name) else name
+
+
 def portable(name: str, folder: Path) -> str:
     """`name` as a record in `folder` may keep it: a path relative to `folder`, a name on the hub as it is.
 
