@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
 from peft.utils.other import transpose
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -26,13 +30,14 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
     `recorder`. At inference ``z1 = mean1(x)``: encoder 1's mean and B run, nothing else.
 
     Args:
-        base_layer: `torch.nn.Linear` or transformers' ``Conv1D``, or a peft layer around one of them.
+        base_layer: A layer that `features` accepts, or a peft layer around one.
         adapter_name: Name of the first adapter.
         name: Name of the layer inside the adapted model.
         recorder: The adapted model's recorder.
         config: The first adapter's configuration.
         r: Its rank here.
         lora_alpha: Its alpha here.
+        quantization: What peft needs to quantise a merged weight again, `peft.utils.get_quantization_kwargs`.
     """
 
     adapter_layer_names = ("fvae_lora_vae", "fvae_lora_B")
@@ -47,9 +52,13 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         config: FVAELoraConfig,
         r: int,
         lora_alpha: float,
+        quantization: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), **{"get_apply_tensor_subclass": _cannot_requantize} | quantization
+        )
         self.name = name
         self.recorder = recorder
         self.fvae_lora_vae = nn.ModuleDict()
@@ -79,12 +88,13 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The base layer's output, plus that of each active adapter.
 
         Args:
             x: (..., in).
             *args: For the base layer.
+            adapter_names: One adapter for each row of a mixed batch, ``"__base__"`` for none; inference only.
             **kwargs: For the base layer.
 
         Returns:
@@ -92,15 +102,33 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             RuntimeError: If an inference-only adapter runs in training mode.
+            ValueError: If `adapter_names` does not fit the batch, or the layer is merged.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        if adapter_names is not None and not self.disable_adapters:
+            return self._mixed_batch(x, result, adapter_names)
         if self.disable_adapters or self.merged:
             return result
         for adapter in self.active_adapters:
             if adapter in self.fvae_lora_B:
                 result = result + self.update(adapter, x).to(result.dtype)
+        return result
+
+    def _mixed_batch(self, x: Tensor, result: Tensor, adapter_names: list[str]) -> Tensor:
+        if self.merged:
+            raise ValueError("adapter_names cannot be used with merged adapters; call unmerge_adapter() first")
+        # Beam search repeats each row of the batch, some models fold the sequence into it.
+        repeats, rest = divmod(len(x), len(adapter_names))
+        if rest:
+            raise ValueError(f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}")
+        names = [name for name in adapter_names for _ in range(repeats)]
+        for adapter in sorted(set(names) & set(self.fvae_lora_B)):
+            rows = torch.tensor([i for i, name in enumerate(names) if name == adapter], device=x.device)
+            result = result.index_add(0, rows, self.update(adapter, x[rows]).to(result.dtype))
         return result
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
@@ -113,6 +141,9 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         Returns:
             (..., out).
         """
+        return self._update(adapter, x)
+
+    def _update(self, adapter: str, x: Tensor) -> Tensor:
         vae, B = self.fvae_lora_vae[adapter], self.fvae_lora_B[adapter]
         config = vae.config
         if self.training and config.inference_only:
@@ -178,13 +209,14 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
 
     def _add_to_base(self, weight: Tensor, bias: Tensor, safe: bool) -> None:
         base = self.get_base_layer()
-        own_weight = base.weight.data
-        fan_in_fan_out = isinstance(base, Conv1D)
-        new_weight = (own_weight + transpose(weight, fan_in_fan_out)).to(own_weight.dtype)
+        own_weight = self.get_base_weight()
+        new_weight = own_weight + transpose(weight, isinstance(base, Conv1D)).reshape(own_weight.shape)
+        new_weight = new_weight.to(own_weight.dtype)
         new_bias = (bias if base.bias is None else base.bias.data + bias).to(own_weight.dtype)
         if safe and not (new_weight.isfinite().all() and new_bias.isfinite().all()):
             raise ValueError(f"the merged weights of {self.name} are not finite; the adapter seems to be broken")
-        base.weight.data = new_weight
+        self.set_base_weight(new_weight)
+        base = self.get_base_layer()
         if base.bias is None:
             base.bias = nn.Parameter(new_bias, requires_grad=False)
         else:
@@ -194,18 +226,68 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         return "fvae_lora." + super().__repr__()
 
 
+def _cannot_requantize(*_: Any) -> NoReturn:
+    raise ValueError("this quantised layer cannot be merged: the model does not know how it was quantised")
+
+
+class FVAELoraConv2d(FVAELoraLayer):
+    """The same for `torch.nn.Conv2d`: a token is a patch that the kernel sees, x in R^(channels * height * width)."""
+
+    def update(self, adapter: str, x: Tensor) -> Tensor:
+        """What an adapter adds to the convolution's output.
+
+        Args:
+            adapter: The adapter's name.
+            x: (batch, in channels, height, width), or without batch.
+
+        Returns:
+            (batch, out channels, height', width'), or without batch.
+        """
+        base = self.get_base_layer()
+        batched = x if x.dim() == 4 else x.unsqueeze(0)
+        # Padding "same" and other modes than zeros are worked out by the convolution itself, on the side of the input.
+        padding = base._reversed_padding_repeated_twice
+        mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
+        padded = F.pad(batched, padding, mode=mode) if any(padding) else batched
+        patches = F.unfold(padded, base.kernel_size, base.dilation, 0, base.stride).transpose(1, 2)
+        height, width = (
+            (size - dilation * (kernel - 1) - 1) // stride + 1
+            for size, dilation, kernel, stride in zip(
+                padded.shape[-2:], base.dilation, base.kernel_size, base.stride, strict=True
+            )
+        )
+        output = self._update(adapter, patches).transpose(1, 2).unflatten(-1, (height, width))
+        return output if x.dim() == 4 else output.squeeze(0)
+
+
 def features(base_layer: nn.Module) -> tuple[int, int]:
-    """Input and output features of a layer that can be adapted.
+    """Input and output features of a layer that can be adapted; those of a convolution are of its patches.
 
     Args:
-        base_layer: The layer.
+        base_layer: The layer: `torch.nn.Linear`, transformers' ``Conv1D``, `torch.nn.Conv2d` without groups, or a
+            quantised linear layer that peft knows.
+
+    Returns:
+        Input and output features.
 
     Raises:
-        TypeError: If it is neither `torch.nn.Linear` nor transformers' ``Conv1D``.
+        TypeError: If it is none of these.
     """
     if isinstance(base_layer, nn.Linear):
         return base_layer.in_features, base_layer.out_features
     if isinstance(base_layer, Conv1D):
         in_features, out_features = base_layer.weight.shape
         return in_features, out_features
-    raise TypeError(f"a {type(base_layer).__name__} cannot be adapted")
+    if isinstance(base_layer, nn.Conv2d) and base_layer.groups == 1:
+        return base_layer.in_channels * math.prod(base_layer.kernel_size), base_layer.out_channels
+    if isinstance(base_layer, nn.Module) and resolve_quantization_backend(base_layer) is not None:
+        return _get_in_out_features(base_layer)
+    grouped = " with groups" if isinstance(base_layer, nn.Conv2d) else ""
+    raise TypeError(
+        f"{type(base_layer).__name__}{grouped}; only Linear, Conv1D and Conv2d without groups can be adapted"
+    )
+
+
+def layer_class(base_layer: nn.Module) -> type[FVAELoraLayer]:
+    """The class of the layer that adapts such a base layer."""
+    return FVAELoraConv2d if isinstance(base_layer, nn.Conv2d) else FVAELoraLayer

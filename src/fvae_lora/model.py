@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
 
 from . import checkpoint
 from .config import FVAELoraConfig
-from .layer import FVAELoraLayer, features
+from .hooks import forget, recorder_of
+from .layer import FVAELoraLayer, features, layer_class
 from .names import resolve_targets, todays_name
-from .recorder import forget, recorder_of
 from .vae import FVAE
 
 
@@ -75,13 +76,7 @@ class FVAELoraModel(BaseTuner):
             if name and not _inside_adapter(model, name) and self._check_target_module_exists(peft_config, name)
         }
         for name, module in targets.items():
-            try:
-                features(module)
-            except TypeError:
-                raise ValueError(
-                    f"target_modules: {name} is a {type(module).__name__}; only torch.nn.Linear and transformers' "
-                    "Conv1D can be adapted"
-                ) from None
+            _check_supported(name, module)
         if peft_config.checkpoint_shapes is not None:
             self._check_checkpoint(peft_config, model, targets)
 
@@ -114,20 +109,41 @@ class FVAELoraModel(BaseTuner):
         if isinstance(target, FVAELoraLayer):
             target.update_layer(adapter_name, peft_config, r, lora_alpha)
             return
-        try:
-            layer = FVAELoraLayer(
-                target, adapter_name, current_key, recorder_of(self.model), peft_config, r, lora_alpha
-            )
-        except TypeError:
-            raise ValueError(
-                f"target_modules: {current_key} is a {type(target).__name__}; only torch.nn.Linear and "
-                "transformers' Conv1D can be adapted"
-            ) from None
+        base = _base(target)
+        _check_supported(current_key, base)
+        quantization = get_quantization_kwargs(self.model)
+        layer = layer_class(base)(
+            target, adapter_name, current_key, recorder_of(self.model), peft_config, r, lora_alpha, quantization
+        )
         if self._keep_mode:
             layer.train(target.training)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand ``adapter_names``, one adapter for each row of a batch, to the layers."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names cannot be used in training mode; call model.eval()")
+        layers = [module for module in self.modules() if isinstance(module, FVAELoraLayer)]
+        known = {"__base__"}.union(*(layer.fvae_lora_B for layer in layers))
+        if unknown := sorted(set(adapter_names) - known):
+            raise ValueError(f"adapter_names: there is no adapter {', '.join(unknown)}")
+
+        def pass_on(_: nn.Module, args: Any, layer_kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, layer_kwargs | {"adapter_names": adapter_names}
+
+        handles = [layer.register_forward_pre_hook(pass_on, with_kwargs=True) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         layers = [module for module in self.model.modules() if isinstance(module, FVAELoraLayer)]
@@ -164,10 +180,17 @@ def rank_and_alpha(config: FVAELoraConfig, name: str) -> tuple[int, float]:
     return r, config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), default)
 
 
+def _check_supported(name: str, module: nn.Module) -> None:
+    try:
+        features(module)
+    except TypeError as error:
+        raise ValueError(f"target_modules: {name} is a {error}") from None
+
+
 def _inside_adapter(model: nn.Module, name: str) -> bool:
     parent = name
     while parent := parent.rpartition(".")[0]:
-        with contextlib.suppress(AttributeError):
+        with suppress(AttributeError):
             if isinstance(model.get_submodule(parent), FVAELoraLayer):
                 return True
     return False
