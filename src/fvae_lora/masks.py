@@ -4,32 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .objective import TokenWeights
 
-Sequence = Literal["input", "decoder"]
+Sequence = Literal["input", "decoder", "image"]
+SEQUENCES: tuple[Sequence, ...] = get_args(Sequence)
 IGNORED_LABEL = -100
 CROSS_ATTENTION = {"encoder_attn", "EncDecAttention", "crossattention", "cross_attn", "cross_attention"}
 KEYS_AND_VALUES = {"k", "v", "k_proj", "v_proj", "key", "value", "k_lin", "v_lin"}
-
-
-def sequence_of(layer: str, encoder_decoder: bool) -> Sequence:
-    """The sequence that a layer of that name reads.
-
-    Args:
-        layer: Name of the adapted module inside the model.
-        encoder_decoder: Whether the model has an encoder and a decoder.
-
-    Returns:
-        ``"decoder"`` for a decoder's own sequence; keys and values of its cross-attention read the ``"input"``.
-    """
-    parts = layer.split(".")
-    reads_memory = bool(CROSS_ATTENTION.intersection(parts)) and parts[-1] in KEYS_AND_VALUES
-    return "decoder" if encoder_decoder and "decoder" in parts and not reads_memory else "input"
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -39,16 +25,50 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 @dataclass
 class TokenMasks:
-    """The masks of one forward pass.
+    """The padding masks of one forward pass.
 
     Args:
         model: The adapted model.
-        inputs: The arguments of its forward by name.
+        input: Mask of its input, (batch, length) of bool, or ``None``; that of an audio model has a place per sample.
+        decoder: The same of its decoder's input.
     """
 
     model: nn.Module
-    inputs: Mapping[str, Any]
+    input: Tensor | None
+    decoder: Tensor | None
     _found: dict[tuple[Any, ...], TokenWeights] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Mapping[str, Any]) -> TokenMasks:
+        """Find the masks in the arguments of a model's forward, given by name."""
+        mask, decoder, labels = (
+            value if isinstance(value := inputs.get(name), Tensor) and value.dim() == 2 else None
+            for name in ("attention_mask", "decoder_attention_mask", "labels")
+        )
+        if decoder is None and labels is not None:
+            decoder = labels != IGNORED_LABEL  # the decoder reads the labels, shifted by one
+        elif decoder is None and inputs.get("decoder_input_ids") is None:
+            decoder = mask  # or, without labels to read, the input
+        return cls(model, None if mask is None else mask.bool(), None if decoder is None else decoder.bool())
+
+    def sequence(self, layer: str) -> Sequence:
+        """The sequence that a layer reads.
+
+        Args:
+            layer: Name of the adapted module inside the model.
+
+        Returns:
+            ``"image"`` in the vision tower of a model; ``"decoder"`` in a decoder, but for the keys and values of its
+            cross-attention; ``"input"`` elsewhere.
+        """
+        parts = layer.split(".")
+        if any("vision" in part or "visual" in part for part in parts):
+            return "image"
+        if not is_encoder_decoder(self.model) or (CROSS_ATTENTION.intersection(parts) and parts[-1] in KEYS_AND_VALUES):
+            return "input"
+        # A decoder may be a model with an encoder of its own name: the outermost name tells.
+        half = next((part for part in parts if "encoder" in part or "decoder" in part), "decoder")
+        return "decoder" if "decoder" in half else "input"
 
     def weights(self, layer: str, x: Tensor) -> TokenWeights:
         """The weights of a layer's tokens; all count where no mask of their length exists.
@@ -57,32 +77,25 @@ class TokenMasks:
             layer: Name of the adapted module inside the model.
             x: Its input, (..., d).
         """
-        sequence = sequence_of(layer, is_encoder_decoder(self.model))
-        if "vision" in layer or "visual" in layer:
-            return TokenWeights(None, x.shape[:-1].numel())
-        key = (sequence, x.shape[:-1], x.device)
+        key = (self.sequence(layer), x.shape[:-1], x.device, x.dtype)
         if key not in self._found:
-            self._found[key] = self._weights(sequence, x)
+            self._found[key] = self._weights(key[0], x)
         return self._found[key]
 
     def _weights(self, sequence: Sequence, x: Tensor) -> TokenWeights:
-        mask, tokens = self._mask(sequence), x.shape[:-1]
-        if mask is not None and len(tokens) == 2 and tokens[0] == mask.shape[0] and tokens != mask.shape:
-            mask = _after_convolutions(self.model, mask, tokens[1])
-        if mask is None or mask.numel() != tokens.numel() or (len(tokens) == 2 and mask.shape != tokens):
+        tokens, mask = x.shape[:-1], self._mask(sequence)
+        if mask is not None and len(tokens) == 2 and mask.shape != tokens:
+            mask = _frames(self.model, mask, tokens[1])
+        if mask is None or (mask.shape != tokens and (mask.numel(),) != tokens):  # flattened, as some models do
             return TokenWeights(None, tokens.numel())
         counted = mask.to(x.device).reshape(tokens).to(torch.float32 if x.dtype != torch.float64 else x.dtype)
         return TokenWeights(counted, counted.sum())
 
     def _mask(self, sequence: Sequence) -> Tensor | None:
-        mask = self.inputs.get("attention_mask" if sequence == "input" else "decoder_attention_mask")
-        labels = self.inputs.get("labels")
-        if sequence == "decoder" and mask is None and isinstance(labels, Tensor):
-            mask = labels != IGNORED_LABEL  # the decoder reads the labels, shifted by one
-        return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        return {"input": self.input, "decoder": self.decoder, "image": None}[sequence]
 
 
-def count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[Sequence, Tensor]:
+def count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """How many tokens of a batch count, before the model has seen it.
 
     Args:
@@ -90,33 +103,43 @@ def count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[Sequence, 
         inputs: A batch, the arguments of the model's forward by name.
 
     Returns:
-        The number for each sequence, as scalars. Where there is no mask it is in the units of the main input, pixels
+        The number for each of `SEQUENCES`, (3,) in float64. Without a mask it is in the units of the input, pixels
         for example: right up to a factor that the batches of a run share.
     """
-    masks = TokenMasks(model, inputs)
-    main = inputs.get(getattr(model, "main_input_name", "input_ids"))
-    if not isinstance(main, Tensor):
-        main = next((value for value in inputs.values() if isinstance(value, Tensor)), torch.ones(1))
-    counts: dict[Sequence, Tensor] = {}
-    for sequence in ("input", "decoder") if is_encoder_decoder(model) else ("input",):
-        mask = masks._mask(sequence)
-        if (
-            mask is not None
-            and sequence == "input"
-            and (lengths := _lengths_after_convolutions(model, mask)) is not None
-        ):
-            counts[sequence] = lengths.sum()
-        else:
-            counts[sequence] = torch.tensor(main.numel(), device=main.device) if mask is None else mask.sum()
-    return counts
+    masks = TokenMasks.of(model, inputs)
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    main = tensors.get(getattr(model, "main_input_name", "input_ids"), next(iter(tensors.values()), torch.ones(1)))
+    images = next((value for name, value in tensors.items() if "pixel" in name), torch.ones(0))
+    samples = masks.input if masks.input is not None or main.dim() != 2 else torch.ones_like(main, dtype=torch.bool)
+    frames = None if samples is None else _frames(model, samples)
+    counts = {
+        "input": main.numel() if masks.input is None else masks.input.sum(),
+        "decoder": main.numel() if masks.decoder is None else masks.decoder.sum(),
+        "image": images.numel(),
+    }
+    if frames is not None:
+        counts["input"] = frames.sum()
+    return torch.stack([torch.as_tensor(counts[name], dtype=torch.float64, device=main.device) for name in SEQUENCES])
 
 
-def _lengths_after_convolutions(model: nn.Module, mask: Tensor) -> Tensor | None:
-    lengths = getattr(model, "_get_feat_extract_output_lengths", None)
-    return None if lengths is None else lengths(mask.sum(-1))
+def _frames(model: nn.Module, mask: Tensor, length: int | None = None) -> Tensor | None:
+    """The mask of an audio model's frames, after its convolutions, from that of its samples.
 
+    Args:
+        model: The adapted model.
+        mask: (batch, samples) of bool.
+        length: Number of frames; ``None`` means as many as the samples give.
 
-def _after_convolutions(model: nn.Module, mask: Tensor, length: int) -> Tensor | None:
-    """The mask of an audio model's frames, from that of its samples."""
-    lengths = _lengths_after_convolutions(model, mask)
-    return None if lengths is None else torch.arange(length, device=mask.device) < lengths[:, None].to(mask.device)
+    Returns:
+        (batch, frames) of bool; ``None`` if the model has no such convolutions, or not that many frames.
+    """
+    convolved = getattr(model, "_get_feat_extract_output_lengths", None)
+    if convolved is None:
+        return None
+    # The encoder's layers stand before the convolutions of an adapter that the model may have behind it.
+    options = {"add_adapter": False} if getattr(model.config, "add_adapter", False) else {}
+    frames = convolved(torch.tensor(mask.shape[1]), **options)
+    if not isinstance(frames, Tensor) or length not in (None, int(frames)):
+        return None
+    lengths = convolved(mask.sum(-1), **options)
+    return torch.arange(int(frames), device=mask.device) < lengths[:, None]

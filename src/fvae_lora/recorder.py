@@ -1,91 +1,95 @@
 r"""How a layer's ELBO reaches the loss.
 
-Layers that run inside a forward of the adapted model (in training mode) record their ELBO with the model's
-`Recorder`. A hook on that model then adds the sum to the model's loss, so that any loop which uses this loss is right;
-a loop that computes its own loss calls `fvae_lora.add_elbo`. A gradient that reaches the model's outputs without the
-ELBO having been added by either is an error: the ELBO never vanishes silently.
+1. A layer that runs in training mode hands its negative ELBO, a mean over tokens, to its model's `Recorder`
+   (`Recorder.record`), which keeps it with the `Forward` that is running.
+2. `add` sums over layers, with the weights of the configuration, and adds the sum to a loss: a hook on the model does
+   that to the model's own loss (`fvae_lora.hooks`), `fvae_lora.add_elbo` and `fvae_lora.FVAELoraTrainer` to others.
+3. In the backward, the loss is reached first (`_Add`) and the layers after it (`_Attach`). A gradient that reaches a
+   layer but not the sum comes from a loss without the ELBO, and is an error: the ELBO never vanishes silently.
 
-Reentrant gradient checkpointing runs the forward without a graph and again, with one, inside the backward. There the
-layer itself hands its ELBO's gradient on, scaled by the gradient that reached the loss (`_HandOver`).
+Reentrant gradient checkpointing runs layers without a graph, and again, with one, inside the backward. Such a layer
+hands its ELBO's gradient on by itself then, scaled by the gradient that reached the loss.
 """
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .config import FVAELoraConfig
-from .masks import IGNORED_LABEL, TokenMasks, is_encoder_decoder, sequence_of
+from .masks import TokenMasks
 from .objective import LayerElbo, TokenWeights
 
-ATTRIBUTE = "_fvae_lora_recorder"
 ADVICE = "add it with fvae_lora.add_elbo(loss, model), or train with fvae_lora.FVAELoraTrainer"
 
-
-@dataclass
-class Call:
-    """One run of one layer: the negative weighted ELBO, with graph where there is one, and its terms without."""
-
-    negative_elbo: Tensor
-    terms: LayerElbo
+Key = tuple[str, str]  # a layer's name and an adapter's
+Shares = Mapping[str, Tensor | float]  # of the optimizer step's tokens that a forward has, for each sequence
 
 
 @dataclass
+class Run:
+    """One run of one layer."""
+
+    negative_elbo: Tensor  # weighted by the objective, a mean over the tokens that count
+    terms: LayerElbo  # without graph
+    grad_enabled: bool
+    attached: bool  # to the layer's output
+
+    @property
+    def tokens(self) -> Tensor | int:
+        """How many tokens count."""
+        return self.terms.weights.count
+
+
+@dataclass(eq=False)
 class Forward:
-    """What the layers recorded in one forward pass of the model."""
+    """A forward pass of the model: what its layers recorded, and what became of that."""
 
-    masks: TokenMasks | None = None
-    labels: Tensor | None = None
-    num_items: Tensor | None = None
-    probe: Tensor | None = None
-    shares: Mapping[str, Tensor | float] | None = None
-    calls: dict[tuple[str, str], list[Call]] = field(default_factory=lambda: defaultdict(list))
+    masks: TokenMasks | None = None  # None where layers run outside a forward of the adapted model
     is_open: bool = True
-    used: bool = False
-    in_loss: bool = False
-    scale: Tensor | None = None  # of the gradient that reached the loss
+    runs: dict[Key, list[Run]] = field(default_factory=lambda: defaultdict(list))
+    added: bool = False
+    in_loss: bool = False  # added to the loss that the model itself returned
+    shares: Shares = field(default_factory=dict)
+    per_token: dict[Key, Tensor | float] = field(default_factory=dict)
+    scale: Tensor | None = None  # the gradient that reached the sum
+    missed: bool = False  # a gradient reached a layer and not the sum, so far
+    handed_over: set[Key] = field(default_factory=set)
 
-    def needs_grad(self) -> bool:
-        """Whether an ELBO with a graph was recorded."""
-        return any(call.negative_elbo.requires_grad for calls in self.calls.values() for call in calls)
+    def all_runs(self) -> list[Run]:
+        """Every run of every layer."""
+        return [run for runs in self.runs.values() for run in runs]
 
-    def total(self, shares: Mapping[str, Tensor | float]) -> Tensor:
-        """The weighted negative ELBO over layers, the tokens of each sequence times that sequence's share."""
-        values: list[Tensor] = []
-        for (layer, adapter), calls in self.calls.items():
-            weight = self._weight(adapter, calls[0].terms.config) * shares.get(self._sequence(layer), 1.0)
-            values += [call.negative_elbo * (weight * _share_of_run(call.terms.weights, calls)) for call in calls]
-        return torch.stack([value.to(values[0].device) for value in values]).sum()
+    def release(self) -> None:
+        """Let go of the graph."""
+        for run in self.all_runs():
+            run.negative_elbo = run.negative_elbo.detach()
 
-    def coefficient(self, layer: str, adapter: str, weights: TokenWeights) -> Tensor | float:
-        """Derivative of the loss by the ELBO of one run of a layer that is being run again inside the backward."""
-        calls = self.calls[layer, adapter]
-        share = (self.shares or {}).get(self._sequence(layer), 1.0)
-        return self._weight(adapter, calls[0].terms.config) * share * _share_of_run(weights, calls)
-
-    def _sequence(self, layer: str) -> str:
-        return sequence_of(layer, self.masks is not None and is_encoder_decoder(self.masks.model))
-
-    def _weight(self, adapter: str, config: FVAELoraConfig) -> float:
-        if config.layer_reduction == "sum":
-            return config.elbo_weight
-        return config.elbo_weight / sum(1 for _, other in self.calls if other == adapter)
+    def check(self) -> None:
+        """A gradient has reached a layer: is the ELBO in the loss that it comes from?"""
+        if self.scale is None and self.added and not self.in_loss:
+            self.missed = True  # the sum may still get its gradient, in a backward of its own
+        elif self.scale is None:
+            raise _not_in_loss(self)
 
 
-def _share_of_run(weights: TokenWeights, calls: Sequence[Call]) -> Tensor | float:
-    """A layer that runs several times in one forward has one mean, over the tokens of all its runs."""
-    if len(calls) == 1:
-        return 1.0
-    counts = torch.stack([torch.as_tensor(call.terms.weights.count) for call in calls])
-    return torch.as_tensor(weights.count) / counts.sum().clamp(min=1)
+def _not_in_loss(forward: Forward | None) -> RuntimeError:
+    unlabelled = "call the model without labels and " if forward is not None and forward.in_loss else ""
+    return RuntimeError(f"the ELBO of FVAE-LoRA is not in the loss that runs backward; {unlabelled}{ADVICE}")
+
+
+@dataclass
+class MicroBatch:
+    """A micro-batch of a Trainer that adds the ELBO of all its forwards to the loss by itself."""
+
+    labels: Any
+    forwards: list[Forward] = field(default_factory=list)
 
 
 class Recorder:
@@ -93,8 +97,8 @@ class Recorder:
 
     def __init__(self) -> None:
         self.forward = Forward(is_open=False)
-        self.backward: Forward | None = None  # the forward whose backward is running
-        self.next_shares: Mapping[str, Tensor | float] | None = None
+        self.backward: Forward | None = None  # whose backward is running
+        self.micro_batch: MicroBatch | None = None
         self.loss_uses_num_items: bool | None = None
         self.warned = False
 
@@ -108,17 +112,21 @@ class Recorder:
         return self.forward.masks if self.forward.is_open else None
 
     def _rerun(self) -> Forward | None:
-        """The forward of which checkpointing runs a part again, if it does."""
-        return self.backward if not self.forward.is_open and _inside_backward() else None
+        """The forward of which gradient checkpointing runs a part again, if it does."""
+        return (self.backward or self.forward) if not self.forward.is_open and _inside_backward() else None
 
     def begin(self, forward: Forward) -> None:
-        """Start a forward pass; what the last one left is dropped, with a warning if it was never used."""
+        """Start a forward pass; what the last one left is dropped, which must not go unseen."""
         last = self.forward
-        if not last.used and not self.warned and last.needs_grad():
-            self.warned = True
-            warnings.warn(f"the ELBO of a training forward was never used; {ADVICE}", stacklevel=2)
-        forward.shares, self.next_shares = self.next_shares, None
-        self.forward = forward
+        if last.missed and last.scale is None:
+            last.missed = False
+            raise RuntimeError(f"the ELBO of the last forward was not in the loss that ran backward; {ADVICE}")
+        if self.micro_batch is None or last not in self.micro_batch.forwards:
+            if not last.added and not self.warned and any(run.negative_elbo.requires_grad for run in last.all_runs()):
+                self.warned = True
+                warnings.warn(f"the ELBO of a training forward was never used; {ADVICE}", stacklevel=2)
+            last.release()
+        self.forward, self.backward = forward, None
 
     def record(self, layer: str, adapter: str, output: Tensor, terms: LayerElbo) -> Tensor:
         """Record the ELBO of a layer's run.
@@ -132,48 +140,28 @@ class Recorder:
         Returns:
             The output to go on with.
         """
-        negative_elbo = -terms.total()
-        if (rerun := self._rerun()) is not None and (layer, adapter) in rerun.calls:
-            return _HandOver.apply(
-                output, negative_elbo * rerun.coefficient(layer, adapter, terms.weights), rerun.scale
-            )
-        forward = self.forward
-        if not forward.is_open and (forward.used or forward.masks is not None or (layer, adapter) in forward.calls):
+        key, negative_elbo = (layer, adapter), -terms.total()
+        if (rerun := self._rerun()) is not None:
+            return _hand_over(rerun, key, output, negative_elbo, terms.weights)
+        last = self.forward
+        if not last.is_open and (last.added or last.masks is not None or key in last.runs):
             # The layer runs outside a forward of the adapted model, as when somebody calls a part of it.
             self.begin(Forward(is_open=False))
-            forward = self.forward
-        forward.calls[layer, adapter].append(Call(negative_elbo, terms.detached()))
-        if not forward.is_open:
-            refuse_unused([output], forward)
-        return output
+        attached = not torch.compiler.is_compiling()
+        run = Run(negative_elbo, terms.detached(), torch.is_grad_enabled(), attached)
+        self.forward.runs[key].append(run)
+        return _Attach.apply(output, negative_elbo, weakref.ref(self.forward), None) if attached else output
 
 
-class _AddElbo(torch.autograd.Function):
-    """loss + ELBO; the backward notes the gradient that reached the loss, for layers that run inside it."""
-
-    @staticmethod
-    def forward(ctx, loss, negative_elbo, recorder):  # type: ignore[no-untyped-def]
-        ctx.recorder, ctx.forward_pass = recorder, recorder.forward
-        return loss + negative_elbo.to(loss.device)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor):  # type: ignore[no-untyped-def]
-        ctx.forward_pass.scale = grad.detach()
-        ctx.recorder.backward = ctx.forward_pass
-        return grad, grad, None
-
-
-class _HandOver(torch.autograd.Function):
-    """Identity on a layer's output that gives the layer's ELBO its share of the gradient of the loss."""
-
-    @staticmethod
-    def forward(ctx, output, negative_elbo, scale):  # type: ignore[no-untyped-def]
-        ctx.scale = scale.to(negative_elbo.device, negative_elbo.dtype)
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor):  # type: ignore[no-untyped-def]
-        return grad, ctx.scale, None
+def _hand_over(forward: Forward, key: Key, output: Tensor, negative_elbo: Tensor, weights: TokenWeights) -> Tensor:
+    """What a layer returns that checkpointing runs again inside the backward."""
+    if key in forward.runs and forward.runs[key][0].grad_enabled:
+        return output  # it has a graph, which only wants its tensors back
+    if forward.scale is None or key not in forward.runs:
+        raise _not_in_loss(forward)
+    forward.handed_over.add(key)
+    coefficient = forward.scale.to(negative_elbo) * (forward.per_token[key] * weights.count)
+    return _Attach.apply(output, negative_elbo, None, coefficient)
 
 
 def _inside_backward() -> bool:
@@ -181,163 +169,122 @@ def _inside_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def join(loss: Tensor, recorder: Recorder, shares: Mapping[str, Tensor | float], in_loss: bool = False) -> Tensor:
-    """Add the ELBO of the last forward to a scalar.
+class _Attach(torch.autograd.Function):
+    """Identity on a layer's output, with the layer's ELBO as its companion.
+
+    The companion makes the ELBO's parameters part of the output's graph, as DistributedDataParallel wants to see
+    them. It gets its gradient from the sum, or, in a layer that runs again, from here.
+    """
+
+    @staticmethod
+    def forward(ctx, output, negative_elbo, forward_pass, coefficient):  # type: ignore[no-untyped-def]
+        # A weak reference: the forward holds the graph, and the graph must not hold itself.
+        ctx.forward_pass, ctx.coefficient = forward_pass, coefficient
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[no-untyped-def]
+        if ctx.coefficient is not None:
+            return grad, ctx.coefficient, None, None
+        check_reached(ctx.forward_pass)
+        return grad, None, None, None
+
+
+def check_reached(reference: weakref.ref[Forward]) -> None:
+    """A gradient has reached a layer; see `Forward.check`."""
+    if (forward := reference()) is None:
+        raise _not_in_loss(None)  # the next one came before its ELBO was added
+    forward.check()
+
+
+class _Add(torch.autograd.Function):
+    """loss + ELBO; the backward notes the gradient that reached the sum, for layers that run inside it."""
+
+    @staticmethod
+    def forward(ctx, loss, negative_elbo, forwards):  # type: ignore[no-untyped-def]
+        ctx.forwards = forwards
+        return loss + negative_elbo.to(loss.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[no-untyped-def]
+        for forward in ctx.forwards:
+            forward.scale = grad.detach()
+            forward.release()
+        if any(not run.grad_enabled for forward in ctx.forwards for run in forward.all_runs()):
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: _require_hand_over(ctx.forwards))
+        return grad, grad, None
+
+
+def _require_hand_over(forwards: Sequence[Forward]) -> None:
+    """After a backward: a layer without graph should have run again, unless there is nothing in it to train."""
+    for forward in forwards:
+        for key, runs in forward.runs.items():
+            if not runs[0].grad_enabled and key not in forward.handed_over and _trainable(forward, key[0]):
+                raise RuntimeError(
+                    f"the ELBO of {key[0]} has no graph, so it cannot be trained: nothing before the checkpointed "
+                    "layers requires a gradient; call model.enable_input_require_grads(), or use_reentrant=False"
+                )
+
+
+def _trainable(forward: Forward, layer: str) -> bool:
+    return forward.masks is None or any(p.requires_grad for p in forward.masks.model.get_submodule(layer).parameters())
+
+
+def add(loss: Tensor, forwards: Sequence[Forward], shares: Shares) -> Tensor:
+    """Add the ELBO of a model's forward passes to a scalar.
+
+    Each layer's is the mean over the tokens of all its runs, times the share of these tokens in the optimizer's step;
+    layers and adapters add up, weighted as `fvae_lora.FVAELoraConfig` says.
 
     Args:
         loss: The scalar.
-        recorder: What recorded it; the ELBO is marked as used.
-        shares: This forward's share of the tokens of the optimizer's step, for each sequence.
-        in_loss: Whether the model's own loss now contains it.
+        forwards: The forwards, whose ELBO counts as used from now on; several have one mean.
+        shares: The share for each sequence; 1 for those that are missing.
 
     Returns:
         ``loss + negative ELBO``.
     """
-    forward = recorder.forward
-    forward.used, forward.in_loss, forward.shares = True, in_loss, shares
-    total = forward.total(shares)
-    if total.requires_grad and not torch.compiler.is_compiling():
-        total.register_hook(partial(_release, forward))
-    return _AddElbo.apply(loss, total, recorder)
+    per_token = _per_token(forwards, shares)
+    values = [
+        run.negative_elbo * (run.tokens * per_token[key])
+        for forward in forwards
+        for key, runs in forward.runs.items()
+        for run in runs
+    ]
+    for forward in forwards:
+        forward.added = forward.added or torch.is_grad_enabled()
+        forward.shares, forward.per_token = shares, per_token
+    return _Add.apply(loss, torch.stack([value.to(loss.device) for value in values]).sum(), forwards)
 
 
-def task_weight(forward: Forward) -> float:
+def _per_token(forwards: Sequence[Forward], shares: Shares) -> dict[Key, Tensor | float]:
+    """The weight in the loss of one token's ELBO, for each layer and adapter."""
+    groups: dict[Key, list[tuple[Forward, Run]]] = defaultdict(list)
+    for forward in forwards:
+        for key, runs in forward.runs.items():
+            groups[key] += [(forward, run) for run in runs]
+    layers = Counter(adapter for _, adapter in groups)
+    weights: dict[Key, Tensor | float] = {}
+    for (layer, adapter), group in groups.items():
+        forward, run = group[0]
+        config = run.terms.config
+        weight = config.elbo_weight / (layers[adapter] if config.layer_reduction == "mean" else 1)
+        share = 1.0 if forward.masks is None else shares.get(forward.masks.sequence(layer), 1.0)
+        share = share.to(run.negative_elbo.device) if isinstance(share, Tensor) else share
+        tokens = sum((run.tokens for _, run in group), start=0)
+        weights[layer, adapter] = (
+            weight * share / (tokens.clamp(min=1) if isinstance(tokens, Tensor) else max(tokens, 1))
+        )
+    return weights
+
+
+def task_weight(forwards: Sequence[Forward]) -> float:
     """The weight of the task loss, which the adapters that ran must agree on.
 
     Raises:
         ValueError: If they do not.
     """
-    weights = {calls[0].terms.config.task_weight for calls in forward.calls.values()}
+    weights = {run.terms.config.task_weight for forward in forwards for run in forward.all_runs()}
     if len(weights) > 1:
         raise ValueError(f"task_weight must be the same for all active adapters, not {sorted(weights)}")
     return weights.pop()
-
-
-def _release(forward: Forward, _: Tensor) -> None:
-    """After the backward nothing may keep the graph alive."""
-    for calls in forward.calls.values():
-        for call in calls:
-            call.negative_elbo = call.negative_elbo.detach()
-
-
-def refuse_unused(outputs: Sequence[Tensor], forward: Forward) -> None:
-    """Let a gradient that reaches one of the outputs fail if the ELBO was not used by then."""
-    if torch.compiler.is_compiling():
-        return
-    for output in outputs:
-        if output.requires_grad:
-            output.register_hook(partial(_raise_if_unused, forward))
-
-
-def _raise_if_unused(forward: Forward, _: Tensor) -> None:
-    if not forward.used:
-        forward.used = True
-        raise RuntimeError(f"the ELBO of FVAE-LoRA was not added to this loss; {ADVICE}")
-
-
-def recorder_of(model: nn.Module) -> Recorder:
-    """The recorder of an adapted model; made, with the hooks that it needs, on the first call."""
-    recorder: Recorder | None = vars(model).get(ATTRIBUTE)
-    if recorder is None:
-        recorder = Recorder()
-        setattr(model, ATTRIBUTE, recorder)
-        model.register_forward_pre_hook(_begin_forward, with_kwargs=True)
-        model.register_forward_hook(_end_forward, with_kwargs=True)
-    return recorder
-
-
-def forget(model: nn.Module) -> None:
-    """Take recorder and hooks off a model that has no adapted layers any more."""
-    if ATTRIBUTE in vars(model):
-        delattr(model, ATTRIBUTE)
-    for hooks, hook in ((model._forward_pre_hooks, _begin_forward), (model._forward_hooks, _end_forward)):
-        for key in [key for key, registered in hooks.items() if registered is hook]:
-            del hooks[key]
-
-
-def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    if getattr(model, "_is_replica", False):
-        raise RuntimeError("FVAE-LoRA does not support torch.nn.DataParallel; use torchrun or accelerate launch")
-    recorder: Recorder = getattr(model, ATTRIBUTE)
-    inputs = kwargs
-    if args:
-        inputs = dict(inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments) | kwargs
-    forward = Forward(TokenMasks(model, inputs), inputs.get("labels"), inputs.get("num_items_in_batch"))
-    recorder.begin(forward)
-    if forward.num_items is not None and recorder.loss_uses_num_items is None and torch.is_grad_enabled():
-        # Whether the model's own loss divides by this number is not written anywhere: follow its gradient, once.
-        forward.probe = torch.tensor(float(forward.num_items), requires_grad=True)
-        return args, kwargs | {"num_items_in_batch": forward.probe}
-    return None
-
-
-def _end_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    recorder: Recorder = getattr(model, ATTRIBUTE)
-    forward = recorder.forward
-    forward.is_open = False
-    if not forward.calls:
-        return None
-    key = _loss_key(output, forward)
-    if key is None:
-        refuse_unused(list(_tensors(output)), forward)
-        return None
-    loss = output if key is Ellipsis else output[key]
-    share = _share_of_items(model, forward)
-    if forward.probe is not None and loss.requires_grad:
-        (follows,) = torch.autograd.grad(loss, forward.probe, retain_graph=True, allow_unused=True)
-        recorder.loss_uses_num_items = follows is not None
-    if share is not None and recorder.loss_uses_num_items is False:
-        loss = loss * share.to(loss.device)  # the model returned the mean over this micro-batch alone
-    shares = forward.shares
-    if shares is None:
-        shares = {} if share is None else {"input": share, "decoder": share}
-    return _replaced(output, key, join(task_weight(forward) * loss, recorder, shares, in_loss=True))
-
-
-def _share_of_items(model: nn.Module, forward: Forward) -> Tensor | None:
-    """This micro-batch's share of the labels of the optimizer's step, counted as transformers' Trainer counts."""
-    labels = forward.labels
-    if forward.num_items is None or not isinstance(labels, Tensor):
-        return None
-    if getattr(model, "loss_type", None) == "ForCausalLM" and not is_encoder_decoder(model):
-        labels = labels[..., 1:]
-    return (labels != IGNORED_LABEL).sum() / torch.as_tensor(forward.num_items, device=labels.device)
-
-
-def _loss_key(output: Any, forward: Forward) -> Any:
-    """Where the loss lies in a model's output: a key, an index, `...` for the output itself, ``None`` for nowhere."""
-    if isinstance(output, Mapping):
-        return "loss" if isinstance(output.get("loss"), Tensor) else None
-    assert forward.masks is not None
-    names = {name for name, value in forward.masks.inputs.items() if value is not None and value is not False}
-    if not any("label" in name or name in ("start_positions", "return_loss") for name in names):
-        return None
-    if isinstance(output, tuple) and output and _is_scalar(output[0]):
-        return 0
-    return ... if _is_scalar(output) else None
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
-
-
-def _replaced(output: Any, key: Any, loss: Tensor) -> Any:
-    if key is Ellipsis:
-        return loss
-    if isinstance(output, Mapping):
-        output["loss"] = loss  # type: ignore[index]
-        return output
-    if hasattr(output, "_replace"):
-        return output._replace(**{output._fields[0]: loss})
-    return (loss, *output[1:])
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _tensors(value)

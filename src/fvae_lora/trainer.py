@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from .layer import FVAELoraLayer
-from .masks import count_tokens
-from .recorder import ATTRIBUTE
-from .training import add_elbo, recorders
+from .hooks import ATTRIBUTE
+from .masks import SEQUENCES, count_tokens
+from .recorder import MicroBatch
+from .training import recorders, with_elbo
 
 # For the type checker a Trainer; at run time a plain mixin, to stand before any of the Trainer's subclasses.
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -22,15 +22,15 @@ class ElboTrainerMixin(_Base):
     """Weights the ELBO by tokens, for `transformers.Trainer` and its subclasses.
 
     Use: ``class MyTrainer(ElboTrainerMixin, SFTTrainer)``. An optimizer's step gets the mean of the ELBO over all its
-    tokens that are no padding, across accumulated micro-batches and, with ``average_tokens_across_devices``, across
-    ranks. Where the Trainer computes the loss itself (label smoothing, ``compute_loss_func``) the ELBO is added to
-    that. A model without FVAE-LoRA layers trains as with the plain Trainer.
+    tokens that are no padding, across accumulated micro-batches and processes. It is added to whatever loss the
+    Trainer behind the mixin computes: the model's, one with label smoothing, one of its own. A model without FVAE-LoRA
+    layers trains as with the plain Trainer.
 
     Raises:
         RuntimeError: In training on several GPUs with `torch.nn.DataParallel`, which splits what the layers record.
     """
 
-    _tokens_in_step: Mapping[str, Tensor] | None = None
+    _tokens_in_step: Tensor | None = None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -39,10 +39,8 @@ class ElboTrainerMixin(_Base):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         root = _root(self.model)
         if root is not None and batches and isinstance(batches[0], Mapping):
-            counts = [count_tokens(root, batch) for batch in batches]
-            self._tokens_in_step = {
-                sequence: torch.stack([count[sequence].to(device) for count in counts]).sum() for sequence in counts[0]
-            }
+            counts = torch.stack([count_tokens(root, batch).to(device) for batch in batches])
+            self._tokens_in_step = self.accelerator.reduce(counts.sum(0), "sum")
         return batches, num_items
 
     def compute_loss(
@@ -68,44 +66,33 @@ class ElboTrainerMixin(_Base):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.args.n_gpu > 1:
             raise RuntimeError("FVAE-LoRA does not support torch.nn.DataParallel; use torchrun or accelerate launch")
-        across_devices = (
-            self.args.average_tokens_across_devices
-            and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
-            and num_items_in_batch is not None
-        )
-        shares = self._shares(root, inputs, num_items_in_batch, across_devices)
-        for recorder in recorders(root):
-            recorder.next_shares = shares
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        pending = [
-            recorder.forward for recorder in recorders(root) if recorder.forward.calls and not recorder.forward.used
-        ]
-        if pending:
-            # The plain Trainer multiplied the loss that it computed by the number of processes.
-            processes = self.accelerator.num_processes if across_devices else 1
-            for forward in pending:
-                forward.shares = {sequence: share * processes for sequence, share in (shares or {}).items()}
-            loss = add_elbo(loss, root)
-        return (loss, outputs) if return_outputs else loss
+        shares = self._shares(root, inputs, num_items_in_batch)
+        micro_batches = {recorder: MicroBatch(inputs.get("labels")) for recorder in recorders(self.model)}
+        for recorder, micro_batch in micro_batches.items():
+            recorder.micro_batch = micro_batch
+        try:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            for recorder in micro_batches:
+                recorder.micro_batch = None
+        loss, *outputs = result if return_outputs else (result,)
+        loss = with_elbo(loss, [(micro_batch.forwards, shares) for micro_batch in micro_batches.values()])
+        return (loss, *outputs) if return_outputs else loss
 
     def _shares(
-        self, root: nn.Module, inputs: Mapping[str, Any], num_items: Tensor | int | None, across_devices: bool
-    ) -> dict[str, Tensor | float] | None:
+        self, root: nn.Module, inputs: Mapping[str, Any], num_items: Tensor | int | None
+    ) -> dict[str, Tensor | float]:
         """This micro-batch's share of the step's tokens, in the scale that the Trainer's later steps expect."""
         if self._tokens_in_step is None:
-            return None
+            return {}
         # Unless the loss is normalised over the whole step, the Trainer divides it by the number of micro-batches.
         normalised = (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
         if getattr(self, "loss_is_scaled_for_ga", None) is not None:
             normalised = self.loss_is_scaled_for_ga
-        micro_batches = 1 if normalised else self.current_gradient_accumulation_steps
-        shares: dict[str, Tensor | float] = {}
-        for sequence, count in count_tokens(root, inputs).items():
-            total = self._tokens_in_step[sequence].to(count.device)
-            if across_devices and self.accelerator.num_processes > 1:
-                total = self.accelerator.gather(total.to(self.args.device)).sum().to(count.device)
-            shares[sequence] = micro_batches * count / total.clamp(min=1)
-        return shares
+        # And the gradients of the processes are averaged.
+        parts = self.accelerator.num_processes * (1 if normalised else self.current_gradient_accumulation_steps)
+        counts = count_tokens(root, inputs).to(self._tokens_in_step.device)
+        return dict(zip(SEQUENCES, parts * counts / self._tokens_in_step.clamp(min=1), strict=True))
 
 
 class FVAELoraTrainer(ElboTrainerMixin, Trainer):
@@ -113,10 +100,5 @@ class FVAELoraTrainer(ElboTrainerMixin, Trainer):
 
 
 def _root(model: nn.Module) -> nn.Module | None:
-    """The adapted model inside a model: the one whose forward the hooks watch."""
-    for module in model.modules():
-        if ATTRIBUTE in vars(module):
-            return module
-        if isinstance(module, FVAELoraLayer):
-            break
-    return None
+    """The first adapted model inside a model, whose forward the hooks watch."""
+    return next((module for module in model.modules() if ATTRIBUTE in vars(module)), None)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .layer import FVAELoraLayer
-from .recorder import Forward, Recorder, join, task_weight
+from .recorder import Forward, Recorder, Run, Shares, add, task_weight
 
 
 def elbo_loss(model: nn.Module) -> Tensor:
@@ -25,15 +25,15 @@ def elbo_loss(model: nn.Module) -> Tensor:
         A scalar in at least fp32. Zero without a graph when nothing was recorded: in eval mode, with adapters disabled,
         with ``elbo_weight=0``.
     """
-    recorded = [recorder for recorder in recorders(model) if recorder.forward.calls]
+    forwards = last_forwards(model)
     total = torch.zeros((), device=next(model.parameters()).device)
-    if not recorded:
+    if not forwards:
         return total
-    if any(recorder.forward.in_loss for recorder in recorded):
+    if torch.is_grad_enabled() and any(forward.in_loss for forward in forwards):
         warnings.warn("this forward's own loss contains the ELBO already; do not add it a second time", stacklevel=2)
     total.requires_grad_(torch.is_grad_enabled())
-    for recorder in recorded:
-        total = join(total, recorder, recorder.forward.shares or {}, in_loss=recorder.forward.in_loss)
+    for forward in forwards:
+        total = add(total, [forward], forward.shares)
     return total
 
 
@@ -49,18 +49,38 @@ def add_elbo(task_loss: Tensor, model: nn.Module) -> Tensor:
 
     Raises:
         RuntimeError: If that forward returned a loss of its own, which contains the ELBO already.
+        ValueError: If `task_loss` is no scalar, or the active adapters disagree on ``task_weight``.
     """
-    forwards = [recorder.forward for recorder in recorders(model) if recorder.forward.calls]
-    if not forwards:
-        return task_loss
+    forwards = last_forwards(model)
     if any(forward.in_loss for forward in forwards):
         raise RuntimeError(
             "the loss that this forward returned contains the ELBO already; use it, or call the model without labels"
         )
-    weights = {task_weight(forward) for forward in forwards}
-    if len(weights) > 1:
-        raise ValueError(f"task_weight must be the same for all active adapters, not {sorted(weights)}")
-    return weights.pop() * task_loss + elbo_loss(model).to(task_loss.device)
+    return with_elbo(task_loss, [([forward], forward.shares) for forward in forwards])
+
+
+def with_elbo(task_loss: Tensor, groups: Sequence[tuple[Sequence[Forward], Shares]]) -> Tensor:
+    """``task_weight * task_loss`` plus the ELBO of some models' forwards.
+
+    Args:
+        task_loss: A scalar.
+        groups: For each model its forwards, which have one mean, and their share of the optimizer's step.
+
+    Returns:
+        A scalar; `task_loss` itself when the forwards recorded nothing.
+
+    Raises:
+        ValueError: If `task_loss` is no scalar, or the active adapters disagree on ``task_weight``.
+    """
+    recorded = [(forwards, shares) for forwards, shares in groups if forwards]
+    if not recorded:
+        return task_loss
+    if task_loss.numel() != 1:
+        raise ValueError(f"the ELBO is added to a scalar loss, not to one of shape {tuple(task_loss.shape)}")
+    loss = task_weight([forward for forwards, _ in recorded for forward in forwards]) * task_loss
+    for forwards, shares in recorded:
+        loss = add(loss, forwards, shares)
+    return loss
 
 
 @torch.no_grad()
@@ -80,16 +100,15 @@ def elbo_terms(model: nn.Module) -> dict[str, dict[str, float]]:
         Empty when nothing was recorded.
     """
     return {
-        module: _mean_terms(forward, layer, adapter)
-        for forward in (recorder.forward for recorder in recorders(model))
-        for layer, adapter in list(forward.calls)
+        module: _mean_terms(runs)
+        for forward in last_forwards(model)
+        for (layer, adapter), runs in forward.runs.items()
         for module in [layer if _single(forward) else f"{layer}.{adapter}"]
     }
 
 
-def _mean_terms(forward: Forward, layer: str, adapter: str) -> dict[str, float]:
-    runs = forward.calls[layer, adapter]
-    counts = torch.stack([torch.as_tensor(run.terms.weights.count, dtype=torch.float64).cpu() for run in runs])
+def _mean_terms(runs: Sequence[Run]) -> dict[str, float]:
+    counts = torch.stack([torch.as_tensor(run.tokens, dtype=torch.float64).cpu() for run in runs])
     names = list(runs[0].terms.terms())
     values = torch.stack([torch.stack(list(run.terms.terms().values())).double().cpu() for run in runs])
     means = (values * counts[:, None]).sum(0) / counts.sum().clamp(min=1)
@@ -97,13 +116,14 @@ def _mean_terms(forward: Forward, layer: str, adapter: str) -> dict[str, float]:
 
 
 def _single(forward: Forward) -> bool:
-    return len({adapter for _, adapter in forward.calls}) == 1
+    return len({adapter for _, adapter in forward.runs}) == 1
 
 
-def recorders(model: nn.Module) -> Iterator[Recorder]:
+def recorders(model: nn.Module) -> list[Recorder]:
     """The recorders of the adapted models inside a model, each once."""
-    seen: dict[int, Recorder] = {}
-    for module in model.modules():
-        if isinstance(module, FVAELoraLayer):
-            seen.setdefault(id(module.recorder), module.recorder)
-    return iter(seen.values())
+    return list(dict.fromkeys(module.recorder for module in model.modules() if isinstance(module, FVAELoraLayer)))
+
+
+def last_forwards(model: nn.Module) -> list[Forward]:
+    """The last forward of each adapted model inside a model, of those that recorded something."""
+    return [recorder.forward for recorder in recorders(model) if recorder.forward.runs]
