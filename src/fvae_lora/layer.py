@@ -150,10 +150,10 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
             raise RuntimeError(f"adapter {adapter!r} is inference_only and cannot be trained; call model.eval()")
         encoder_input = F.dropout(self._cast_input_dtype(x, B.dtype), config.lora_dropout, self.training)
         if not (self.training or config.sample_at_inference):
-            return F.linear(vae.encode_mean("encoder1", encoder_input), B) * self.scaling[adapter]
+            return F.linear(vae.encode_mean("encoder1", encoder_input) * self.scaling[adapter], B)
         mean, logvar = vae.encode("encoder1", encoder_input)
         q1 = Posterior(mean, logvar, draw(mean, logvar))
-        output = F.linear(q1.sample.to(B.dtype), B) * self.scaling[adapter]
+        output = F.linear((q1.sample * self.scaling[adapter]).to(B.dtype), B)
         if self.training and config.has_residual:
             terms = elbo(vae, x, encoder_input, q1, self._token_weights(x))
             output = self.recorder.record(self.name, adapter, output, terms)
