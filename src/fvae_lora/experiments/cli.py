@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from fvae_lora.experiments.errors import RunError, UserError
 
@@ -17,6 +18,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+recipes = typer.Typer(help="Lists, shows and copies recipes.", invoke_without_command=True)
+app.add_typer(recipes, name="recipes")
 console = Console()
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (image/default) or a YAML file.")]
@@ -145,6 +148,66 @@ def report(
     console.print(f"The page is {page}, the tables lie beside it", highlight=False)
 
 
+@recipes.callback()
+def recipes_default(context: typer.Context) -> None:
+    """Lists recipes, methods and built-in data; `show` prints a recipe, `copy` makes it yours."""
+    if context.invoked_subcommand is None:
+        list_recipes()
+
+
+@recipes.command("list")
+def list_recipes() -> None:
+    """The shipped recipes, the methods, and the models and data that need neither a folder nor a network."""
+    from fvae_lora.experiments.data.source import BUILT_IN as DATASETS
+    from fvae_lora.experiments.methods import METHODS
+    from fvae_lora.experiments.recipe import shipped
+    from fvae_lora.experiments.tasks.image import BUILT_IN as MODELS
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    for heading, entries in (
+        ("Recipes", {name: _first_comment(file) for name, file in shipped().items()}),
+        ("Methods", {name: method.summary for name, method in METHODS.items()}),
+        ("Models", dict.fromkeys(MODELS, "comes with the package; others: a folder, or a name on the hub")),
+        ("Data sets", dict.fromkeys(DATASETS, "comes with a package; others: a folder, or a name on the hub")),
+    ):
+        table.add_row(heading, "", style="underline")
+        for name, what in entries.items():
+            table.add_row(f"  {name}", what)
+    console.print(table)
+
+
+@recipes.command("show")
+def show_recipe(recipe: RecipeName) -> None:
+    """Prints a recipe."""
+    from fvae_lora.experiments.recipe import recipe_file
+
+    print(recipe_file(recipe).read_text(encoding="utf-8"), end="")
+
+
+@recipes.command("copy")
+def copy_recipe(
+    recipe: RecipeName,
+    to: Annotated[Path | None, typer.Argument(metavar="FILE", help="Where to (default: its name, here).")] = None,
+) -> None:
+    """Copies a recipe to a file, to be changed."""
+    from fvae_lora.experiments.recipe import recipe_file
+    from fvae_lora.experiments.record import write_atomically
+
+    source = recipe_file(recipe)
+    target = to or Path(source.name)
+    if target.exists():
+        raise UserError(f"{target}: exists already")
+    write_atomically(target, source.read_text(encoding="utf-8"))
+    console.print(f"{target}: change it, then fvae-lora train {target}", highlight=False)
+
+
+def _first_comment(file: Path) -> str:
+    comment = file.read_text(encoding="utf-8").partition("\n\n")[0]
+    lines = [line.removeprefix("# ") for line in comment.splitlines() if line.startswith("#")]
+    return " ".join(lines).partition(". ")[0].rstrip(".")
+
+
 def _given(**options: Any) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
 
@@ -179,6 +242,8 @@ def exit_code(command: Callable[[], Any]) -> int:
         return _say("stopped; the same command goes on where it was", 130)
     except (UserError, RunError) as error:
         return _say(str(error), 2 if isinstance(error, UserError) else 1)
+    except OSError as error:
+        return _say(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong type
             return _say(error.format_message(), 2)

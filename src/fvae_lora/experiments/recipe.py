@@ -215,4 +215,6 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         option = f" (or --{last})" if last in ("model", "dataset") else ""
         return f"{key}: missing; give {key}=...{option}"
+    if first["type"] == "model_type":
+        return f"{key}: expected keys and values below it, got {first['input']!r}"
     return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"

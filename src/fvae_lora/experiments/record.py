@@ -63,6 +63,7 @@ class RunFolder:
         Raises:
             UserError: another process holds it, or it cannot be written to.
         """
+        existed = self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / ".lock", timeout=patience_s)
@@ -74,7 +75,12 @@ class RunFolder:
         try:
             yield
         finally:
+            if not self.record_file.exists():
+                Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
+            if not existed:
+                with contextlib.suppress(OSError):  # not empty: a run has begun
+                    self.path.rmdir()
 
     def read(self) -> Record | None:
         """The record, or None if there is none yet.

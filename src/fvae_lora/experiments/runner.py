@@ -13,7 +13,15 @@ from typing import Any
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState, default_data_collator, set_seed
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 
 from fvae_lora.experiments.cost import inference_flops, training_flops
 from fvae_lora.experiments.data import Splits, fingerprint, split
@@ -56,7 +64,7 @@ def run(recipe: Recipe, path: Path, quiet: bool = False) -> Record:
         earlier = folder.read_for(recipe)
         if earlier is not None and earlier["state"] == "complete":
             return earlier
-        prepared = _prepare(recipe, (earlier or {}) | folder.opening(recipe))
+        prepared = _prepare(recipe, folder, (earlier or {}) | folder.opening(recipe), quiet)
         try:
             return _complete(prepared, folder, quiet)
         except (RunError, UserError, OSError, RuntimeError, SafetensorError) as error:
@@ -90,7 +98,7 @@ def evaluate(path: Path, model: str | None = None, dataset: str | None = None, q
     recipe = check_recipe(record["recipe"] | places, str(folder.record_file))
     task = load_task(recipe.task)
     official = task.open_source(recipe.dataset, recipe.data)
-    _refuse_other_contents(record, "dataset", fingerprint(official), recipe.dataset)
+    _refuse_other_contents(record, "dataset", fingerprint(official, task.content), recipe.dataset)
     return _score(recipe, folder, split(official, recipe.data, recipe.seed), record, quiet)[0]
 
 
@@ -100,6 +108,7 @@ class _Prepared:
 
     recipe: Recipe
     task: Task
+    arguments: TrainingArguments
     splits: Splits
     rows: dict[str, Any]
     model: PreTrainedModel | PeftModel
@@ -107,15 +116,16 @@ class _Prepared:
     began: float
 
 
-def _prepare(recipe: Recipe, record: Record) -> _Prepared:
+def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool) -> _Prepared:
     """Opens data and model, and refuses what `record`, if a run has begun, was not started with."""
     began = time.monotonic()
     set_seed(recipe.seed)
     task = load_task(recipe.task)
+    arguments = trainer_arguments(recipe, folder.checkpoints, task.METRIC, quiet)
     official = task.open_source(recipe.dataset, recipe.data)
     splits = split(official, recipe.data, recipe.seed)
     model, processor = task.load_model(recipe.model, splits.classes)
-    data = {"name": short(recipe.dataset), "fingerprint": fingerprint(official), **_described(splits, recipe)}
+    data = {"name": short(recipe.dataset), "fingerprint": fingerprint(official, task.content)}
     base = {"name": short(recipe.model), "fingerprint": _model_fingerprint(model)}
     for what, contents in (("model", base), ("dataset", data)):
         _refuse_other_contents(record, what, contents["fingerprint"], contents["name"])
@@ -127,19 +137,18 @@ def _prepare(recipe: Recipe, record: Record) -> _Prepared:
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     record |= {
         "model": base,
-        "dataset": data,
+        "dataset": data | _described(splits, recipe),
         "parameters": {"total": total, "trainable": trainable, "inference": method.inference_parameters(adapted)},
         "versions": versions(),
         "git_commit": git_commit(),
         "hardware": hardware(),
     }
-    return _Prepared(recipe, task, splits, rows, adapted, record, began)
+    return _Prepared(recipe, task, arguments, splits, rows, adapted, record, began)
 
 
 def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
     """Trains from the last checkpoint on, scores, and closes the record."""
     recipe, record, rows = prepared.recipe, prepared.record, prepared.rows
-    arguments = trainer_arguments(recipe, folder.checkpoints, prepared.task.METRIC, quiet)
     before = record.get("time", {"wall_s": 0.0, "train_s": 0.0, "started": _now()})
     training_began = time.monotonic()
 
@@ -157,7 +166,7 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
     note_cost()
     trainer = RunTrainer(
         model=prepared.model,
-        args=arguments,
+        args=prepared.arguments,
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
         data_collator=default_data_collator,

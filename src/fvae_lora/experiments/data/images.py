@@ -1,15 +1,16 @@
 """From encoded images to the tensors that a model takes; augmentation for the training split alone."""
 
+import contextlib
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from fvae_lora.experiments.data.fingerprint import image_bytes
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.recipe import ImageSettings
 
@@ -35,7 +36,7 @@ class Images(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        image = open_image(row["image"], f"{self.split} row {index}").convert(self.mode)
+        image = open_image(row, f"split {self.split}, row {index}").convert(self.mode)
         if self.augment is not None:
             image = self.augment(image)
         return {"pixel_values": process(self.processor, image), "labels": row["label"]}
@@ -47,18 +48,42 @@ def process(processor: Any, image: Image.Image) -> torch.Tensor:
     return pixels
 
 
-def open_image(image: dict[str, Any], where: str) -> Image.Image:
-    """Decodes an image.
+def open_image(row: dict[str, Any], where: str) -> Image.Image:
+    """Decodes a row's image.
 
     Raises:
         UserError: if it is no image or is cut off; names its file, or `where` it is if it has none.
     """
+    with _named(row, where):
+        image: Image.Image = Image.open(io.BytesIO(_encoded(row)))
+        image.load()
+    return image
+
+
+def image_content(row: dict[str, Any], where: str) -> bytes:
+    """A row's image, encoded, after a look at it that costs far less than decoding.
+
+    Raises:
+        UserError: if it is no image; what is cut off may pass.
+    """
+    with _named(row, where):
+        encoded = _encoded(row)
+        Image.open(io.BytesIO(encoded)).verify()
+    return encoded
+
+
+def _encoded(row: dict[str, Any]) -> bytes:
+    image = row["image"]
+    return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+
+
+@contextlib.contextmanager
+def _named(row: dict[str, Any], where: str) -> Iterator[None]:
     try:
-        opened: Image.Image = Image.open(io.BytesIO(image_bytes(image)))
-        opened.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{image['path'] or where}: not a readable image") from error
-    return opened
+        yield
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+        named = row["image"] and row["image"]["path"]
+        raise UserError(f"{named or where}: not a readable image") from error
 
 
 def augmentation(settings: ImageSettings, size: tuple[int, int]) -> Transform | None:

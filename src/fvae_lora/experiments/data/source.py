@@ -121,6 +121,9 @@ def _two_columns(name: str, split: str, rows: Dataset, settings: DataSettings) -
 
 
 def _with_classes(name: str, splits: dict[str, Dataset]) -> dict[str, Dataset]:
+    for split, rows in splits.items():
+        if any(label in (None, -1) for label in rows["label"]):
+            raise UserError(f"dataset {name}: split {split} has rows without a label")
     classes = {split: _classes(rows) for split, rows in splits.items()}
     for split, found in classes.items():
         if different := sorted(set(found) ^ set(classes["train"])):

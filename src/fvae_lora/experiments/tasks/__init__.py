@@ -19,6 +19,9 @@ class Task(Protocol):
     def open_source(self, name: str, settings: DataSettings) -> dict[str, Dataset]:
         """The official splits of the data set of that name."""
 
+    def content(self, row: dict[str, Any], where: str) -> bytes:
+        """What a row is, for the data set's fingerprint; `where` it is helps to name one that cannot be read."""
+
     def load_model(self, name: str, classes: list[str]) -> tuple[PreTrainedModel, Any]:
         """The pretrained model with a head for `classes`, and what prepares its inputs."""
 

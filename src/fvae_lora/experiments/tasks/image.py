@@ -17,12 +17,13 @@ from transformers import (
 
 from fvae_lora.experiments.data import Splits, open_source
 from fvae_lora.experiments.data.images import Images, augmentation, process
+from fvae_lora.experiments.data.images import image_content as content
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.heads import draw_new_head
 from fvae_lora.experiments.names import is_local
 from fvae_lora.experiments.recipe import Recipe
 
-__all__ = ["METRIC", "datasets", "load_model", "metrics", "open_source"]
+__all__ = ["METRIC", "content", "datasets", "load_model", "metrics", "open_source"]
 
 METRIC = "accuracy"
 

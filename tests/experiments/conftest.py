@@ -1,0 +1,91 @@
+"""A tiny ViT, a folder of tiny pictures, and runs that take a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from fvae_lora.experiments.cli import app, exit_code
+from fvae_lora.experiments.recipe import Recipe, check_recipe
+
+COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
+SIDE = 8
+
+
+def write_pictures(
+    folder: Path, per_class: int, classes: dict[str, tuple[int, int, int]] = COLOURS, seed: int = 0
+) -> None:
+    """Noisy patches of one colour per class, each picture different, in one folder per class."""
+    noise = np.random.default_rng(seed)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(per_class):
+            pixels = np.clip(noise.normal(colour, 60, (SIDE + i % 3, SIDE + 2, 3)), 0, 255).astype("uint8")
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-vit"
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=SIDE,
+        patch_size=4,
+        num_labels=2,
+        initializer_range=0.2,
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "colours"
+    write_pictures(folder / "train", 10)
+    write_pictures(folder / "test", 4, seed=1)
+    return folder
+
+
+@pytest.fixture
+def make_recipe(vit: Path, pictures: Path) -> Callable[..., Recipe]:
+    """A recipe of two epochs of four steps; keyword arguments are sections or values that differ."""
+
+    def make(**changes: Any) -> Recipe:
+        tree: dict[str, Any] = {"model": str(vit), "dataset": str(pictures), "method": "lora"}
+        train = {"epochs": 2, "batch_size": 8, "log_every": 2} | changes.pop("train", {})
+        adapter = {"r": 4} | changes.pop("adapter", {})
+        return check_recipe(tree | {"train": train, "adapter": adapter} | changes, "test")
+
+    return make
+
+
+@pytest.fixture
+def small(vit: Path, pictures: Path) -> list[str]:
+    """The command line's version of `make_recipe`."""
+    options = ["train.epochs=2", "train.batch_size=8", "adapter.r=4", "image.augmentation=[]"]
+    return [*options, "--model", str(vit), "--dataset", str(pictures)]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = exit_code(lambda: app([str(a) for a in arguments], standalone_mode=False))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

@@ -1,0 +1,113 @@
+"""Recipes: what ships, what overrides do, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fvae_lora import FVAELoraConfig, FVAEPEFTConfig
+from fvae_lora.experiments.errors import UserError
+from fvae_lora.experiments.recipe import FvaeSettings, load_recipe, shipped
+
+PLACES = {"model": "m", "dataset": "d"}
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_recipe_is_valid_for_every_method(name: str) -> None:
+    for method in ("fvae-lora", "lora", "linear-probe", "full"):
+        assert load_recipe(name, options=PLACES | {"method": method}).method == method
+
+
+def test_the_default_is_the_papers_setting() -> None:
+    recipe = load_recipe("image/default", options=PLACES)
+    train, adapter, fvae = recipe.train, recipe.adapter, recipe.fvae
+    assert (train.epochs, train.batch_size, train.learning_rate, train.weight_decay) == (30, 32, 5e-3, 0.01)
+    assert (train.schedule, train.warmup_ratio) == ("linear", 0.1)
+    assert (adapter.r, adapter.dropout, adapter.target_modules) == (16, 0.1, ["query", "key"])
+    assert (fvae.elbo_weight, fvae.reconstruction_weight, fvae.factorization_weight) == (1e-3, 1, 1)
+    assert (fvae.kl_weight, fvae.decoder_hidden_dims) == (10, [128])
+    assert recipe.data.protocol == "clean"
+
+
+def test_the_sections_defaults_are_those_of_the_method() -> None:
+    assert FvaeSettings().model_dump() == {name: getattr(FVAELoraConfig(), name) for name in FvaeSettings.model_fields}
+
+
+def test_the_reference_recipe_is_the_references_profile() -> None:
+    recipe = load_recipe("image/reference", options=PLACES)
+    quick_start: dict[str, Any] = {
+        "latent_dim": 16,
+        "enc_num_of_layer": 1,
+        "enc_hidden_layer": 16,
+        "enc_dropout": 0.1,
+        "dec_hidden_layer": 128,
+        "lambda_downstream": 1000,
+    }
+    theirs = FVAEPEFTConfig(**quick_start)
+    for name, value in recipe.fvae.model_dump().items():
+        if name != "factorization_weight":  # the two weights of z1 and z2 take its place
+            assert getattr(theirs, name) == value, name
+    assert (recipe.adapter.r, recipe.adapter.alpha) == (theirs.r, theirs.lora_alpha)
+    assert load_recipe("image/reference", options=PLACES | {"method": "lora"}).adapter.alpha == 16
+
+
+def test_overrides_win_over_the_methods_own_settings_and_options_over_both(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: m\ndataset: d\nper_method:\n  full:\n    train.learning_rate: 1.0e-4\n")
+    assert load_recipe(str(file)).train.learning_rate == 5e-3
+    assert load_recipe(str(file), ["method=full"]).train.learning_rate == 1e-4
+    assert load_recipe(str(file), ["method=full", "train.learning_rate=1e-2"]).train.learning_rate == 1e-2
+    assert load_recipe(str(file), ["seed=3"], {"seed": 4}).seed == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "says"),
+    [
+        ("", [], "expected keys and values"),
+        ("train: [", [], "not readable as YAML"),
+        ("trian: {epochs: 1}", [], "trian: unknown key; allowed are task, method"),
+        ("", ["train.epoch=1"], "train.epoch: unknown key; allowed are epochs, batch_size"),
+        ("", ["train.epochs=0"], "train.epochs: input should be greater than or equal to 1, got 0"),
+        ("", ["train.learning_rate=.nan"], "train.learning_rate: input should be"),
+        ("", ["train.schedule=square"], "train.schedule: input should be 'linear', 'cosine'"),
+        ("", ["train=3"], "train: expected keys and values below it, got 3"),
+        ("", ["seed.x=3"], "seed: input should be a valid integer"),
+        ("seed: 1", ["seed.x=3"], "seed.x: unknown key; seed has no keys below it"),
+        ("", ["method=dora"], "method: input should be 'fvae-lora', 'lora', 'linear-probe' or 'full', got 'dora'"),
+        ("", ["adapter.target_modules=[]"], "adapter.target_modules: list should have at least 1 item"),
+        ("", ["epochs"], "epochs: expected key=value"),
+        ("", ["seed=[1"], "seed: '[1' is not a YAML value"),
+        ("per_method: {dora: {seed: 1}}", [], "per_method.dora: expected keys and values below one of fvae-lora"),
+        ("per_method: {lora: 3}", [], "per_method.lora: expected keys and values"),
+        ("task: audio", [], "task: input should be 'image'"),
+    ],
+)
+def test_what_is_wrong_is_named_in_one_line(text: str, overrides: list[str], says: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"{text}\nmodel: m\ndataset: d\n" if text and "[" not in text[-1] else text)
+    if overrides and not text:
+        file.write_text("model: m\ndataset: d\n")
+    with pytest.raises(UserError) as error:
+        load_recipe(str(file), overrides)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_recipe_that_is_nowhere_names_those_that_ship() -> None:
+    with pytest.raises(UserError, match=r"recipe image/nope: no such file, .* image/default"):
+        load_recipe("image/nope")
+
+
+def test_a_recipe_without_a_model_says_how_to_give_one() -> None:
+    with pytest.raises(UserError, match=r"model: missing; give model=... \(or --model\)"):
+        load_recipe("image/default")
+
+
+def test_yaml_cannot_make_objects(tmp_path: Path) -> None:
+    file = tmp_path / "evil.yaml"
+    file.write_text(f"model: !!python/object/apply:os.system ['touch {tmp_path}/owned']\n")
+    with pytest.raises(UserError, match="not readable as YAML"):
+        load_recipe(str(file))
+    assert not (tmp_path / "owned").exists()
