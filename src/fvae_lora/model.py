@@ -147,7 +147,7 @@ class FVAELoraModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         layers = [module for module in self.model.modules() if isinstance(module, FVAELoraLayer)]
-        without_bias = [layer.name for layer in layers if layer.get_base_layer().bias is None]
+        without_bias = [layer.name for layer in layers if _base(layer).bias is None]
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if merge and without_bias:
             # transformers ignores keys that a model's class does not know.
