@@ -65,7 +65,7 @@ def _end_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         loss = output if key is Ellipsis else output[key]
         share = _share_of_items(model, inputs)
         if share is not None and not _normalised(model, recorder, loss, inputs["num_items_in_batch"]):
-            loss = loss * share.to(loss.device)  # the model returned the mean over this micro-batch alone
+            loss = loss * share  # the model returned the mean over this micro-batch alone
         if recorder.micro_batch is None:
             forward.in_loss = True
             loss = add(
@@ -84,10 +84,12 @@ def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _watch(recorder: Recorder, forward: Forward, output: Any) -> None:
     """Have a backward say whose it is, as soon as it reaches one of the outputs."""
-    reference = weakref.ref(forward)  # an output's graph is part of the forward's: it must not hold itself
+    # Weak references: an output's graph is part of what the forward holds, and must not hold itself.
+    owner, reference = weakref.ref(recorder), weakref.ref(forward)
 
     def enter(_: Tensor) -> None:
-        recorder.backward = reference()
+        if (recorder := owner()) is not None:
+            recorder.backward = reference()
 
     for tensor in _tensors(output):
         if tensor.requires_grad:
@@ -98,7 +100,7 @@ def _watch(recorder: Recorder, forward: Forward, output: Any) -> None:
         node.register_prehook(lambda _: check_reached(reference))
 
 
-def _share_of_items(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+def _share_of_items(model: nn.Module, inputs: Mapping[str, Any]) -> float | None:
     """This micro-batch's share of the labels of the optimizer's step, counted as transformers' Trainer counts."""
     labels, num_items = inputs.get("labels"), inputs.get("num_items_in_batch")
     if num_items is None or not isinstance(labels, Tensor):
@@ -108,7 +110,7 @@ def _share_of_items(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | Non
         labels = inputs["shift_labels"]
     elif shifts:
         labels = labels[..., 1:]
-    return (labels != IGNORED_LABEL).sum() / torch.as_tensor(num_items, device=labels.device).detach()
+    return int((labels != IGNORED_LABEL).sum()) / float(num_items)
 
 
 def _normalised(model: nn.Module, recorder: Recorder, loss: Tensor, num_items: Any) -> bool:

@@ -95,7 +95,7 @@ class TokenMasks:
         return {"input": self.input, "decoder": self.decoder, "image": None}[sequence]
 
 
-def count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+def count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[Sequence, int]:
     """How many tokens of a batch count, before the model has seen it.
 
     Args:
@@ -103,23 +103,20 @@ def count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         inputs: A batch, the arguments of the model's forward by name.
 
     Returns:
-        The number for each of `SEQUENCES`, (3,) in float64. Without a mask it is in the units of the input, pixels
-        for example: right up to a factor that the batches of a run share.
+        The number for each sequence. Without a mask it is in the units of the input, pixels for example: right up to
+        a factor that the batches of a run share.
     """
     masks = TokenMasks.of(model, inputs)
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     main = tensors.get(getattr(model, "main_input_name", "input_ids"), next(iter(tensors.values()), torch.ones(1)))
-    images = next((value for name, value in tensors.items() if "pixel" in name), torch.ones(0))
-    samples = masks.input if masks.input is not None or main.dim() != 2 else torch.ones_like(main, dtype=torch.bool)
+    samples = torch.ones_like(main, dtype=torch.bool) if masks.input is None and main.dim() == 2 else masks.input
     frames = None if samples is None else _frames(model, samples)
-    counts = {
-        "input": main.numel() if masks.input is None else masks.input.sum(),
-        "decoder": main.numel() if masks.decoder is None else masks.decoder.sum(),
-        "image": images.numel(),
+    mask = masks.input if frames is None else frames
+    return {
+        "input": main.numel() if mask is None else int(mask.sum()),
+        "decoder": main.numel() if masks.decoder is None else int(masks.decoder.sum()),
+        "image": sum(value.numel() for name, value in tensors.items() if "pixel_values" in name),
     }
-    if frames is not None:
-        counts["input"] = frames.sum()
-    return torch.stack([torch.as_tensor(counts[name], dtype=torch.float64, device=main.device) for name in SEQUENCES])
 
 
 def _frames(model: nn.Module, mask: Tensor, length: int | None = None) -> Tensor | None:

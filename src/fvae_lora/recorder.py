@@ -29,7 +29,7 @@ from .objective import LayerElbo, TokenWeights
 ADVICE = "add it with fvae_lora.add_elbo(loss, model), or train with fvae_lora.FVAELoraTrainer"
 
 Key = tuple[str, str]  # a layer's name and an adapter's
-Shares = Mapping[str, Tensor | float]  # of the optimizer step's tokens that a forward has, for each sequence
+Shares = Mapping[str, float]  # of the optimizer step's tokens that a forward has, for each sequence
 
 
 @dataclass
@@ -270,7 +270,6 @@ def _per_token(forwards: Sequence[Forward], shares: Shares) -> dict[Key, Tensor 
         config = run.terms.config
         weight = config.elbo_weight / (layers[adapter] if config.layer_reduction == "mean" else 1)
         share = 1.0 if forward.masks is None else shares.get(forward.masks.sequence(layer), 1.0)
-        share = share.to(run.negative_elbo.device) if isinstance(share, Tensor) else share
         tokens = sum((run.tokens for _, run in group), start=0)
         weights[layer, adapter] = (
             weight * share / (tokens.clamp(min=1) if isinstance(tokens, Tensor) else max(tokens, 1))

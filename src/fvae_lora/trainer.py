@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from .hooks import ATTRIBUTE
-from .masks import SEQUENCES, count_tokens
+from .masks import count_tokens
 from .recorder import MicroBatch
 from .training import recorders, with_elbo
 
@@ -30,7 +30,7 @@ class ElboTrainerMixin(_Base):
         RuntimeError: In training on several GPUs with `torch.nn.DataParallel`, which splits what the layers record.
     """
 
-    _tokens_in_step: Tensor | None = None
+    _tokens_in_step: list[int] | None = None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -39,8 +39,8 @@ class ElboTrainerMixin(_Base):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         root = _root(self.model)
         if root is not None and batches and isinstance(batches[0], Mapping):
-            counts = torch.stack([count_tokens(root, batch).to(device) for batch in batches])
-            self._tokens_in_step = self.accelerator.reduce(counts.sum(0), "sum")
+            counts = torch.tensor([list(count_tokens(root, batch).values()) for batch in batches], device=device)
+            self._tokens_in_step = self.accelerator.reduce(counts.sum(0), "sum").tolist()
         return batches, num_items
 
     def compute_loss(
@@ -79,9 +79,7 @@ class ElboTrainerMixin(_Base):
         loss = with_elbo(loss, [(micro_batch.forwards, shares) for micro_batch in micro_batches.values()])
         return (loss, *outputs) if return_outputs else loss
 
-    def _shares(
-        self, root: nn.Module, inputs: Mapping[str, Any], num_items: Tensor | int | None
-    ) -> dict[str, Tensor | float]:
+    def _shares(self, root: nn.Module, inputs: Mapping[str, Any], num_items: Tensor | int | None) -> dict[str, float]:
         """This micro-batch's share of the step's tokens, in the scale that the Trainer's later steps expect."""
         if self._tokens_in_step is None:
             return {}
@@ -91,8 +89,8 @@ class ElboTrainerMixin(_Base):
             normalised = self.loss_is_scaled_for_ga
         # And the gradients of the processes are averaged.
         parts = self.accelerator.num_processes * (1 if normalised else self.current_gradient_accumulation_steps)
-        counts = count_tokens(root, inputs).to(self._tokens_in_step.device)
-        return dict(zip(SEQUENCES, parts * counts / self._tokens_in_step.clamp(min=1), strict=True))
+        counts = count_tokens(root, inputs).items()
+        return {name: parts * n / max(total, 1) for (name, n), total in zip(counts, self._tokens_in_step, strict=True)}
 
 
 class FVAELoraTrainer(ElboTrainerMixin, Trainer):
