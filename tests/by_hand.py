@@ -203,6 +203,9 @@ def rows_for(kind: str, lengths: Sequence[int]) -> list[Batch]:
     for i, length in enumerate(lengths):
         ids = torch.randint(1, 60, (length,), generator=generator)
         labels = torch.tensor(i % 3) if kind == "bert" else ids.flip(0)[: max(2, length - 2)] if kind == "t5" else ids
+        if kind == "llama":
+            labels = ids.clone()
+            labels[0] = -100  # nothing predicts it, and padding on the left must not
         rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
     return rows
 
