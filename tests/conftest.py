@@ -14,9 +14,6 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
-
-from tiny import BUILDERS
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
@@ -42,12 +39,6 @@ def _one_thread() -> Iterator[None]:
 def golden() -> Path:
     """Numbers that the reference implementation computed."""
     return GOLDEN
-
-
-@pytest.fixture(params=sorted(BUILDERS))
-def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    """Each of the tiny models in turn, in float32."""
-    return BUILDERS[request.param]()
 
 
 @pytest.fixture
