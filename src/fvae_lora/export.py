@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from .config import FVAELoraConfig
 
@@ -31,33 +34,70 @@ def export_for_inference(model: PeftModel, folder: str | os.PathLike[str], adapt
         ValueError: If there is no such FVAE-LoRA adapter, if it samples at inference (which needs the log-variance), or
             if the folder holds something.
     """
+    exported = copy.copy(deterministic_config(model, adapter_name))
+    with new_folder(folder) as inside:
+        state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+        kept = {
+            key: value
+            for key, value in state.items()
+            if not (".fvae_lora_vae." in key and any(part in key.rpartition(".")[2] for part in TRAINING_ONLY))
+        }
+        exported.inference_only = exported.inference_mode = True
+        write_adapter(model, exported, kept, inside)
+
+
+def deterministic_config(model: nn.Module, adapter_name: str) -> FVAELoraConfig:
+    """The configuration of an FVAE-LoRA adapter that takes z1's mean at inference.
+
+    Args:
+        model: A peft model.
+        adapter_name: Which adapter.
+
+    Raises:
+        ValueError: If there is no such FVAE-LoRA adapter, or if it samples at inference.
+    """
     config = model.peft_config.get(adapter_name) if isinstance(model, PeftModel) else None
     if not isinstance(config, FVAELoraConfig):
         raise ValueError(f"adapter_name: the model has no FVAE-LoRA adapter named {adapter_name!r}")
     if config.sample_at_inference:
         raise ValueError("sample_at_inference: an adapter that samples at inference cannot be exported without it")
-    target = Path(folder)
+    return config
+
+
+@contextmanager
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to write into, which takes its name once it is whole.
+
+    Args:
+        folder: The folder; must not exist, or be empty.
+
+    Raises:
+        ValueError: If it holds something.
+    """
+    target = Path(folder).absolute()
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"folder: {target} exists and is not empty")
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    kept = {
-        key: value.contiguous()
-        for key, value in state.items()
-        if not (".fvae_lora_vae." in key and any(part in key.rpartition(".")[2] for part in TRAINING_ONLY))
-    }
-    exported = copy.copy(config)
-    exported.inference_only = exported.inference_mode = True
-    if exported.base_model_name_or_path is None:
-        exported.base_model_name_or_path = model.get_base_model().__dict__.get("name_or_path") or None
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as unfinished:
         inside = Path(unfinished, target.name)
         inside.mkdir()
-        save_file(kept, inside / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        exported.save_pretrained(inside, auto_mapping_dict=_auto_mapping(model) if config.task_type is None else None)
+        yield inside
         inside.replace(target)
 
 
-def _auto_mapping(model: PeftModel) -> dict[str, str]:
-    base = type(model.get_base_model())
-    return {"base_model_class": base.__name__, "parent_library": base.__module__}
+def write_adapter(model: PeftModel, config: PeftConfig, state: dict[str, Tensor], folder: Path) -> None:
+    """Write an adapter's weights and configuration, from which peft's auto classes find the base model as well.
+
+    Args:
+        model: The model that the adapter belongs to.
+        config: The adapter's configuration; gets the base model's name if it lacks it.
+        state: The adapter's weights, as `peft.get_peft_model_state_dict` names them.
+        folder: Folder to write to.
+    """
+    base = model.get_base_model()
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
+    classes = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    tensors = {key: value.contiguous() for key, value in state.items()}
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    config.save_pretrained(folder, auto_mapping_dict=classes if config.task_type is None else None)
