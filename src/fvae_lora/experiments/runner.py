@@ -5,6 +5,7 @@ import hashlib
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -88,6 +89,21 @@ def evaluate(path: Path, model: str | None = None, dataset: str | None = None, q
     Raises:
         UserError: no finished run there; another model or other data than the run had.
     """
+    recipe, record = finished_run(path, model, dataset)
+    return _score(recipe, RunFolder(path), open_data(recipe, record), record, quiet)[0]
+
+
+def finished_run(path: Path, model: str | None = None, dataset: str | None = None) -> tuple[Recipe, Record]:
+    """A finished run's recipe and record.
+
+    Args:
+        path: the run's folder.
+        model: where the base model is, if not where the record says.
+        dataset: where the data are, if not where the record says.
+
+    Raises:
+        UserError: no finished run there.
+    """
     folder = RunFolder(path)
     record = folder.read()
     if record is None or record["state"] != "complete":
@@ -95,11 +111,48 @@ def evaluate(path: Path, model: str | None = None, dataset: str | None = None, q
     places = {
         key: given or located(record["recipe"][key], path) for key, given in (("model", model), ("dataset", dataset))
     }
-    recipe = check_recipe(record["recipe"] | places, str(folder.record_file))
+    return check_recipe(record["recipe"] | places, str(folder.record_file)), record
+
+
+def open_data(recipe: Recipe, record: Record) -> Splits:
+    """A run's data.
+
+    Raises:
+        UserError: no such data, or other data than the run had.
+    """
     task = load_task(recipe.task)
     official = task.open_source(recipe.dataset, recipe.data)
     _refuse_other_contents(record, "dataset", fingerprint(official, task.content), recipe.dataset)
-    return _score(recipe, folder, split(official, recipe.data, recipe.seed), record, quiet)[0]
+    return split(official, recipe.data, recipe.seed)
+
+
+def open_base(recipe: Recipe, record: Record) -> tuple[PreTrainedModel, Any]:
+    """A run's base model, and what prepares its inputs.
+
+    Raises:
+        UserError: no such model, or another model than the run had.
+    """
+    base, processor = load_task(recipe.task).load_model(recipe.model, record["dataset"]["classes"])
+    _refuse_other_contents(record, "model", _model_fingerprint(base), recipe.model)
+    return base, processor
+
+
+@contextlib.contextmanager
+def scorer(model: nn.Module, recipe: Recipe, rows: Any, quiet: bool = False) -> Iterator[Trainer]:
+    """A Trainer that scores `model` on `rows`, a split as the task's model takes it."""
+    task = load_task(recipe.task)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            model=model,
+            args=trainer_arguments(recipe, Path(scratch), task.METRIC, quiet),
+            eval_dataset=rows,
+            data_collator=default_data_collator,
+            compute_metrics=task.metrics,
+            preprocess_logits_for_metrics=largest_logits,
+        )
+        if quiet:
+            trainer.remove_callback(PrinterCallback)
+        yield trainer
 
 
 @dataclass
@@ -214,21 +267,10 @@ def _score(
 ) -> tuple[dict[str, float], int]:
     """Scores on test of the model as `adapter/` holds it, and the cost of a batch."""
     task = load_task(recipe.task)
-    base, processor = task.load_model(recipe.model, splits.classes)
-    _refuse_other_contents(record, "model", _model_fingerprint(base), recipe.model)
+    base, processor = open_base(recipe, record)
     rows = task.datasets(recipe, splits, base, processor)["test"]
     model = _with_adapter(base, folder.adapter)
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(
-            model=model,
-            args=trainer_arguments(recipe, Path(scratch), task.METRIC, quiet),
-            eval_dataset=rows,
-            data_collator=default_data_collator,
-            compute_metrics=task.metrics,
-            preprocess_logits_for_metrics=largest_logits,
-        )
-        if quiet:
-            trainer.remove_callback(PrinterCallback)
+    with scorer(model, recipe, rows, quiet) as trainer:
         scores = trainer.evaluate(metric_key_prefix="test")
     return {key: scores[f"test_{key}"] for key in ("loss", task.METRIC)}, inference_flops(
         model, rows, recipe.train.batch_size
