@@ -6,29 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from colours import SIDE, write_pictures
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from fvae_lora.experiments.cli import app, exit_code
+from fvae_lora.experiments.cli import app, exit_code, hush
 from fvae_lora.experiments.recipe import Recipe, check_recipe
 
-COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
-SIDE = 8
-
-
-def write_pictures(
-    folder: Path, per_class: int, classes: dict[str, tuple[int, int, int]] = COLOURS, seed: int = 0
-) -> None:
-    """Noisy patches of one colour per class, each picture different, in one folder per class."""
-    noise = np.random.default_rng(seed)
-    for name, colour in COLOURS.items():
-        (folder / name).mkdir(parents=True)
-        for i in range(per_class):
-            pixels = np.clip(noise.normal(colour, 60, (SIDE + i % 3, SIDE + 2, 3)), 0, 255).astype("uint8")
-            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+hush()
 
 
 @pytest.fixture(scope="session")

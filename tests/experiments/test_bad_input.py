@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from conftest import write_pictures
+from colours import write_pictures
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -11,10 +11,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from colours import write_pictures
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
-from conftest import write_pictures
 from fvae_lora.experiments.data import fingerprint, open_source, split
 from fvae_lora.experiments.data.images import image_content, random_resized_crop
 from fvae_lora.experiments.errors import UserError
@@ -205,9 +205,9 @@ def test_every_kind_of_image_becomes_what_the_model_takes(
 ) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        for i in range(3):
+        for i in range(4):
             Image.new(mode, (9, 7)).save(tmp_path / name / f"{i}.tiff")
-    official = open_source(str(tmp_path), DataSettings(test_share=0.4, validation_share=0.5))
-    splits = split(official, DataSettings(test_share=0.4, validation_share=0.5), 1)
+    official = open_source(str(tmp_path), DataSettings(test_share=0.5, validation_share=0.5))
+    splits = split(official, DataSettings(test_share=0.5, validation_share=0.5), 1)
     model, processor = task.load_model(str(vit), splits.classes)
     assert task.datasets(make_recipe(), splits, model, processor)["train"][0]["pixel_values"].shape == (3, 8, 8)

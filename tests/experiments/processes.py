@@ -1,0 +1,63 @@
+"""Runs in processes of their own that can be killed; they start fast, because a server has imported everything."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from fvae_lora.experiments import runner
+from fvae_lora.experiments.cli import hush
+from fvae_lora.experiments.recipe import Recipe
+from fvae_lora.experiments.record import RunFolder
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["fvae_lora.experiments.runner", "fvae_lora.experiments.tasks.image", "sklearn"])
+
+PLACES = {
+    "append": (RunFolder, "append"),
+    "write": (RunFolder, "write"),
+    "keep_checkpoints": (RunFolder, "keep_checkpoints"),
+    "save_adapter": (RunFolder, "save_adapter"),
+    "inside a checkpoint": (Trainer, "_save_rng_state"),
+    "remove": (shutil, "rmtree"),
+}
+
+
+def do_run(recipe: Recipe, folder: Path, die: tuple[str, int] | None = None) -> None:
+    """A run; with `die` its process is killed when it gets to that place for the n-th time."""
+    if die is not None:
+        owner, name = PLACES[die[0]]
+        setattr(owner, name, _deadly(getattr(owner, name), die[1]))
+    hush()
+    runner.run(recipe, folder, quiet=True)
+
+
+def _deadly(function: Callable[..., Any], calls: int) -> Callable[..., Any]:
+    left = calls
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def attempt(recipe: Recipe, folder: Path, seconds: float | None = None, die: tuple[str, int] | None = None) -> bool:
+    """Whether the run came to its end; after so many `seconds` it is killed."""
+    process = CONTEXT.Process(target=do_run, args=(recipe, folder, die))
+    process.start()
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    return process.exitcode == 0

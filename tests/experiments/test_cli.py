@@ -1,0 +1,64 @@
+"""What the commands say where nothing is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fvae_lora.experiments.recipe import recipe_file
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+def test_train_ends_with_a_table_that_fits_a_narrow_terminal(
+    cli: Cli, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = cli("train", "image/default", *small, "--method", "lora", "--out", tmp_path / "r", "--quiet")
+    assert code == 0
+    for column in ("accuracy", "trainable", "inference", "time", "memory", "lora"):
+        assert column in out
+    assert max(len(line) for line in out.splitlines()) <= 80
+    assert "The run is in" in out
+
+
+def test_progress_bars_are_on_unless_they_are_not_wanted(cli: Cli, small: list[str], tmp_path: Path) -> None:
+    loud = cli("train", "image/default", *small, "--method", "lora", "--out", tmp_path / "a")
+    silent = cli("train", "image/default", *small, "--method", "lora", "--out", tmp_path / "b", "--quiet")
+    assert "it/s]" in loud[2]
+    assert silent[2] == ""
+
+
+def test_a_run_has_a_folder_of_its_own_by_default(
+    cli: Cli, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli("train", "image/default", *small, "--method", "linear-probe", "--seed", "3", "--quiet")[0] == 0
+    assert (tmp_path / "runs" / "linear-probe-seed3" / "run.json").exists()
+
+
+def test_report_writes_the_page_and_the_tables(cli: Cli, small: list[str], tmp_path: Path) -> None:
+    cli("train", "image/default", *small, "--method", "lora", "--out", tmp_path / "runs" / "r", "--quiet")
+    code, out, _ = cli("report", tmp_path / "runs", "--out", tmp_path / "told")
+    assert code == 0
+    assert "lora" in out
+    assert {p.name for p in (tmp_path / "told").iterdir()} == {"report.html", "report.csv", "report.md", "report.tex"}
+
+
+def test_recipes_are_listed_shown_and_copied(
+    cli: Cli, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, listed, _ = cli("recipes")
+    assert cli("recipes", "list")[1] == listed
+    for name in ("image/default", "image/reference", "image/demo", "fvae-lora", "full", "sklearn-digits"):
+        assert name in listed
+    assert cli("recipes", "show", "image/default")[1] == recipe_file("image/default").read_text()
+    assert cli("recipes", "copy", "image/default", "mine.yaml")[0] == 0
+    (tmp_path / "mine.yaml").write_text((tmp_path / "mine.yaml").read_text().replace("seed: 1", "seed: 5"))
+    assert cli("train", "mine.yaml", *small, "--method", "linear-probe", "--quiet")[0] == 0
+    assert (tmp_path / "runs" / "linear-probe-seed5").exists()
+    code, _, err = cli("recipes", "copy", "image/default", "mine.yaml")
+    assert (code, err) == (2, "fvae-lora: mine.yaml: exists already\n")
