@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -146,6 +147,66 @@ def report(
         write(rows, folder / name)
     page = write_page(runs, folder / "report.html")
     console.print(f"The page is {page}, the tables lie beside it", highlight=False)
+
+
+class Format(StrEnum):
+    """What `export` writes."""
+
+    inference = "inference"
+    lora = "lora"
+
+
+class Bias(StrEnum):
+    """Where the constant of the encoders goes in a LoRA."""
+
+    keep = "keep"
+    fold = "fold"
+
+
+NewFolder = Annotated[Path, typer.Option(help="The folder to write; must not exist, or be empty.")]
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A finished run's folder, or an adapter's.")],
+    out: NewFolder,
+    format: Annotated[Format, typer.Option(help="inference: small, for this package; lora: for any.")] = (
+        Format.inference
+    ),
+    model: Model = None,
+    dataset: Dataset = None,
+    bias: Annotated[Bias, typer.Option(help="lora: keep (exact, for peft) or fold (for servers).")] = Bias.keep,
+    max_error: Annotated[float, typer.Option(help="lora: the largest relative error of a layer's update.")] = 0.1,
+    rows: Annotated[int, typer.Option(min=1, help="lora: rows of the training split to fit on.")] = 512,
+) -> None:
+    """Writes an adapter for inference alone, or as a plain LoRA that loads without this package."""
+    one_device()
+
+    from fvae_lora.experiments.export import export_lora, export_small
+
+    hush()
+    if format is Format.inference:
+        export_small(source, out, model)
+    else:
+        report = export_lora(source, out, model, dataset, bias.value, max_error, rows)
+        console.print(str(report), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"The adapter is in {out}", highlight=False)
+
+
+@app.command("import-reference")
+def import_reference(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An adapter that the reference saved.")],
+    model: Annotated[str, typer.Option(help="The base model it was trained on: a name on the hub or a folder.")],
+    out: NewFolder,
+) -> None:
+    """Turns an adapter of the reference implementation into one of this package."""
+    one_device()
+
+    from fvae_lora.experiments import export
+
+    hush()
+    export.import_reference(folder, model, out)
+    console.print(f"The adapter is in {out}", highlight=False)
 
 
 @recipes.callback()

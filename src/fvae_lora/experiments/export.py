@@ -1,0 +1,176 @@
+"""Adapters for other places: for inference alone, as a plain LoRA, or from the reference implementation."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from peft import PeftModel
+from torch.utils.data import Subset
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
+
+from fvae_lora import checkpoint, export_for_inference, load_reference_adapter
+from fvae_lora.conversion import ConversionReport, convert_to_lora
+from fvae_lora.experiments.errors import UserError
+from fvae_lora.experiments.names import is_local
+from fvae_lora.experiments.recipe import ImageSettings
+from fvae_lora.experiments.record import RunFolder
+from fvae_lora.experiments.runner import finished_run, open_base, open_data, scorer
+from fvae_lora.experiments.tasks import load_task
+from fvae_lora.export import new_folder
+
+TASK_CLASSES = {
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "QUESTION_ANS": AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": AutoModel,
+}
+HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
+
+
+def export_small(source: Path, out: Path, model: str | None = None) -> None:
+    """Writes the adapter for inference: encoder 1's mean and B alone.
+
+    Args:
+        source: a run's folder, or an adapter's.
+        out: the folder to write; must not exist, or be empty.
+        model: where the base model is, if not where the run or the adapter says.
+
+    Raises:
+        UserError: no FVAE-LoRA adapter there, no base model for it, or `out` holds something.
+    """
+    with _refusals():
+        export_for_inference(_adapted(source, model), out)
+
+
+def export_lora(
+    source: Path,
+    out: Path,
+    model: str | None = None,
+    dataset: str | None = None,
+    bias: Literal["keep", "fold"] = "keep",
+    max_error: float = 0.1,
+    rows: int = 512,
+) -> ConversionReport:
+    """Writes the adapter as a plain LoRA; what has to be fitted is fitted on training data, scored on validation.
+
+    Args:
+        source: a run's folder; an adapter's will do where nothing has to be fitted.
+        out: the folder to write; must not exist, or be empty.
+        model: where the base model is, if not where the run or the adapter says.
+        dataset: where the data are, if not where the run says.
+        bias: where the encoders' constant goes, see `fvae_lora.conversion`.
+        max_error: the largest relative error of a layer's update that is accepted.
+        rows: how many rows of the training split to fit on.
+
+    Returns:
+        What was done.
+
+    Raises:
+        UserError: as `export_small`, and what `fvae_lora.conversion.convert_to_lora` refuses.
+    """
+    with _refusals():
+        folder = _adapter_folder(source)
+        linear = checkpoint.check_json(folder / "adapter_config.json").get("encoder_hidden_dims") == []
+        if folder == source or (linear and bias == "keep"):
+            return convert_to_lora(_adapted(source, model), out, max_error=max_error, bias=bias)
+        recipe, record = finished_run(source, model, dataset)
+        base, processor = open_base(recipe, record)
+        task = load_task(recipe.task)
+        plain = recipe.model_copy(update={"image": ImageSettings()})  # fitted on images as they will be seen
+        splits = task.datasets(plain, open_data(recipe, record), base, processor)
+        generator = torch.Generator().manual_seed(recipe.seed)
+        chosen = torch.randperm(len(splits["train"]), generator=generator)[:rows].tolist()
+        with scorer(PeftModel.from_pretrained(base, str(folder)), recipe, splits["validation"], quiet=True) as trainer:
+
+            def score(_: PeftModel) -> dict[str, float]:
+                scores = trainer.evaluate(metric_key_prefix="validation")
+                return {key: scores[key] for key in (f"validation_{task.METRIC}", "validation_loss")}
+
+            batches = trainer.get_eval_dataloader(Subset(splits["train"], chosen))
+            return convert_to_lora(trainer.model, out, batches, max_error=max_error, bias=bias, evaluate=score)
+
+
+def import_reference(folder: Path, model: str, out: Path) -> None:
+    """Writes an adapter of the reference implementation as one of this package.
+
+    Args:
+        folder: the reference's adapter.
+        model: the base model that it was trained on.
+        out: the folder to write; must not exist, or be empty.
+
+    Raises:
+        UserError: no adapter of the reference, one that asks for what is not supported or does not fit the model, or
+            `out` holds something.
+    """
+    with _refusals(), new_folder(out) as inside:
+        load_reference_adapter(_base_of(folder, model), folder).save_pretrained(inside)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What the method refuses is, here, the user's mistake."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def _adapter_folder(source: Path) -> Path:
+    """Where the FVAE-LoRA adapter of a run lies; `source` itself if it is no run."""
+    folder = RunFolder(source).adapter if RunFolder(source).record_file.exists() else source
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{source}: neither a run with an adapter nor an adapter's folder")
+    kind = checkpoint.check_json(folder / "adapter_config.json").get("peft_type")
+    if kind != "FVAE_LORA":
+        raise UserError(f"{source}: an adapter of type {kind}; only FVAE_LORA can be exported")
+    return folder
+
+
+def _adapted(source: Path, model: str | None) -> PeftModel:
+    folder = _adapter_folder(source)
+    base = _base_of(source, model) if folder == source else open_base(*finished_run(source, model))[0]
+    return PeftModel.from_pretrained(base, str(folder))
+
+
+def _base_of(adapter: Path, model: str | None) -> PreTrainedModel:
+    """The base model of an adapter, with a head of the size that the adapter's has."""
+    fields = checkpoint.check_json(adapter / "adapter_config.json")
+    name = model or fields.get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{adapter}: does not say what its base model is; give --model")
+    if is_local(name) and not Path(name).is_dir():
+        raise UserError(f"model {name}: no such folder; --model says where it is")
+    heads = [shape[0] for key, shape in checkpoint.shapes(adapter).items() if key.endswith(HEADS)]
+    options: dict[str, Any] = {"num_labels": heads[0], "ignore_mismatched_sizes": True} if heads else {}
+    try:
+        base: PreTrainedModel = _class(fields, name).from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        line = str(error).strip().partition("\n")[0]
+        raise UserError(f"model {name}: not to be loaded as the adapter's base model: {line}") from error
+    return base
+
+
+def _class(fields: Mapping[str, Any], model: str) -> Any:
+    """The class of an adapter's base model: as the adapter names it, or else as the model does."""
+    if (task := TASK_CLASSES.get(fields.get("task_type") or "")) is not None:
+        return task
+    named = (fields.get("auto_mapping") or {}).get("base_model_class")
+    name = named or (AutoConfig.from_pretrained(model).architectures or ["none"])[0]
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(f"transformers has no model class {name}")
+    return found
