@@ -22,14 +22,13 @@ GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 SELECTION_SEEDS = (7, 8)
 KEY = "train.learning_rate"
 
-Scores = dict[str, dict[str, float]]
+Scores = dict[str, float]
 
 
 def main(folder: Path) -> None:
     """Runs what is missing in `folder`, writes the scores, prints the choice."""
     runs = plan(RECIPE, folder, METHODS, SELECTION_SEEDS, variations={KEY: GRID})
-    if failures := sweep(runs, 2, Console()):
-        sys.exit("\n".join(failures))
+    sweep(runs, 2, Console())
     scores = {method: {f"{rate:g}": mean_scores(runs, method, rate) for rate in GRID} for method in METHODS}
     chosen = {method: best_rate(by_rate) for method, by_rate in scores.items()}
     table = {"key": KEY, "selection_seeds": SELECTION_SEEDS, "scores": scores, "chosen": chosen}
@@ -37,16 +36,22 @@ def main(folder: Path) -> None:
     print(json.dumps(chosen, indent=1))
 
 
-def mean_scores(runs: list[Planned], method: str, rate: float) -> dict[str, float]:
-    """Validation accuracy and loss of the best epoch, means over the selection seeds."""
+def mean_scores(runs: list[Planned], method: str, rate: float) -> Scores | None:
+    """Validation accuracy and loss of the best epoch, means over the selection seeds; None if a run diverged."""
     of_rate = [r for r in runs if (r.recipe.method, r.recipe.train.learning_rate) == (method, rate)]
-    found = [(run.folder.read() or {})["metrics"]["validation"] for run in of_rate]
+    records = [run.folder.read() or {} for run in of_rate]
+    for run, record in zip(of_rate, records, strict=True):
+        if record["state"] == "failed" and "the loss is" in record["reason"]:
+            return None
+        if record["state"] != "complete":
+            sys.exit(f"{run.name}: {record['reason']}")
+    found = [record["metrics"]["validation"] for record in records]
     return {key: fmean(scores[key] for scores in found) for key in ("accuracy", "loss")}
 
 
-def best_rate(scores: Scores) -> float:
+def best_rate(scores: dict[str, Scores | None]) -> float:
     """The rate with the highest validation accuracy; among equals the one with the lowest validation loss."""
-    return float(max(scores, key=lambda rate: (scores[rate]["accuracy"], -scores[rate]["loss"])))
+    return float(max((found["accuracy"], -found["loss"], rate) for rate, found in scores.items() if found)[2])
 
 
 if __name__ == "__main__":

@@ -178,7 +178,10 @@ class _Job:
         self.process.stdin.flush()
 
     def last_words(self) -> str:
-        """The last line that the process wrote."""
+        """Why the run failed: what its record says, or else the last line that the process wrote."""
+        record = self.run.folder.read()
+        if record is not None and record["state"] == "failed":
+            return f"failed: {record['reason']}"
         self.output.seek(0)
         lines = self.output.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else f"ended with code {self.process.returncode}"
