@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,10 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         quantization: What peft needs to quantise a merged weight again, `peft.utils.get_quantization_kwargs`.
     """
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # what peft's half of the class brings
+
     adapter_layer_names = ("fvae_lora_vae", "fvae_lora_B")
     other_param_names = ("r", "scaling")
 
@@ -57,7 +61,7 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(
-            self.get_base_layer(), **{"get_apply_tensor_subclass": _cannot_requantize} | quantization
+            self.get_base_layer(), **({"get_apply_tensor_subclass": _cannot_requantize} | dict(quantization))
         )
         self.name = name
         self.recorder = recorder
@@ -67,6 +71,7 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.in_features, self.out_features = features(self.get_base_layer())
         self.merged_adapters: list[str] = []
+        self._bias_is_ours = False  # merging gave the base layer one
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, r, lora_alpha)
@@ -144,8 +149,8 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         return self._update(adapter, x)
 
     def _update(self, adapter: str, x: Tensor) -> Tensor:
-        vae, B = self.fvae_lora_vae[adapter], self.fvae_lora_B[adapter]
-        config = vae.config
+        vae: Any = self.fvae_lora_vae[adapter]
+        B, config = self.fvae_lora_B[adapter], vae.config
         if self.training and config.inference_only:
             raise RuntimeError(f"adapter {adapter!r} is inference_only and cannot be trained; call model.eval()")
         encoder_input = F.dropout(self._cast_input_dtype(x, B.dtype), config.lora_dropout, self.training)
@@ -175,7 +180,8 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: If the encoder is not linear.
         """
-        vae, B = self.fvae_lora_vae[adapter], raised(self.fvae_lora_B[adapter])
+        vae: Any = self.fvae_lora_vae[adapter]
+        B = raised(self.fvae_lora_B[adapter])
         if vae.encoder_depth:
             raise ValueError(
                 f"adapter {adapter!r} cannot be merged: its encoder has a ReLU, so the update is not linear in x; "
@@ -206,6 +212,9 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             weight, bias = self.linear_update(self.merged_adapters.pop())
             self._add_to_base(-weight, -bias, safe=False)
+        if self._bias_is_ours:
+            self.get_base_layer().bias = None
+            self._bias_is_ours = False
 
     def _add_to_base(self, weight: Tensor, bias: Tensor, safe: bool) -> None:
         base = self.get_base_layer()
@@ -219,6 +228,7 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         if base.bias is None:
             base.bias = nn.Parameter(new_bias, requires_grad=False)
+            self._bias_is_ours = True
         else:
             base.bias.data = new_bias
 

@@ -30,6 +30,9 @@ class FVAE(nn.Module):
         rank: Dimension r of z1.
     """
 
+    decoder_output_weight: nn.Parameter
+    decoder_output_bias: nn.Parameter
+
     def __init__(self, config: FVAELoraConfig, in_features: int, rank: int) -> None:
         super().__init__()
         self.config = config
