@@ -1,5 +1,6 @@
 """The methods that can be compared: each turns a pretrained model into the one that is trained."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -91,7 +92,9 @@ def adapted_modules(model: nn.Module, wanted: Iterable[str]) -> list[str]:
         UserError: if the model has no module of a name; lists the names of its linear layers.
     """
     try:
-        return sorted(resolve_targets(model, wanted))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # recipes use the old names on purpose: they fit more models
+            return sorted(resolve_targets(model, wanted))
     except ValueError as error:
         raise UserError(f"adapter.{error}") from error
 
