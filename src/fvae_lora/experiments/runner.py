@@ -323,6 +323,8 @@ def _in_one_line(error: Exception, recipe: Recipe, path: Path) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror + (f": {error.filename}" if error.filename else "")
+    elif "inline_container" in text or "PytorchStreamWriter" in text:  # how torch.save says that it could not write
+        text = f"a checkpoint could not be written; {shutil.disk_usage(path).free / 1e6:.1f} MB are free on its disk"
     line = text.strip().partition("\n")[0] or type(error).__name__
     for place in (path, Path(recipe.dataset), Path(recipe.model), Path.cwd(), Path.home()):
         line = line.replace(f"{place.resolve()}/", "").replace(f"{place}/", "")
