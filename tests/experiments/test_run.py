@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForImageClassification
 
+from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.recipe import Recipe
 from fvae_lora.experiments.runner import evaluate, run
 
@@ -161,3 +163,21 @@ def test_patience_ends_training(make_recipe: Callable[..., Recipe], tmp_path: Pa
     recipe = make_recipe(train={"epochs": 9, "learning_rate": 1e-9, "patience": 2})
     run(recipe, tmp_path, quiet=True)
     assert [e["epoch"] for e in events(tmp_path) if e["event"] == "validation"] == [1, 2, 3]
+
+
+def test_a_run_whose_model_and_data_have_moved_is_scored_where_they_are_now(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, vit: Path, pictures: Path
+) -> None:
+    for place, what in ((tmp_path / "m" / "tiny-vit", vit), (tmp_path / "d", pictures)):
+        shutil.copytree(what, place)
+    recipe = make_recipe(model=str(tmp_path / "m" / "tiny-vit"), dataset=str(tmp_path / "d"))
+    record = run(recipe, tmp_path / "run", quiet=True)
+    assert (record["recipe"]["model"], record["recipe"]["dataset"]) == ("../m/tiny-vit", "../d")
+    for name in ("run", "m", "d"):  # moved together, a run still finds them
+        (tmp_path / "moved").mkdir(exist_ok=True)
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    assert evaluate(tmp_path / "moved" / "run", quiet=True) == record["metrics"]["test"]
+    (tmp_path / "moved" / "d").rename(tmp_path / "data")
+    with pytest.raises(UserError, match="no such folder"):
+        evaluate(tmp_path / "moved" / "run", quiet=True)
+    assert evaluate(tmp_path / "moved" / "run", dataset=str(tmp_path / "data"), quiet=True) == record["metrics"]["test"]
