@@ -537,7 +537,7 @@ class _RunsTwice(Trainer):
 
 
 class _RunsTwiceWithElbo(ElboTrainerMixin, _RunsTwice):
-    loss_is_scaled_for_ga = False
+    pass
 
 
 @pytest.mark.parametrize("use_reentrant", [None, False, True])
@@ -801,7 +801,7 @@ class _Towers(nn.Module):
         self.right = get_peft_model(tiny_vit(DOUBLE), config("vit", elbo_weight=0.5))
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Tensor:
-        return (self.left(pixel_values).logits * self.right(pixel_values).logits).sum()
+        return (self.left(pixel_values).logits * self.right(pixel_values).logits).mean()
 
 
 def test_two_adapted_models_in_one() -> None:
@@ -826,7 +826,7 @@ def test_two_adapted_models_in_one_trainer(tmp_path: Path) -> None:
     rows = rows_for("vit", range(4))
 
     class Direct(ElboTrainerMixin, _Direct):
-        loss_is_scaled_for_ga = True
+        pass
 
     (found,) = trainer_gradients(Direct, model, rows, 2, 2, tmp_path)
     batch = collated(rows)

@@ -351,9 +351,6 @@ def loss_of_pairs(model: PeftModel, batch: Batch, valid: Callable[[str, Batch, t
 def test_images_and_texts_have_shares_of_their_own(tmp_path: Path) -> None:
     model, rows = clip(), pairs([7, 2, 3, 9])
 
-    class OfPairs(FVAELoraTrainer):
-        loss_is_scaled_for_ga = False
-
     def by_hand() -> Tensor:
         micro_batches = [of_pairs(rows[:2]), of_pairs(rows[2:])]
         elbo, outputs = elbo_by_hand(
@@ -365,6 +362,6 @@ def test_images_and_texts_have_shares_of_their_own(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         sampler = torch.utils.data.SequentialSampler
-        patch.setattr(OfPairs, "_get_train_sampler", lambda trainer, *_: sampler(trainer.train_dataset))
-        (found,) = trainer_gradients(OfPairs, model, rows, 2, 2, tmp_path, of_pairs)
+        patch.setattr(FVAELoraTrainer, "_get_train_sampler", lambda trainer, *_: sampler(trainer.train_dataset))
+        (found,) = trainer_gradients(FVAELoraTrainer, model, rows, 2, 2, tmp_path, of_pairs)
     assert_same(found, gradients(model, by_hand), 1e-9)

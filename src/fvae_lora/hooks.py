@@ -120,7 +120,8 @@ def _normalised(model: nn.Module, recorder: Recorder, loss: Tensor, num_items: A
             return True
         (gradient,) = torch.autograd.grad(loss, num_items, retain_graph=True, allow_unused=True)
         recorder.loss_uses_num_items = gradient is not None
-    config: Any = model.config if getattr(model, "loss_type", None) == "ForCTC" else None
+    # Configurations of sound have this field for other heads as well; not every version has loss_type "ForCTC".
+    config: Any = model.config if type(model).__name__.endswith("ForCTC") else None
     summed = config is not None and config.ctc_loss_reduction == "sum"
     return summed or recorder.loss_uses_num_items is not False
 
