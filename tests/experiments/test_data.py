@@ -237,3 +237,11 @@ def test_a_data_set_on_the_hub_is_opened_by_the_datasets_library(
     assert fingerprint({"train": splits["train"]}, image_content) == fingerprint(
         {"train": open_source(str(pictures), DEFAULT)["train"]}, image_content
     )
+
+
+def test_a_parquet_file_that_is_cut_off_is_one_line_that_names_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "train-0.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(UserError, match="parquet files cannot be read") as caught:
+        open_source(str(tmp_path), DataSettings())
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)

@@ -67,7 +67,11 @@ def _from_folder(folder: Path) -> dict[str, Dataset]:
         by_split.setdefault(_split_of(file.relative_to(folder)), []).append(file)
     if by_split:
         files = {split: [str(file) for file in found] for split, found in by_split.items()}
-        return dict(datasets.load_dataset("parquet", data_files=files))
+        try:
+            return dict(datasets.load_dataset("parquet", data_files=files))
+        except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+            cause = str(error.__cause__ or error).strip().partition("\n")[0]
+            raise UserError(f"dataset {folder}: its parquet files cannot be read as one table: {cause}") from error
     parts = {SPLIT_NAMES[p.name]: p for p in sorted(folder.iterdir()) if p.is_dir() and p.name in SPLIT_NAMES}
     return {split: _from_class_folders(part) for split, part in (parts or {"train": folder}).items()}
 
