@@ -138,6 +138,29 @@ def test_an_image_that_is_cut_off_fails_the_run_and_is_named(train: Cli, data: P
     assert (record["state"], record["reason"]) == ("failed", "train/red/cut.jpg: not a readable image")
 
 
+def test_a_model_whose_images_have_another_size(train: Cli, vit: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(vit, tmp_path / "vit")
+    config = tmp_path / "vit" / "preprocessor_config.json"
+    config.write_text(config.read_text().replace(": 8", ": 16"))
+    code, _, err = train(data, "--model", tmp_path / "vit")
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "image size" in err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "failed"
+
+
+def test_a_bug_is_shown_and_marks_the_run_as_failed(
+    train: Cli, data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def bug(*_: object, **__: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("fvae_lora.experiments.training.FolderCallback.on_log", bug)
+    with pytest.raises(KeyError, match="a bug"):
+        train(data)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "failed"
+
+
 def test_a_run_folder_of_another_recipe(train: Cli, data: Path, tmp_path: Path) -> None:
     assert train(data)[0] == 0
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}

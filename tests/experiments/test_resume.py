@@ -72,7 +72,8 @@ Undisturbed = Callable[[Recipe], dict[str, Any]]
         ("write", 3),
         ("remove", 1),
         ("save_adapter", 1),
-        ("write", 7),
+        ("write", 8),
+        ("remove", 4),
     ],
 )
 def test_killed_at_a_delicate_moment(

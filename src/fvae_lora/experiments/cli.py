@@ -287,7 +287,6 @@ def hush() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", message="target_modules: .* has other names")
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ class RunFolder:
         try:
             yield
         finally:
-            if not self.record_file.exists():
+            if not existed and not self.record_file.exists():
                 Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
             if not existed:

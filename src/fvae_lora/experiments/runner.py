@@ -44,6 +44,10 @@ from fvae_lora.experiments.training import (
     trainer_arguments,
 )
 
+EXPECTED = (RunError, UserError, OSError, RuntimeError, ValueError, SafetensorError)
+"""What a full disk, a small GPU or a model that does not fit the data raise. Anything else is a bug: its traceback
+is shown, and the run is marked as failed all the same."""
+
 
 def run(recipe: Recipe, path: Path, quiet: bool = False) -> Record:
     """Trains, selects the epoch on validation, scores it once on test, and leaves the record in the folder `path`.
@@ -63,15 +67,18 @@ def run(recipe: Recipe, path: Path, quiet: bool = False) -> Record:
     folder = RunFolder(path)
     with folder.locked():
         earlier = folder.read_for(recipe)
-        if earlier is not None and earlier["state"] == "complete":
-            return earlier
-        prepared = _prepare(recipe, folder, (earlier or {}) | folder.opening(recipe), quiet)
-        try:
-            return _complete(prepared, folder, quiet)
-        except (RunError, UserError, OSError, RuntimeError, SafetensorError) as error:
-            reason = _in_one_line(error, recipe, path)
-            _mark_failed(folder, reason)
-            raise RunError(f"{path}: {reason}") from error
+        if earlier is None or earlier["state"] != "complete":
+            prepared = _prepare(recipe, folder, (earlier or {}) | folder.opening(recipe), quiet)
+            try:
+                earlier = _complete(prepared, folder, quiet)
+            except Exception as error:
+                reason = _in_one_line(error, recipe, path)
+                _mark_failed(folder, reason)
+                if isinstance(error, EXPECTED):
+                    raise RunError(f"{path}: {reason}") from error
+                raise
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)  # a complete run resumes from nothing
+        return earlier
 
 
 def evaluate(path: Path, model: str | None = None, dataset: str | None = None, quiet: bool = False) -> dict[str, float]:
@@ -248,7 +255,6 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
         "metrics": {"test": test, "validation": scores | {"best_epoch": round(best["epoch"])}},
     }
     folder.write(record)
-    shutil.rmtree(folder.checkpoints)
     return record
 
 
