@@ -206,18 +206,24 @@ class LayerElbo:
         """The reference's mean of (z2 - m)^2, of the sample and over dimensions."""
         return self.weights.mean((self.q2.sample - self.config.residual_prior_mean).square().mean(-1))
 
-    def total(self) -> Tensor:
-        """The weighted sum L of the configured objective, to be maximised."""
+    def weighted(self) -> dict[str, Tensor]:
+        """The terms of the configured objective by name, each with its weight and sign.
+
+        Their sum is L, to be maximised.
+        """
         config = self.config
-        fit = config.reconstruction_weight * self.reconstruction - config.kl_weight * self.kl_z1()
-        if config.objective == "vae2lat":
-            return fit - config.kl_weight * self.kl_z2()
         delta = config.factorization_weight
+        terms = {
+            "reconstruction": config.reconstruction_weight * self.reconstruction,
+            "kl_z1": -config.kl_weight * self.kl_z1(),
+        }
+        if config.objective == "vae2lat":
+            return terms | {"kl_z2": -config.kl_weight * self.kl_z2()}
         if config.objective == "fvae":
-            return fit + delta * self.gamma()
+            return terms | {"gamma": delta * self.gamma()}
         w1 = delta if config.factorization_weight_z1 is None else config.factorization_weight_z1
         w2 = delta if config.factorization_weight_z2 is None else config.factorization_weight_z2
-        return fit + w1 * self.z1_l2() - w2 * self.z2_l2()
+        return terms | {"z1_l2": w1 * self.z1_l2(), "z2_l2": -w2 * self.z2_l2()}
 
     def detached(self) -> LayerElbo:
         """The same without graph, to read the terms from later."""
@@ -225,7 +231,7 @@ class LayerElbo:
         return LayerElbo(self.config, self.weights, self.reconstruction.detach(), q1, q2)
 
     def terms(self) -> dict[str, Tensor]:
-        """The unweighted terms by name, scalars, with the signs that they have inside `total`'s parentheses."""
+        """The unweighted terms by name, scalars, with the signs of `fvae_lora.elbo_terms`."""
         terms = {"reconstruction": self.reconstruction, "kl_z1": self.kl_z1(), "gamma": self.gamma()}
         if self.q1.mean.shape[-1] == self.q2.mean.shape[-1]:
             terms["w2"] = self.w2()

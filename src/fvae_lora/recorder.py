@@ -37,6 +37,8 @@ class Run:
     """One run of one layer."""
 
     negative_elbo: Tensor  # weighted by the objective, a mean over the tokens that count
+    names: tuple[str, ...]  # of the objective's terms
+    weighted: Tensor  # these terms with their weights, of which the sum is the ELBO; without graph
     terms: LayerElbo  # without graph
     grad_enabled: bool
     attached: bool  # to the layer's output
@@ -140,7 +142,9 @@ class Recorder:
         Returns:
             The output to go on with.
         """
-        key, negative_elbo = (layer, adapter), -terms.total()
+        key, named = (layer, adapter), terms.weighted()
+        weighted = torch.stack(list(named.values()))
+        negative_elbo = -weighted.sum()
         if (rerun := self._rerun()) is not None:
             return _hand_over(rerun, key, output, negative_elbo, terms.weights)
         last = self.forward
@@ -148,7 +152,7 @@ class Recorder:
             # The layer runs outside a forward of the adapted model, as when somebody calls a part of it.
             self.begin(Forward(is_open=False))
         attached = not torch.compiler.is_compiling()
-        run = Run(negative_elbo, terms.detached(), torch.is_grad_enabled(), attached)
+        run = Run(negative_elbo, tuple(named), weighted.detach(), terms.detached(), torch.is_grad_enabled(), attached)
         self.forward.runs[key].append(run)
         return _Attach.apply(output, negative_elbo, weakref.ref(self.forward), None) if attached else output
 

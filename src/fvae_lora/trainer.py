@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from .hooks import ATTRIBUTE
+from .loss_log import LossLog
 from .masks import count_tokens
 from .recorder import MicroBatch
 from .training import recorders, with_elbo
@@ -26,11 +27,36 @@ class ElboTrainerMixin(_Base):
     Trainer behind the mixin computes: the model's, one with label smoothing, one of its own. A model without FVAE-LoRA
     layers trains as with the plain Trainer.
 
+    Its logs say what the loss is made of: ``loss = task_weight * task_loss + the sum of elbo/<term>``, all means over
+    the steps since the last log. The terms are those of the negative ELBO with all their weights, summed over layers;
+    with ``trainer.log_elbo_per_layer = True`` there is ``elbo/<layer>/<term>`` too.
+
+    Attributes:
+        log_elbo_per_layer: Whether the logs hold each layer's terms.
+
     Raises:
         RuntimeError: In training on several GPUs with `torch.nn.DataParallel`, which splits what the layers record.
     """
 
+    log_elbo_per_layer: bool = False
     _tokens_in_step: list[int] | None = None
+    _loss_log: LossLog | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's."""
+        self._loss_log = LossLog()
+        return super().train(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's; beside the training loss stands what it is made of."""
+        if self._loss_log is not None and "loss" in logs:
+
+            def over_processes(sums: Tensor) -> Tensor:
+                reduced: Tensor = self.accelerator.reduce(sums, "mean")
+                return reduced
+
+            logs |= self._loss_log.means(self.state.global_step, over_processes, self.log_elbo_per_layer)
+        super().log(logs, *args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -75,22 +101,28 @@ class ElboTrainerMixin(_Base):
         finally:
             for recorder in micro_batches:
                 recorder.micro_batch = None
-        loss, *outputs = result if return_outputs else (result,)
-        loss = with_elbo(loss, [(micro_batch.forwards, shares) for micro_batch in micro_batches.values()])
+        task_loss, *outputs = result if return_outputs else (result,)
+        loss = with_elbo(task_loss, [(micro_batch.forwards, shares) for micro_batch in micro_batches.values()])
+        if self._loss_log is not None:
+            forwards = [forward for micro_batch in micro_batches.values() for forward in micro_batch.forwards]
+            self._loss_log.add(task_loss, forwards, self._divisor(num_items_in_batch), self.state.global_step)
         return (loss, *outputs) if return_outputs else loss
 
     def _shares(self, root: nn.Module, inputs: Mapping[str, Any], num_items: Tensor | int | None) -> dict[str, float]:
         """This micro-batch's share of the step's tokens, in the scale that the Trainer's later steps expect."""
         if self._tokens_in_step is None:
             return {}
-        # Unless the loss is normalised over the whole step, the Trainer divides it by the number of micro-batches.
-        normalised = (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
-        if getattr(self, "loss_is_scaled_for_ga", None) is not None:
-            normalised = self.loss_is_scaled_for_ga
-        # And the gradients of the processes are averaged.
-        parts = self.accelerator.num_processes * (1 if normalised else self.current_gradient_accumulation_steps)
+        # The gradients of the processes are averaged.
+        parts = self.accelerator.num_processes * self._divisor(num_items)
         counts = count_tokens(root, inputs).items()
         return {name: parts * n / max(total, 1) for (name, n), total in zip(counts, self._tokens_in_step, strict=True)}
+
+    def _divisor(self, num_items: Tensor | int | None) -> int:
+        """What the Trainer divides a loss by: the step's micro-batches, unless the loss is normalised over the step."""
+        normalised = (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
+        if getattr(Trainer, "loss_is_scaled_for_ga", ...) is None and self.loss_is_scaled_for_ga is not None:
+            normalised = self.loss_is_scaled_for_ga  # a Trainer that knows this setting goes by it
+        return 1 if normalised else self.current_gradient_accumulation_steps
 
 
 class FVAELoraTrainer(ElboTrainerMixin, Trainer):
