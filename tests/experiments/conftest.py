@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from colours import SIDE, write_pictures
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from fvae_lora.experiments.cli import app, exit_code, hush
 from fvae_lora.experiments.recipe import Recipe, check_recipe
 
-hush()
+
+@pytest.fixture(autouse=True)
+def _hushed() -> Iterator[None]:
+    """Other tests want to hear what transformers says."""
+    verbosity = transformers.logging.get_verbosity()
+    hush()
+    yield
+    transformers.logging.set_verbosity(verbosity)
+    transformers.logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="session")
