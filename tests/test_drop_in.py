@@ -28,6 +28,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fvae_lora import FVAELoraConfig, elbo_loss
 from fvae_lora.config import PEFT_SAVES_BIASES
+from fvae_lora.layer import FVAELoraLayer
 from tiny import BUILDERS, TARGETS, adapted_linear, batch_for, randomised, tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
 
 TASKS = {"bert": "SEQ_CLS", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "vit": None}
@@ -70,7 +71,7 @@ def adapter_modules(model: nn.Module, name: str = "default") -> set[str]:
 
 
 def layers_of(model: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in model.modules() if type(module).__name__ == "FVAELoraLayer")
+    return (module for module in model.modules() if isinstance(module, FVAELoraLayer))
 
 
 @pytest.fixture
@@ -468,7 +469,7 @@ def test_transformers_add_adapter_keeps_the_models_mode(base: PreTrainedModel, t
 def test_get_peft_model_trains_even_over_an_eval_base(base: PreTrainedModel) -> None:
     """As stock peft does."""
     model = randomised(get_peft_model(base.eval(), config("bert")))
-    assert all(layer.training for layer in model.modules() if type(layer).__name__ == "FVAELoraLayer")
+    assert all(layer.training for layer in model.modules() if isinstance(layer, FVAELoraLayer))
 
 
 def test_transformers_adds_saves_loads_switches_and_deletes_adapters(tmp_path: Path, base: PreTrainedModel) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
+import re
+import reprlib
+import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +14,7 @@ from typing import Any
 
 import peft
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 
 from . import checkpoint, model_card
 
@@ -21,6 +24,17 @@ CHOICES = {
     "layer_reduction": ("sum", "mean"),
     "bias": ("none", "all", "fvae_lora_only"),
 }
+FLAGS = (
+    "shared_encoder_trunk",
+    "sample_at_inference",
+    "inference_only",
+    "inference_mode",
+    "fan_in_fan_out",
+    "ensure_weight_tying",
+    "init_weights",
+)
+LARGEST = 2**20  # of dimensions: what is larger is a mistake, or meant to exhaust the memory of who loads it
+AUTO_LIBRARIES = ("transformers", "sentence_transformers", "diffusers")
 PEFT_SAVES_BIASES = tuple(map(int, peft.__version__.split(".")[:2])) >= (0, 21)
 
 
@@ -76,6 +90,8 @@ class FVAELoraConfig(PeftConfig):
         fan_in_fan_out: The base weight is stored as (in, out), as in transformers' ``Conv1D``.
         modules_to_save: Further modules to train and save, a classifier for example.
         trainable_token_indices: Indices of token embeddings to train, as in peft's ``LoraConfig``.
+        ensure_weight_tying: Keep layers tied that the base model ties, where `modules_to_save` or
+            `trainable_token_indices` names one of them.
         init_weights: Start from the method's initialisation (both heads zero, B ~ N(0, 0.02^2), tau = 1); ``False``
             draws the heads at random too.
 
@@ -118,11 +134,13 @@ class FVAELoraConfig(PeftConfig):
     fan_in_fan_out: bool = False
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
     init_weights: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("FVAE_LORA")
+        self._check_types()
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list | tuple):
                 setattr(self, name, set(getattr(self, name)))
@@ -146,7 +164,7 @@ class FVAELoraConfig(PeftConfig):
             **kwargs: As in `peft.PeftConfig.from_pretrained`.
 
         Raises:
-            ValueError: If the folder's configuration is unreadable, or its weights are missing or truncated.
+            ValueError: If the folder's configuration is unreadable, or its weights are truncated.
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         local = (folder / CONFIG_NAME).is_file()
@@ -154,7 +172,8 @@ class FVAELoraConfig(PeftConfig):
             checkpoint.check_json(folder / CONFIG_NAME)
         config: FVAELoraConfig = super().from_pretrained(str(pretrained_model_name_or_path), subfolder, **kwargs)
         if local and isinstance(config, FVAELoraConfig):
-            config.checkpoint_shapes = checkpoint.shapes(folder)
+            has_weights = (folder / SAFETENSORS_WEIGHTS_NAME).is_file()  # a configuration may be saved alone
+            config.checkpoint_shapes = checkpoint.shapes(folder) if has_weights else {}
         return config
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -169,7 +188,10 @@ class FVAELoraConfig(PeftConfig):
 
     @property
     def checkpoint_shapes(self) -> Mapping[str, tuple[int, ...]] | None:
-        """Names and shapes of the weights beside this configuration, if it was read from a local folder."""
+        """Names and shapes of the weights beside this configuration, if it was read from a local folder.
+
+        Empty if there are none.
+        """
         return self.__dict__.get("_checkpoint_shapes")
 
     @checkpoint_shapes.setter
@@ -181,13 +203,48 @@ class FVAELoraConfig(PeftConfig):
         """Whether the second encoder and the decoder exist."""
         return self.elbo_weight > 0 and not self.inference_only
 
+    def _check_types(self) -> None:
+        """Of the fields that peft works with; it takes them as they come, from a file as well."""
+        for name in FLAGS:
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+        for name in ("base_model_name_or_path", "revision"):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, str | os.PathLike), name, value, "a name or None")
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            one = isinstance(value, str) and name != "modules_to_save"
+            _require(value is None or one or _is_list_of(value, str), name, value, "a list of names, or None")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), str):
+                _require(_is_expression(value), name, value, "a regular expression")
+        value = self.layers_to_transform
+        _require(value is None or _is_index(value) or _is_indices(value), "layers_to_transform", value, "layer indices")
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = {} if getattr(self, name) is None else getattr(self, name)
+            fits = isinstance(value, Mapping) and all(isinstance(key, str) and _is_expression(key) for key in value)
+            _require(fits, name, value, "a mapping from names or regular expressions to numbers")
+            setattr(self, name, value)
+        value = self.trainable_token_indices
+        fits = all(map(_is_indices, value.values())) if isinstance(value, Mapping) else _is_indices(value)
+        _require(value is None or fits, "trainable_token_indices", value, "token indices, or by layer lists of them")
+        self._check_auto_mapping()
+
+    def _check_auto_mapping(self) -> None:
+        value = self.auto_mapping
+        _require(value is None or isinstance(value, Mapping), "auto_mapping", value, "a mapping or None")
+        library = str((value or {}).get("parent_library", AUTO_LIBRARIES[0]))
+        if library.partition(".")[0] not in AUTO_LIBRARIES and library not in sys.modules:
+            # peft's auto classes would import it, whatever it is.
+            warnings.warn(f"auto_mapping names {library!r}, which is not imported, and is left out", stacklevel=4)
+            self.auto_mapping = None
+
     def _check_values(self) -> None:
         for name, allowed in CHOICES.items():
             _require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {', '.join(allowed)}")
         for name in ("r", "residual_dim"):
             value = getattr(self, name)
             optional = value is None and name == "residual_dim"
-            _require(optional or _is_count(value), name, value, "a positive integer")
+            _require(optional or _is_count(value), name, value, f"a positive integer, at most {LARGEST}")
         for name in ("encoder_hidden_dims", "decoder_hidden_dims"):
             value = getattr(self, name)
             if isinstance(value, tuple):
@@ -255,13 +312,34 @@ class FVAELoraConfig(PeftConfig):
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    largest = sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
+
+
+def _is_indices(value: object) -> bool:
+    return isinstance(value, list | tuple | set | range) and all(map(_is_index, value))
+
+
+def _is_list_of(value: object, kind: type) -> bool:
+    return isinstance(value, list | tuple | set) and all(isinstance(item, kind) for item in value)
+
+
+def _is_expression(value: str) -> bool:
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
     if not condition:
-        raise ValueError(f"{name} must be {allowed}, not {value!r}")
+        raise ValueError(f"{name} must be {allowed}, not {reprlib.repr(value)}")

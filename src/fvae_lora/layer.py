@@ -99,7 +99,7 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         Args:
             x: (..., in).
             *args: For the base layer.
-            adapter_names: One adapter for each row of a mixed batch, ``"__base__"`` for none; inference only.
+            adapter_names: One adapter for each row of x, ``"__base__"`` for none; inference only.
             **kwargs: For the base layer.
 
         Returns:
@@ -107,7 +107,7 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             RuntimeError: If an inference-only adapter runs in training mode.
-            ValueError: If `adapter_names` does not fit the batch, or the layer is merged.
+            ValueError: If `adapter_names` are given and the layer is merged.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -126,13 +126,8 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
     def _mixed_batch(self, x: Tensor, result: Tensor, adapter_names: list[str]) -> Tensor:
         if self.merged:
             raise ValueError("adapter_names cannot be used with merged adapters; call unmerge_adapter() first")
-        # Beam search repeats each row of the batch, some models fold the sequence into it.
-        repeats, rest = divmod(len(x), len(adapter_names))
-        if rest:
-            raise ValueError(f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}")
-        names = [name for name in adapter_names for _ in range(repeats)]
-        for adapter in sorted(set(names) & set(self.fvae_lora_B)):
-            rows = torch.tensor([i for i, name in enumerate(names) if name == adapter], device=x.device)
+        for adapter in sorted(set(adapter_names) & set(self.fvae_lora_B)):
+            rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=x.device)
             result = result.index_add(0, rows, self.update(adapter, x[rows]).to(result.dtype))
         return result
 
@@ -204,26 +199,33 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.fvae_lora_B]
         updates = [self.linear_update(name) for name in names]
         for name, (weight, bias) in zip(names, updates, strict=True):
-            self._add_to_base(weight, bias, safe_merge)
+            self._add_to_base(name, weight, bias, safe_merge)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Take merged updates out of the base layer again."""
         while self.merged_adapters:
-            weight, bias = self.linear_update(self.merged_adapters.pop())
-            self._add_to_base(-weight, -bias, safe=False)
+            adapter = self.merged_adapters.pop()
+            weight, bias = self.linear_update(adapter)
+            self._add_to_base(adapter, -weight, -bias, safe=False)
         if self._bias_is_ours:
             self.get_base_layer().bias = None
             self._bias_is_ours = False
 
-    def _add_to_base(self, weight: Tensor, bias: Tensor, safe: bool) -> None:
+    def _add_to_base(self, adapter: str, weight: Tensor, bias: Tensor, safe: bool) -> None:
         base = self.get_base_layer()
+        if self.quantization_backend is not None:
+            base.state_dict()  # bitsandbytes unpacks here what it packed for inference on a CPU and cannot dequantise
         own_weight = self.get_base_weight()
         new_weight = own_weight + transpose(weight, isinstance(base, Conv1D)).reshape(own_weight.shape)
         new_weight = new_weight.to(own_weight.dtype)
         new_bias = (bias if base.bias is None else base.bias.data + bias).to(own_weight.dtype)
         if safe and not (new_weight.isfinite().all() and new_bias.isfinite().all()):
-            raise ValueError(f"the merged weights of {self.name} are not finite; the adapter seems to be broken")
+            # Begins as peft's message does.
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: "
+                f"the weights of {self.name} are not finite"
+            )
         self.set_base_weight(new_weight)
         base = self.get_base_layer()
         if base.bias is None:
@@ -238,6 +240,10 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
 
 def _cannot_requantize(*_: Any) -> NoReturn:
     raise ValueError("this quantised layer cannot be merged: the model does not know how it was quantised")
+
+
+class FVAELoraLinear(FVAELoraLayer):
+    """The same for linear layers; by this word in the class's name peft finds those that have an adapter already."""
 
 
 class FVAELoraConv2d(FVAELoraLayer):
@@ -300,4 +306,4 @@ def features(base_layer: nn.Module) -> tuple[int, int]:
 
 def layer_class(base_layer: nn.Module) -> type[FVAELoraLayer]:
     """The class of the layer that adapts such a base layer."""
-    return FVAELoraConv2d if isinstance(base_layer, nn.Conv2d) else FVAELoraLayer
+    return FVAELoraConv2d if isinstance(base_layer, nn.Conv2d) else FVAELoraLinear

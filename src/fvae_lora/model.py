@@ -9,8 +9,13 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    get_quantization_kwargs,
+)
 from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -40,6 +45,7 @@ class FVAELoraModel(BaseTuner):
     prefix = "fvae_lora_"
     tuner_layer_cls = FVAELoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
 
     def __init__(
         self,
@@ -77,7 +83,9 @@ class FVAELoraModel(BaseTuner):
         }
         for name, module in targets.items():
             _check_supported(name, module)
-        if peft_config.checkpoint_shapes is not None:
+        if peft_config.checkpoint_shapes == {} and peft_config.inference_mode:
+            raise ValueError("the adapter's folder holds no adapter_model.safetensors: its weights are missing")
+        if peft_config.checkpoint_shapes:
             self._check_checkpoint(peft_config, model, targets)
 
     def _check_checkpoint(self, config: FVAELoraConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
@@ -121,6 +129,20 @@ class FVAELoraModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        layers = [module for module in self.modules() if isinstance(module, FVAELoraLayer)]
+        Bs = {layer: layer.fvae_lora_B[adapter_name] for layer in layers if adapter_name in layer.fvae_lora_B}
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer, B in Bs.items():  # what peft casts is a new parameter, which would train
+            layer.fvae_lora_B[adapter_name].requires_grad_(B.requires_grad)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, FVAELoraLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            # Unloaded: the module has its weights. Peft hands over those of trained tokens, which are no parameter.
+            setattr(parent, child_name, new_module)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
         """Hand ``adapter_names``, one adapter for each row of a batch, to the layers."""
@@ -130,15 +152,21 @@ class FVAELoraModel(BaseTuner):
             return
         if self.training:
             raise ValueError("adapter_names cannot be used in training mode; call model.eval()")
-        layers = [module for module in self.modules() if isinstance(module, FVAELoraLayer)]
-        known = {"__base__"}.union(*(layer.fvae_lora_B for layer in layers))
+        known = {"__base__"}.union(*(m.fvae_lora_B for m in self.modules() if isinstance(m, FVAELoraLayer)))
         if unknown := sorted(set(adapter_names) - known):
             raise ValueError(f"adapter_names: there is no adapter {', '.join(unknown)}")
 
         def pass_on(_: nn.Module, args: Any, layer_kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, layer_kwargs | {"adapter_names": adapter_names}
+            # Beam search repeats each row of the batch, some models fold the sequence into it.
+            repeats, rest = divmod(len(args[0]), len(adapter_names))
+            if rest:
+                raise ValueError(f"adapter_names has {len(adapter_names)} entries for a batch of {len(args[0])}")
+            names = [name for name in adapter_names for _ in range(repeats)]
+            return args, layer_kwargs | {"adapter_names": names}
 
-        handles = [layer.register_forward_pre_hook(pass_on, with_kwargs=True) for layer in layers]
+        by_row = (FVAELoraLayer, AuxiliaryTrainingWrapper)  # the latter for modules_to_save and trained tokens
+        modules = [module for module in self.modules() if isinstance(module, by_row)]
+        handles = [module.register_forward_pre_hook(pass_on, with_kwargs=True) for module in modules]
         try:
             yield
         finally:

@@ -1,0 +1,50 @@
+"""Which tests of peft's suite do not apply to FVAE-LoRA, each with the reason; everything else must pass."""
+
+from __future__ import annotations
+
+# Modules in which LoRA, and so FVAE-LoRA, is one of several methods or the example of one. The others are of one
+# method each, or need a GPU, a library for quantisation, or files of the hub.
+MODULES = (
+    "test_config",
+    "test_custom_models",
+    "test_decoder_models",
+    "test_encoder_decoder_models",
+    "test_feature_extraction_models",
+    "test_low_level_api",
+    "test_mapping",
+    "test_other",
+    "test_seq_classifier",
+    "test_token_classification_qa",
+    "test_trainable_tokens",
+    "test_tuners_utils",
+    "test_vision_models",
+)
+
+# What our one-line refusals say, and why they are right. A test that ends in one is skipped.
+REFUSALS = {
+    r"adapter '.*' cannot be merged: its encoder has a ReLU": "only a linear encoder can be merged",
+    r"is a \w*Embedding; only Linear, Conv1D and Conv2d": "embeddings are not adapted",
+    r"is a (Conv1d|Conv3d|Conv2d with groups|MultiheadAttention|LayerNorm|GRU); only": "this layer is not adapted",
+    r"has no attribute 'add_weighted_adapter'": "adapters that are not linear in x have no weighted sum",
+    r"'FVAE_LORA' is not compatible with the `PeftMixedModel`": "PeftMixedModel has a fixed list of methods",
+    r"has no attribute 'lora_\w*'|^'[\w.]*lora_[AB][\w.]*'$": "reads LoRA's parameters by name",
+    r"Couldn't instantiate the backend tokenizer|Can't load (image processor|tokenizer)": "needs a file of the hub",
+    r"type object 'StableDiffusionPipeline' has no attribute": "needs a pipeline of the hub",
+}
+
+# Tests that compare outputs of a model in training mode, where the method samples: they run with z1 at its mean.
+WITHOUT_NOISE = (r"TestPeftStateDict::test_get_and_set_peft_model_state_dict",)
+
+# Tests by a regular expression on path::class::name[case], and the reason.
+OWN_WORDS = "refused too, in words of our own"
+LORAS_NAMES = "expects names of LoRA's classes, parameters or type"
+EXCLUDED: dict[str, str] = {
+    r"_pickle\b": "adapters are saved as safetensors; a pickle is never read",
+    r"test_config.*(layers_to_transform_validation|regex_with_layer_indexing_lora)": OWN_WORDS,
+    r"TestLoraNestedConfigRoundTrip": "nested configurations of LoRA's own",
+    r"TestExcludedModuleNames::test_(no_modules_matched|second_adapter_only|some_modules_excluded)": OWN_WORDS,
+    r"test_(module_type|adapter_model_type|peft_types|nb_params)_small": LORAS_NAMES,
+    r"TestTunerStateDictKeyPrefixes": LORAS_NAMES,
+    r"TestLowLevelFunctional::test_(inject_adapter_in_model|modules_to_save)": LORAS_NAMES,
+    r"test_mixed_model_raises": "PeftMixedModel has a fixed list of methods",
+}
