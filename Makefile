@@ -1,5 +1,5 @@
 # make demo    sees FVAE-LoRA work on real images, in a few minutes, without a network beyond the package registry
-# make test    runs the tests; make test PYTEST_FLAGS="-m slow" the slow ones
+# make test    runs the tests; what takes minutes, or TRL, Lightning, ONNX, bitsandbytes or torchao, waits for make test-slow
 # make check   lint, format and types
 # make test-oldest   the method's tests against the oldest supported peft and transformers
 # Each sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
@@ -7,13 +7,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST := .venv-oldest
+INTEGRATION_TESTS := tests/test_examples.py tests/test_onnx_export.py tests/test_quantised.py
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check test-oldest benchmark setup clean python-is-new-enough
+.PHONY: demo test test-slow check test-oldest benchmark setup clean python-is-new-enough
 
 setup: $(VENV)/.ready
 
@@ -24,6 +25,11 @@ demo: setup
 test: setup
 	@echo "== tests"
 	@$(BIN)/python -m pytest -n 2 $(PYTEST_FLAGS)
+
+test-slow: $(VENV)/.integrations
+	@echo "== the slow tests, and those with other libraries"
+	@$(BIN)/python -m pytest -n 2 -m slow $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest -n 2 $(INTEGRATION_TESTS) $(PYTEST_FLAGS)
 
 check: setup
 	@echo "== lint, format, types"
@@ -51,6 +57,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt | python-is-new-enough
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install $(PIP_FLAGS) "$$(grep '^torch==' constraints.txt)"
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.integrations: $(VENV)/.ready
+	@echo "== adding other libraries to $(VENV), once"
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[integrations]'
 	@touch $@
 
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt | python-is-new-enough
