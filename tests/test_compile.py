@@ -111,9 +111,20 @@ def test_inference_is_one_graph(kind: str) -> None:
     batch = batch_for(model.get_base_model())
     fast, counter = compiled(model, fullgraph=True)
     with torch.no_grad():
-        torch.testing.assert_close(fast(**batch).logits, model(**batch).logits)
-        torch.testing.assert_close(fast(**batch).loss, model(**batch).loss)
+        expected = model(**batch)
+        for _ in range(2):
+            found = fast(**batch)
+            torch.testing.assert_close(found.logits, expected.logits)
+            torch.testing.assert_close(found.loss, expected.loss)
     assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_training_as_a_full_graph_says_why_it_cannot() -> None:
+    model = adapted("vit")
+    fast, _ = compiled(model, fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="train without fullgraph=True"):
+        fast(**batch_for(model.get_base_model()))
 
 
 @pytest.mark.usefixtures("means")

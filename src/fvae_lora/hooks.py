@@ -37,8 +37,22 @@ def forget(model: nn.Module) -> None:
             del hooks[key]
 
 
-@torch.compiler.disable
 def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    if torch.compiler.is_compiling() and not model.training:
+        getattr(model, ATTRIBUTE).forward = Forward(is_open=False)  # one graph, and what training recorded is gone
+        return None
+    return _open_forward(model, args, kwargs)
+
+
+def _end_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    forward: Forward = getattr(model, ATTRIBUTE).forward
+    if torch.compiler.is_compiling() and not model.training and not forward.runs:
+        return None
+    return _close_forward(model, args, kwargs, output)
+
+
+@torch.compiler.disable(reason="the ELBO joins the loss outside the graph; train without fullgraph=True")
+def _open_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     if getattr(model, "_is_replica", False):
         raise RuntimeError("FVAE-LoRA does not support torch.nn.DataParallel; use torchrun or accelerate launch")
     recorder: Recorder = getattr(model, ATTRIBUTE)
@@ -53,8 +67,8 @@ def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     return None
 
 
-@torch.compiler.disable
-def _end_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+@torch.compiler.disable(reason="the ELBO joins the loss outside the graph; train without fullgraph=True")
+def _close_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     recorder: Recorder = getattr(model, ATTRIBUTE)
     forward = recorder.forward
     forward.is_open = False
