@@ -28,7 +28,7 @@ def check_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable as JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
@@ -42,16 +42,22 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         folder: The adapter's folder, with ``adapter_model.safetensors``.
 
     Raises:
-        ValueError: If that file is missing, truncated or no safetensors file.
+        ValueError: If that file is missing, truncated or no safetensors file, or if weights of the method's own are no
+            floating-point numbers.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         raise ValueError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}: the adapter's weights are missing")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            shapes = {key: tuple(value.get_shape()) for key, value in slices.items()}
+            dtypes = {key: value.get_dtype() for key, value in slices.items() if ".fvae_lora_" in key}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
+    if wrong := sorted(key for key, dtype in dtypes.items() if not dtype.startswith(("F", "BF"))):
+        raise ValueError(f"{path} must hold floating-point numbers, not {dtypes[wrong[0]]}, in {some(wrong)}")
+    return shapes
 
 
 def check_fit(

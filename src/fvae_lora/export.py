@@ -74,7 +74,7 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         ValueError: If it holds something.
     """
-    target = Path(folder).absolute()
+    target = Path(folder).resolve()
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"folder: {target} exists and is not empty")
     target.parent.mkdir(parents=True, exist_ok=True)

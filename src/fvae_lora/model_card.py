@@ -22,7 +22,7 @@ def say_how_to_load(folder: Path, config: FVAELoraConfig) -> None:
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
     if MARKER in text:
         return
-    base = config.base_model_name_or_path or "the base model"
+    base = " ".join(str(config.base_model_name_or_path or "the base model").replace("`", "'").split())  # one line
     section = f"""{MARKER}
 ## How to load this adapter
 

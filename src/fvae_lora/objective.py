@@ -132,7 +132,7 @@ class Posterior:
 
     def flat(self, chosen: Tensor) -> Posterior:
         """The chosen tokens alone, (k, r)."""
-        return Posterior(*(t.flatten(0, -2)[chosen] for t in (self.mean, self.logvar, self.sample)))
+        return Posterior(*(t.reshape(-1, t.shape[-1])[chosen] for t in (self.mean, self.logvar, self.sample)))
 
     def detached(self) -> Posterior:
         """The same without graph."""
@@ -155,7 +155,7 @@ def elbo(vae: FVAE, x: Tensor, encoder_input: Tensor, q1: Posterior, weights: To
     config = vae.config
     if config.elbo_token_fraction < 1:
         chosen, weights = weights.sample(x.shape[:-1], config.elbo_token_fraction, x.device)
-        x, encoder_input = x.flatten(0, -2)[chosen], encoder_input.flatten(0, -2)[chosen]
+        x, encoder_input = (t.reshape(-1, t.shape[-1])[chosen] for t in (x, encoder_input))
         q1 = q1.flat(chosen)
     mean2, logvar2 = vae.encode("encoder2", encoder_input)
     q2 = Posterior(mean2, logvar2, draw(mean2, logvar2))
