@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
@@ -93,7 +94,8 @@ def main() -> None:
                 "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
             }
     if arguments.json:
-        print(json.dumps(results, indent=1))
+        versions = {name: version(name) for name in ("torch", "transformers", "peft")}
+        print(json.dumps({"settings": vars(arguments), "versions": versions, "results": results}, indent=1))
         return
     print(f"{'':46}{'median':>9}{'ratio':>8}{'min':>8}{'max':>8}")
     for name, row in results.items():
