@@ -230,7 +230,7 @@ class FVAELoraConfig(PeftConfig):
         self._check_auto_mapping()
 
     def _check_auto_mapping(self) -> None:
-        value = self.auto_mapping
+        value = vars(self)["auto_mapping"]
         _require(value is None or isinstance(value, Mapping), "auto_mapping", value, "a mapping or None")
         library = str((value or {}).get("parent_library", AUTO_LIBRARIES[0]))
         if library.partition(".")[0] not in AUTO_LIBRARIES and library not in sys.modules:
