@@ -372,6 +372,13 @@ def test_loading_into_an_eval_model_does_not_sample(tmp_path: Path, base: PreTra
     assert not samples(model)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_an_added_adapter_with_targets_of_its_own_keeps_the_models_mode(base: PreTrainedModel, training: bool) -> None:
+    model = get_peft_model(base.eval(), config("bert", target_modules=["query"])).train(training)
+    model.add_adapter("other", config("bert", target_modules=["value"]))
+    assert all(layer.training is training for layer in layers_of(model))
+
+
 # Several adapters
 
 

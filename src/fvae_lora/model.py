@@ -55,7 +55,8 @@ class FVAELoraModel(BaseTuner):
         **kwargs: Any,
     ) -> None:
         # `PeftModel` hands over a dict; who injects into a model hands over the configuration itself. Such a model
-        # stays in the mode that it is in: in eval mode nothing may start to sample.
+        # stays in the mode that it is in: in eval mode nothing may start to sample. A `PeftModel` starts in training
+        # mode, over an eval base too, and adapters that it gets later follow it.
         object.__setattr__(self, "_keep_mode", isinstance(peft_config, PeftConfig))  # before nn.Module.__init__
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
@@ -123,8 +124,7 @@ class FVAELoraModel(BaseTuner):
         layer = layer_class(base)(
             target, adapter_name, current_key, recorder_of(self.model), peft_config, r, lora_alpha, quantization
         )
-        if self._keep_mode:
-            layer.train(target.training)
+        layer.train(target.training if self._keep_mode else self.training)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

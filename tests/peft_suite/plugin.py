@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import inspect
 import re
 import sys
@@ -19,14 +21,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
-import numpy as np
 import peft
 import peft.tuners.lora
 import pytest
 import torch
 from exclusions import EXCLUDED, REFUSALS, WITHOUT_NOISE
 from peft import PeftConfig
-from PIL import Image
 from torch import Tensor, nn
 
 from fvae_lora import FVAELoraConfig, elbo_loss, hooks, layer
@@ -34,7 +34,7 @@ from fvae_lora import model as tuner
 from fvae_lora.layer import FVAELoraLayer
 
 PROFILES: dict[str, dict[str, Any]] = {
-    "full": {"decoder_hidden_dims": [8]},
+    "full": {"decoder_hidden_dims": [8], "elbo_weight": 0.1},  # three steps of SGD must move every parameter
     "linear": {"encoder_hidden_dims": [], "elbo_weight": 0.0},
 }
 Lora = peft.LoraConfig
@@ -74,6 +74,9 @@ class InPlaceOfLora(FVAELoraConfig, metaclass=_MakesOurs):
     """What the suite finds under the name of ``LoraConfig``."""
 
 
+InPlaceOfLora.__name__ = FVAELoraConfig.__name__  # peft's messages name the class
+
+
 def loras_own_option(kwargs: dict[str, Any]) -> str | None:
     """The name of an option that FVAE-LoRA does not have, if one is set."""
     ours = FVAELoraConfig.__dataclass_fields__
@@ -109,7 +112,7 @@ def pytest_configure(config: pytest.Config) -> None:
     import tests.testing_utils as utils
 
     utils._HUB_MODEL_ACCESSES = _EveryModel()  # the suite goes online for a model that it has not yet seen
-    utils.load_cat_image = lambda: Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    utils.load_cat_image = lambda: None
     torch.set_num_threads(1)
     hooks_recorder_of = tuner.recorder_of
 
@@ -141,16 +144,18 @@ def with_elbo(backward: Callable[..., None]) -> Callable[..., None]:
 
 
 def stub_optional_packages() -> None:
-    """Of diffusers the suite wants a name alone where no pipeline is loaded; parameterized is one decorator."""
-    if "diffusers" not in sys.modules:
-        diffusers = types.ModuleType("diffusers")
-        diffusers.__version__ = "0.0"
-        diffusers.__spec__ = types.SimpleNamespace(origin=None, name="diffusers")
-        diffusers.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
-        sys.modules["diffusers"] = diffusers
-    parameterized = types.ModuleType("parameterized")
-    parameterized.parameterized = types.SimpleNamespace(expand=_expand)
-    sys.modules["parameterized"] = parameterized
+    """Of these the suite wants a name or two where nothing is loaded; parameterized is one decorator."""
+    stub("datasets", load_dataset=None)
+    stub("diffusers", __version__="0.0", StableDiffusionPipeline=type("StableDiffusionPipeline", (), {}))
+    stub("parameterized", parameterized=types.SimpleNamespace(expand=_expand))
+
+
+def stub(name: str, **attributes: Any) -> None:
+    """Put a module in the place of a package that is not installed."""
+    if importlib.util.find_spec(name) is None:
+        module = sys.modules[name] = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        vars(module).update(attributes)
 
 
 def _expand(cases: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:

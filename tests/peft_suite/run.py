@@ -56,7 +56,16 @@ def main() -> int:
     stand_ins.build(hub)
     environment = os.environ | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)}
     command = [sys.executable, "-m", "pytest", "-p", "plugin", "-c", os.devnull, "--rootdir", ".", "--confcutdir", "."]
-    command += ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=short", "-rs", "--disable-warnings", *sys.argv[1:]]
+    command += [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--no-header",
+        "--tb=short",
+        "-rfEs",
+        "--disable-warnings",
+        *sys.argv[1:],
+    ]
     if not any(argument.startswith("tests/") for argument in sys.argv[1:]):
         command += [str(Path("tests", f"{module}.py")) for module in MODULES]
     runs = {}

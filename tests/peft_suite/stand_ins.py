@@ -30,6 +30,7 @@ CLIP_TEXT = SMALL | {"projection_dim": 16}
 RESNET = {"embedding_size": 10, "hidden_sizes": [10, 20, 30, 40], "depths": [1, 1, 2, 1], "num_labels": 3}
 
 MODELS = {
+    "bert-base-uncased": ("BertForSequenceClassification", "bert", SMALL),
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": ("Gemma3ForCausalLM", "gemma3_text", GEMMA3),
     "hf-internal-testing/tiny-random-MistralForCausalLM": ("MistralForCausalLM", "mistral", LLAMA),
     "hf-internal-testing/tiny-random-gpt2": ("GPT2LMHeadModel", "gpt2", GPT2),
