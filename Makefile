@@ -2,6 +2,7 @@
 # make test    runs the tests; what takes minutes, or TRL, Lightning, ONNX, bitsandbytes or torchao, waits for make test-slow
 # make check   lint, format and types
 # make test-oldest   the method's tests against the oldest supported peft and transformers
+# make test-peft     peft's own test-suite, with FVAE-LoRA in LoRA's place
 # Each sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow check test-oldest benchmark setup clean python-is-new-enough
+.PHONY: demo test test-slow check test-oldest test-peft benchmark setup clean python-is-new-enough
 
 setup: $(VENV)/.ready
 
@@ -40,6 +41,10 @@ check: setup
 test-oldest: $(OLDEST)/.ready
 	@echo "== the method's tests against $$(grep -E '^(peft|transformers)==' constraints-oldest.txt | tr '\n' ' ')"
 	@$(OLDEST)/bin/python -m pytest -n 2 $(PYTEST_FLAGS) --ignore tests/experiments --ignore tests/report
+
+test-peft: setup
+	@echo "== peft's own tests, with FVAE-LoRA in LoRA's place"
+	@$(BIN)/python tests/peft_suite/run.py
 
 benchmark: setup
 	@$(BIN)/python benchmarks/cost.py
