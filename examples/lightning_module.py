@@ -36,11 +36,9 @@ class Classifier(L.LightningModule):
         self.log("loss", loss)
         with torch.no_grad():
             self.log("elbo_loss", elbo_loss(self.model))
-        return loss
-
-    def on_train_epoch_end(self) -> None:
         for layer, terms in elbo_terms(self.model).items():
-            self.log_dict({f"{layer.rpartition('.layer.')[2]}/{name}": value for name, value in terms.items()})
+            self.log_dict({f"{layer}/{name}": value for name, value in terms.items()})
+        return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         output = self.model(**batch)  # in eval mode there is no ELBO, and nothing is sampled
@@ -48,7 +46,7 @@ class Classifier(L.LightningModule):
         self.log("val_accuracy", (output.logits.argmax(-1) == batch["labels"]).float().mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=5e-3)
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=2e-2)
 
 
 def texts(rows: int) -> list[dict[str, Tensor]]:
@@ -63,7 +61,7 @@ def main() -> None:
     trainer = L.Trainer(
         accelerator="auto",
         devices=1,
-        max_epochs=2,
+        max_epochs=20,
         accumulate_grad_batches=2,
         gradient_clip_val=1.0,
         logger=False,
