@@ -25,7 +25,7 @@ import peft
 import peft.tuners.lora
 import pytest
 import torch
-from exclusions import EXCLUDED, REFUSALS, WITHOUT_NOISE
+from exclusions import EXCLUDED, HEAVIER_ELBO, REFUSALS, WITHOUT_NOISE
 from peft import PeftConfig
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ from fvae_lora import model as tuner
 from fvae_lora.layer import FVAELoraLayer
 
 PROFILES: dict[str, dict[str, Any]] = {
-    "full": {"decoder_hidden_dims": [8], "elbo_weight": 0.1},  # three steps of SGD must move every parameter
+    "full": {"decoder_hidden_dims": [8]},
     "linear": {"encoder_hidden_dims": [], "elbo_weight": 0.0},
 }
 Lora = peft.LoraConfig
@@ -45,6 +45,7 @@ class State:
     """Of the test that is running."""
 
     profile = "full"
+    fields: ClassVar[dict[str, Any]] = {}
     in_test = False
     made_ours = False
     adapted: ClassVar[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
@@ -64,7 +65,7 @@ class _MakesOurs(type):
             if State.in_test:
                 pytest.skip(f"{option} is an option of LoRA's own")
             return LorasOwn(option)
-        return FVAELoraConfig(task_type=task_type, **PROFILES[State.profile] | translated(kwargs))
+        return FVAELoraConfig(task_type=task_type, **State.fields | translated(kwargs))
 
     def __instancecheck__(cls, instance: object) -> bool:
         return isinstance(instance, FVAELoraConfig)
@@ -105,6 +106,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     State.profile = config.getoption("--profile")
+    State.fields = PROFILES[State.profile]
     peft.LoraConfig = InPlaceOfLora
     for module in (peft.tuners.lora, peft.tuners.lora.layer):
         module.LoraLayer = FVAELoraLayer
@@ -218,6 +220,9 @@ def _reason_to_skip(item: pytest.Item) -> str | None:
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     State.in_test, State.made_ours = True, any(isinstance(value, FVAELoraConfig) for value in _values(item))
     State.adapted.clear()
+    State.fields = dict(PROFILES[State.profile])
+    if State.profile == "full" and any(re.search(pattern, item.nodeid) for pattern in HEAVIER_ELBO):
+        State.fields["elbo_weight"] = 0.1
     noise = layer.draw
     if any(re.search(pattern, item.nodeid) for pattern in WITHOUT_NOISE):
         layer.draw = lambda mean, _: mean

@@ -56,7 +56,7 @@ def start(profile: str, folder: Path, hub: Path, options: list[str], report: Pat
     command += ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=short", "-rfEs", "--disable-warnings"]
     command += ["--profile", profile, f"--junitxml={report}", "-o", "junit_logging=no", *options]
     if not any(option.startswith("tests/") for option in options):
-        command += [f"tests/{module}.py" for module in MODULES]
+        command += [f"tests/{module}.py" for module in MODULES if (folder / "tests" / f"{module}.py").exists()]
     with report.with_suffix(".log").open("w") as log:
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
 

@@ -92,7 +92,7 @@ def build(cache: Path) -> None:
         with torch.no_grad():  # more than the usual 0.02, or no adapter would change what a model says
             for parameter in model.parameters():
                 if parameter.dim() > 1:
-                    parameter.normal_(0, 0.1)
+                    parameter.normal_(0, 0.3 if model_type == "bart" else 0.1)
         model.save_pretrained(repository / "snapshots" / COMMIT)
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / "main").write_text(COMMIT)
