@@ -184,7 +184,7 @@ class FVAELoraConfig(PeftConfig):
             **kwargs: As in `peft.PeftConfig.save_pretrained`.
         """
         super().save_pretrained(str(save_directory), **kwargs)
-        model_card.say_how_to_load(Path(save_directory), self)
+        model_card.say_how_to_load(Path(save_directory), self.r, self.base_model_name_or_path)
 
     @property
     def checkpoint_shapes(self) -> Mapping[str, tuple[int, ...]] | None:

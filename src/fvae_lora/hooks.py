@@ -124,7 +124,7 @@ def _share_of_items(model: nn.Module, inputs: Mapping[str, Any]) -> float | None
         labels = inputs["shift_labels"]
     elif shifts:
         labels = labels[..., 1:]
-    return int((labels != IGNORED_LABEL).sum()) / float(num_items)
+    return int((labels != IGNORED_LABEL).sum()) / float(torch.as_tensor(num_items).detach())
 
 
 def _normalised(model: nn.Module, recorder: Recorder, loss: Tensor, num_items: Any) -> bool:

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .config import FVAELoraConfig
 
 MARKER = "<!-- fvae-lora: how to load -->"
 
 
-def say_how_to_load(folder: Path, config: FVAELoraConfig) -> None:
+def say_how_to_load(folder: Path, rank: int, base_model: str | None) -> None:
     """Add to the README of an adapter's folder what must be installed and imported to load it.
 
     Args:
         folder: The adapter's folder; its README is made if there is none, and is left alone if it says so already.
-        config: The adapter's configuration.
+        rank: The adapter's rank.
+        base_model: Name of the model that it belongs to, if it is known.
     """
     readme = folder / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
     if MARKER in text:
         return
-    base = " ".join(str(config.base_model_name_or_path or "the base model").replace("`", "'").split())  # one line
+    base = " ".join(str(base_model or "the base model").replace("`", "'").split())  # one line
     section = f"""{MARKER}
 ## How to load this adapter
 
-It is an FVAE-LoRA adapter (rank {config.r}). Install `fvae-lora` beside peft and import it before loading; without
+It is an FVAE-LoRA adapter (rank {rank}). Install `fvae-lora` beside peft and import it before loading; without
 the import peft stops with `KeyError: 'FVAE_LORA'`.
 
 ```sh
