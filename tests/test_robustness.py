@@ -117,12 +117,12 @@ def test_any_valid_configuration_trains_saves_and_loads(
 FORMS = {"as it is": {}, "reference": {"objective": "reference"}, "sampled": {"elbo_token_fraction": 0.5}}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+SIZES = {torch.float32: [0.0, 1e4, 1e15], torch.bfloat16: [0.0, 1e4, 1e15], torch.float16: [0.0, 1e4]}
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(dtype, size) for dtype, sizes in SIZES.items() for size in sizes])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("size", [0.0, 1e4, 6e4, 1e15])
 def test_large_and_zero_activations_stay_finite(size: float, form: str, dtype: torch.dtype) -> None:
-    if dtype == torch.float16 and size > 1e4:
-        pytest.skip("the gradient, as large as the activation, is no number of that type")
     model = adapted_linear(dtype=torch.float32, **FORMS[form])
     model.get_base_model()[0].base_layer.to(dtype)
     x = (size * torch.linspace(-1, 1, 48).reshape(2, 4, 6)).to(dtype).requires_grad_()
