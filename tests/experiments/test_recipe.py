@@ -9,6 +9,7 @@ import pytest
 
 from fvae_lora import FVAELoraConfig, FVAEPEFTConfig
 from fvae_lora.experiments.errors import UserError
+from fvae_lora.experiments.methods import METHODS
 from fvae_lora.experiments.recipe import FvaeSettings, load_recipe, shipped
 
 PLACES = {"model": "m", "dataset": "d"}
@@ -16,7 +17,7 @@ PLACES = {"model": "m", "dataset": "d"}
 
 @pytest.mark.parametrize("name", shipped())
 def test_every_shipped_recipe_is_valid_for_every_method(name: str) -> None:
-    for method in ("fvae-lora", "lora", "linear-probe", "full"):
+    for method in METHODS:
         assert load_recipe(name, options=PLACES | {"method": method}).method == method
 
 
@@ -75,11 +76,11 @@ def test_overrides_win_over_the_methods_own_settings_and_options_over_both(tmp_p
         ("", ["train=3"], "train: expected keys and values below it, got 3"),
         ("", ["seed.x=3"], "seed: input should be a valid integer"),
         ("seed: 1", ["seed.x=3"], "seed.x: unknown key; seed has no keys below it"),
-        ("", ["method=dora"], "method: input should be 'fvae-lora', 'lora', 'linear-probe' or 'full', got 'dora'"),
+        ("", ["method=lorax"], "method: input should be 'fvae-lora', 'fvae-lora-reference', 'vae2lat', "),
         ("", ["adapter.target_modules=[]"], "adapter.target_modules: list should have at least 1 item"),
         ("", ["epochs"], "epochs: expected key=value"),
         ("", ["seed=[1"], "seed: '[1' is not a YAML value"),
-        ("per_method: {dora: {seed: 1}}", [], "per_method.dora: expected keys and values below one of fvae-lora"),
+        ("per_method: {lorax: {seed: 1}}", [], "per_method.lorax: expected keys and values below one of fvae-lora"),
         ("per_method: {lora: 3}", [], "per_method.lora: expected keys and values"),
         ("task: audio", [], "task: input should be 'image'"),
     ],

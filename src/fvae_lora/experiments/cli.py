@@ -14,7 +14,7 @@ from rich.table import Table
 from fvae_lora.experiments.errors import RunError, UserError
 
 app = typer.Typer(
-    help="FVAE-LoRA beside LoRA, a linear probe and full fine-tuning: train, compare, report.",
+    help="FVAE-LoRA beside LoRA, its relatives, a linear probe and full fine-tuning: train, compare, report.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,7 +35,7 @@ def train(
     overrides: Overrides = None,
     model: Model = None,
     dataset: Dataset = None,
-    method: Annotated[str | None, typer.Option(help="fvae-lora, lora, linear-probe or full.")] = None,
+    method: Annotated[str | None, typer.Option(help="One of those that `fvae-lora recipes` lists.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything that is random.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/METHOD-seedN).")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,

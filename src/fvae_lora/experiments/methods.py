@@ -1,11 +1,24 @@
 """The methods that can be compared: each turns a pretrained model into the one that is trained."""
 
-import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from __future__ import annotations
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from peft import (
+    AdaLoraConfig,
+    HiraConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PveraConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,21 +26,30 @@ from transformers import PreTrainedModel
 from fvae_lora import FVAELoraConfig
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.heads import head_modules
-from fvae_lora.experiments.recipe import Recipe
 from fvae_lora.names import resolve_targets
+
+if TYPE_CHECKING:
+    from fvae_lora.experiments.recipe import Recipe
+
+Configure = Callable[["Recipe", PreTrainedModel], PeftConfig]
 
 
 @dataclass(frozen=True)
 class Method:
     """One method.
 
-    `config` makes its adapter's configuration from the recipe, the names of the modules to adapt and of the head;
-    None trains every parameter. Parameters with one of `training_only` in their names are not needed at inference.
+    `config` makes its adapter's configuration from the recipe and the model; None trains every parameter. `defaults`
+    are what the method is, in a recipe's dotted keys: they win over the recipe's common sections, and lose to its
+    `per_method` and to overrides. `training_only` maps a part of a parameter's name to the share of such parameters
+    that is not needed at inference.
     """
 
     summary: str
-    config: Callable[[Recipe, PreTrainedModel], PeftConfig] | None
-    training_only: tuple[str, ...] = ()
+    config: Configure | None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    training_only: Mapping[str, float] = field(default_factory=dict)
+    resumable: bool = True
+    """Whether a checkpoint holds all that training goes on from; if not, an interrupted run begins again."""
 
     def apply(self, model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftModel:
         """`model`, changed in place, with this method's parameters trainable and all others frozen."""
@@ -41,10 +63,20 @@ class Method:
         _keep_statistics(adapted)
         return adapted
 
-    def inference_parameters(self, model: nn.Module) -> int:
-        """How many of the trainable parameters are still needed once training is over."""
-        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-        return sum(p.numel() for name, p in trained if not any(part in name for part in self.training_only))
+    def inference_parameters(self, model: nn.Module, trained: Collection[str]) -> int:
+        """How many of the parameters that are `trained`, by name, `model` still needs once training is over."""
+        counts = ((name, p.numel()) for name, p in model.named_parameters() if name in trained)
+        return sum(n - int(n * self._training_only(name)) for name, n in counts)
+
+    def _training_only(self, name: str) -> float:
+        return max((share for part, share in self.training_only.items() if part in name), default=0)
+
+
+def _where(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
+    return {
+        "target_modules": adapted_modules(model, recipe.adapter.target_modules),
+        "modules_to_save": head_modules(model),
+    }
 
 
 def _fvae_lora(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
@@ -52,20 +84,45 @@ def _fvae_lora(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
         r=recipe.adapter.r,
         lora_alpha=recipe.adapter.alpha,
         lora_dropout=recipe.adapter.dropout,
-        target_modules=adapted_modules(model, recipe.adapter.target_modules),
-        modules_to_save=head_modules(model),
+        **_where(recipe, model),
         **recipe.fvae.model_dump(),
     )
 
 
-def _lora(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
+def _lora(recipe: Recipe, model: PreTrainedModel, **variant: Any) -> PeftConfig:
     return LoraConfig(
         r=recipe.adapter.r,
         lora_alpha=recipe.adapter.alpha or recipe.adapter.r,
         lora_dropout=recipe.adapter.dropout,
-        target_modules=adapted_modules(model, recipe.adapter.target_modules),
-        modules_to_save=head_modules(model),
+        **_where(recipe, model),
+        **variant,
     )
+
+
+def _hira(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
+    return HiraConfig(r=recipe.adapter.r, hira_dropout=recipe.adapter.dropout, **_where(recipe, model))
+
+
+def _adalora(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
+    first = ceil(1.5 * recipe.adapter.r)
+    return AdaLoraConfig(
+        init_r=first,
+        target_r=recipe.adapter.r,
+        lora_alpha=(recipe.adapter.alpha or recipe.adapter.r) * first / recipe.adapter.r,
+        lora_dropout=recipe.adapter.dropout,
+        total_step=1,  # until training begins and its length is known (`adalora.RankSchedule`)
+        tinit=0,
+        tfinal=0,
+        **_where(recipe, model),
+    )
+
+
+def _vera(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
+    return VeraConfig(r=recipe.adapter.r, vera_dropout=recipe.adapter.dropout, **_where(recipe, model))
+
+
+def _pvera(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
+    return PveraConfig(r=recipe.adapter.r, pvera_dropout=recipe.adapter.dropout, **_where(recipe, model))
 
 
 def _linear_probe(_: Recipe, model: PreTrainedModel) -> PeftConfig:
@@ -73,13 +130,65 @@ def _linear_probe(_: Recipe, model: PreTrainedModel) -> PeftConfig:
     return LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=head_modules(model))
 
 
-METHODS = {
-    "fvae-lora": Method(
-        "LoRA whose down-projection is the encoder of a VAE with two latents",
-        _fvae_lora,
-        training_only=("encoder2", "decoder", "logvar", "log_tau"),
+_fvae_method = partial(
+    Method, config=_fvae_lora, training_only=dict.fromkeys(("encoder2", "decoder", "logvar", "log_tau"), 1.0)
+)
+
+METHODS: dict[str, Method] = {
+    "fvae-lora": _fvae_method("LoRA whose down-projection is the encoder of a VAE with two latents"),
+    "fvae-lora-reference": _fvae_method(
+        "FVAE-LoRA with the objective and the settings of the reference implementation",
+        defaults={
+            "adapter.alpha": 8,  # so a scale of 0.5 at r = 16
+            "adapter.dropout": 0,  # it reads the setting but never applies it
+            "fvae.objective": "reference",
+            "fvae.encoder_hidden_dims": [16],
+            "fvae.encoder_dropout": 0.1,
+            "fvae.decoder_hidden_dims": [128, 128, 128],
+            "fvae.decoder_dropout": 0.1,
+            "fvae.elbo_weight": 1,
+            "fvae.kl_weight": 1,
+            "fvae.factorization_weight_z1": 1,
+            "fvae.factorization_weight_z2": 1,
+            "fvae.task_weight": 1000,
+            "fvae.layer_reduction": "mean",
+        },
+    ),
+    "vae2lat": _fvae_method(
+        "FVAE-LoRA with a plain ELBO for both latents",
+        defaults={"fvae.objective": "vae2lat", "fvae.kl_weight": 1},
+    ),
+    "beta-vae2lat": _fvae_method(
+        "vae2lat with the KL terms weighted by fvae.kl_weight",
+        defaults={"fvae.objective": "vae2lat", "fvae.kl_weight": 10},
+    ),
+    "fvae-no-elbo": _fvae_method(
+        "FVAE-LoRA's first encoder and its noise alone, without an ELBO", defaults={"fvae.elbo_weight": 0}
     ),
     "lora": Method("LoRA on the same modules, with the same rank", _lora),
+    "rslora": Method("LoRA with the scale alpha / sqrt(r)", partial(_lora, use_rslora=True)),
+    "dora": Method("LoRA on the weights' direction, with a magnitude beside it", partial(_lora, use_dora=True)),
+    "pissa": Method(
+        "LoRA that begins at the weights' largest singular values",
+        partial(_lora, init_lora_weights="pissa"),
+        defaults={"adapter.dropout": 0},  # dropout would take away parts of the pretrained weights
+    ),
+    "olora": Method(
+        "LoRA that begins at an orthonormal basis of the weights", partial(_lora, init_lora_weights="olora")
+    ),
+    "hira": Method("LoRA whose product is multiplied, entry by entry, with the weights", _hira),
+    "adalora": Method(
+        "LoRA that begins with 1.5 r and gives away a third of the ranks where they matter least",
+        _adalora,
+        resumable=False,  # the importance of each rank is in no checkpoint
+    ),
+    "vera": Method("two trained vectors a layer around a frozen random projection", _vera, defaults={"adapter.r": 256}),
+    "pvera": Method(
+        "VeRA with a random latent",
+        _pvera,
+        defaults={"adapter.r": 256},
+        training_only={"pvera_lambda_d": 0.5},  # its second half scales the variances
+    ),
     "linear-probe": Method("the classification head alone", _linear_probe),
     "full": Method("every parameter of the model", None),
 }

@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fvae_lora.experiments.errors import UserError
+from fvae_lora.experiments.methods import METHODS
 
 SHIPPED = Path(str(files("fvae_lora.experiments"))) / "recipes"
 
@@ -16,7 +17,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
-MethodName = Literal["fvae-lora", "lora", "linear-probe", "full"]
+MethodName = Literal[*METHODS]  # type: ignore[valid-type]
 
 
 class Section(BaseModel):
@@ -138,7 +139,8 @@ def recipe_file(name: str) -> Path:
 def load_recipe(name: str, overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of that name or path, changed by `key=value` strings and, last, by dotted `options`.
 
-    A recipe's `per_method` maps a method to the dotted keys that it has otherwise; overrides win over these.
+    A method's own defaults win over the recipe's sections. A recipe's `per_method` maps a method to the dotted keys
+    that it has otherwise, and wins over both; overrides win over all.
 
     Raises:
         UserError: an unknown key, a bad value, no such recipe, not YAML.
@@ -154,10 +156,11 @@ def load_recipe(name: str, overrides: Sequence[str] = (), options: Mapping[str, 
     changes = dict(parse_override(o) for o in overrides) | dict(options or {})
     method = changes.get("method", tree.get("method", Recipe.model_fields["method"].default))
     for known, settings in per_method.items():
-        if known not in get_args(MethodName) or not isinstance(settings, dict):
-            allowed = ", ".join(get_args(MethodName))
+        if known not in METHODS or not isinstance(settings, dict):
+            allowed = ", ".join(METHODS)
             raise UserError(f"recipe {name}: per_method.{known}: expected keys and values below one of {allowed}")
-    for key, value in (per_method.get(method, {}) | changes).items():
+    defaults = METHODS[method].defaults if method in METHODS else {}
+    for key, value in (dict(defaults) | per_method.get(method, {}) | changes).items():
         _set(tree, key, value)
     return check_recipe(tree, f"recipe {name}")
 

@@ -194,11 +194,15 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool) -> 
     method = METHODS[recipe.method]
     total = sum(p.numel() for p in model.parameters())
     adapted = method.apply(model, recipe)
-    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    trained = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
     record |= {
         "model": base,
         "dataset": data | _described(splits, recipe),
-        "parameters": {"total": total, "trainable": trainable, "inference": method.inference_parameters(adapted)},
+        "parameters": {
+            "total": total,
+            "trainable": sum(trained.values()),
+            "inference": method.inference_parameters(adapted, trained),
+        },
         "versions": versions(),
         "git_commit": git_commit(),
         "hardware": hardware(),
@@ -242,7 +246,9 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
 
     folder.save_adapter(folder.checkpoints / f"checkpoint-{state.best_global_step}", prepared.model.name_or_path)
     step_flops = training_flops(prepared.model, rows["train"], recipe.train.batch_size)
-    test, batch_flops = _score(recipe, folder, prepared.splits, record, quiet)
+    test, batch_flops, scored = _score(recipe, folder, prepared.splits, record, quiet)
+    trained = {name for name, p in prepared.model.named_parameters() if p.requires_grad}
+    record["parameters"]["inference"] = METHODS[recipe.method].inference_parameters(scored, trained)
     folder.append({"event": "test", "step": state.global_step, "epoch": state.epoch, **test})
     best = next(e for e in folder.events() if e["event"] == "validation" and e["step"] == state.best_global_step)
     scores = {key: best[key] for key in test}
@@ -262,6 +268,9 @@ def _train(trainer: Trainer, recipe: Recipe, folder: RunFolder) -> TrainerState:
     """Trains to the end, from the last whole checkpoint if there is one; what the Trainer knew at the end."""
     folder.drop_unfinished_checkpoints()
     last = folder.last_checkpoint()
+    if last is not None and not METHODS[recipe.method].resumable and not finished(checkpoint_state(last), recipe):
+        shutil.rmtree(folder.checkpoints)
+        last = None
     folder.rewind(checkpoint_step(last) if last else 0)
     if last is None or not finished(checkpoint_state(last), recipe):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -270,17 +279,16 @@ def _train(trainer: Trainer, recipe: Recipe, folder: RunFolder) -> TrainerState:
 
 def _score(
     recipe: Recipe, folder: RunFolder, splits: Splits, record: Record, quiet: bool
-) -> tuple[dict[str, float], int]:
-    """Scores on test of the model as `adapter/` holds it, and the cost of a batch."""
+) -> tuple[dict[str, float], int, nn.Module]:
+    """Scores on test of the model as `adapter/` holds it, the cost of a batch, and that model."""
     task = load_task(recipe.task)
     base, processor = open_base(recipe, record)
     rows = task.datasets(recipe, splits, base, processor)["test"]
     model = _with_adapter(base, folder.adapter)
     with scorer(model, recipe, rows, quiet) as trainer:
         scores = trainer.evaluate(metric_key_prefix="test")
-    return {key: scores[f"test_{key}"] for key in ("loss", task.METRIC)}, inference_flops(
-        model, rows, recipe.train.batch_size
-    )
+    cost = inference_flops(model, rows, recipe.train.batch_size)
+    return {key: scores[f"test_{key}"] for key in ("loss", task.METRIC)}, cost, model
 
 
 def _with_adapter(base: PreTrainedModel, adapter: Path) -> nn.Module:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import AdaLoraModel, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fvae_lora import FVAELoraTrainer, elbo_terms
+from fvae_lora.experiments.adalora import RankSchedule, orthogonality
 from fvae_lora.experiments.errors import RunError, UserError
 from fvae_lora.experiments.recipe import Recipe
 from fvae_lora.experiments.record import RunFolder
@@ -19,11 +20,21 @@ from fvae_lora.experiments.record import RunFolder
 class RunTrainer(FVAELoraTrainer):
     """A Trainer that raises `RunError` at the step whose loss is NaN or infinite, before it reaches a parameter."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.is_adalora = isinstance(getattr(self.model, "base_model", None), AdaLoraModel)
+        if self.is_adalora:
+            self.add_callback(RankSchedule())
+
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch, forward and backward; the loss that it adds."""
         loss = super().training_step(model, *args, **kwargs)
         if not torch.isfinite(loss):
             raise RunError(f"the loss is {loss.item()} at step {self.state.global_step + 1}: {blame(self.model)}")
+        if self.is_adalora and self.accelerator.sync_gradients:  # once a step, however many micro-batches it has
+            regulariser = orthogonality(self.model)
+            self.accelerator.backward(regulariser * self.accelerator.gradient_accumulation_steps)
+            loss = loss + regulariser.detach()
         return loss
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -1,0 +1,182 @@
+"""The methods: each trains, is saved, and scores the same when it is loaded again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AdaLoraModel, PeftModel
+from transformers import AutoModelForImageClassification
+
+from fvae_lora.experiments.adalora import orthogonality
+from fvae_lora.experiments.methods import METHODS
+from fvae_lora.experiments.recipe import Recipe, check_recipe, load_recipe
+from fvae_lora.experiments.runner import evaluate, finished_run, open_base, open_data, run, scorer
+from fvae_lora.experiments.tasks import load_task
+
+HIDDEN, CLASSES, R, LAYERS = 16, 3, 4, 4  # of tiny-vit: query and key of two layers
+HEAD = CLASSES * (HIDDEN + 1)
+LORA = LAYERS * 2 * R * HIDDEN
+FVAE = LAYERS * (R * (HIDDEN + 1) + R * (R + 1) + R * HIDDEN)
+
+INFERENCE = {
+    "fvae-lora": FVAE,
+    "fvae-lora-reference": LAYERS * (16 * (HIDDEN + 1) + R * (16 + 1) + R * HIDDEN),
+    "vae2lat": FVAE,
+    "beta-vae2lat": FVAE,
+    "fvae-no-elbo": FVAE,
+    "lora": LORA,
+    "rslora": LORA,
+    "dora": LORA + LAYERS * HIDDEN,
+    "pissa": LORA,
+    "olora": LORA,
+    "hira": LORA,
+    "adalora": LAYERS * R * (2 * HIDDEN + 1),
+    "vera": LAYERS * (HIDDEN + R),
+    "pvera": LAYERS * (HIDDEN + R),
+    "linear-probe": 0,
+}
+TRAINED_MORE = {"fvae-lora", "fvae-lora-reference", "vae2lat", "beta-vae2lat", "fvae-no-elbo", "adalora", "pvera"}
+
+
+@pytest.fixture
+def two_steps(vit: Path, pictures: Path) -> Callable[..., Recipe]:
+    """A recipe of two steps: what a method has of its own, and a large learning rate."""
+
+    def make(method: str, *overrides: str) -> Recipe:
+        usual = ["train.epochs=1", "train.batch_size=14", "adapter.r=4", "image.augmentation=[]", "adapter.alpha=8"]
+        usual += ["train.learning_rate=0.05", "train.warmup_ratio=0"]
+        places = {"model": str(vit), "dataset": str(pictures), "method": method}
+        return load_recipe("image/default", [*usual, *overrides], places)
+
+    return make
+
+
+def validation_scores(folder: Path) -> dict[str, float]:
+    """What the saved adapter, loaded onto the original model, scores on validation."""
+    recipe, record = finished_run(folder)
+    base, processor = open_base(recipe, record)
+    rows = load_task(recipe.task).datasets(recipe, open_data(recipe, record), base, processor)["validation"]
+    model = PeftModel.from_pretrained(base, str(folder / "adapter"))
+    with scorer(model, recipe, rows, quiet=True) as trainer:
+        scores = trainer.evaluate()
+    return {key: scores[f"eval_{key}"] for key in ("loss", "accuracy")}
+
+
+@pytest.mark.parametrize("method", INFERENCE)
+def test_what_was_trained_is_what_was_saved(two_steps: Callable[..., Recipe], tmp_path: Path, method: str) -> None:
+    record = run(two_steps(method), tmp_path, quiet=True)
+    assert evaluate(tmp_path, quiet=True) == record["metrics"]["test"]
+    in_training = record["metrics"]["validation"]
+    again = validation_scores(tmp_path)
+    assert again["loss"] == pytest.approx(in_training["loss"], rel=1e-4)
+    assert again["accuracy"] == in_training["accuracy"]
+
+    counts = record["parameters"]
+    assert counts["inference"] == HEAD + INFERENCE[method]
+    assert (counts["trainable"] > counts["inference"]) == (method in TRAINED_MORE)
+
+
+def test_every_method_is_tried_here() -> None:
+    assert {*INFERENCE, "full"} == METHODS.keys()
+
+
+def test_a_method_is_what_its_name_says_in_every_recipe(two_steps: Callable[..., Recipe]) -> None:
+    assert two_steps("pissa").adapter.dropout == 0
+    assert two_steps("lora").adapter.dropout == 0.1
+    assert [two_steps(m).fvae.kl_weight for m in ("vae2lat", "beta-vae2lat", "fvae-lora")] == [1, 10, 10]
+    assert two_steps("beta-vae2lat", "fvae.kl_weight=3").fvae.kl_weight == 3
+    with_no_elbo = two_steps("fvae-no-elbo")
+    assert with_no_elbo.fvae.elbo_weight == 0
+
+
+def test_without_an_elbo_there_is_nothing_of_a_vae(two_steps: Callable[..., Recipe], vit: Path) -> None:
+    model = AutoModelForImageClassification.from_pretrained(vit)
+    adapted = METHODS["fvae-no-elbo"].apply(model, two_steps("fvae-no-elbo"))
+    names = [name for name, _ in adapted.named_parameters()]
+    assert any("encoder1" in name for name in names)
+    assert not any("encoder2" in name or "decoder" in name for name in names)
+
+
+def test_pissa_begins_at_the_pretrained_model(two_steps: Callable[..., Recipe], vit: Path) -> None:
+    pixels = torch.randn(2, 3, 8, 8)
+    base = AutoModelForImageClassification.from_pretrained(vit).eval()
+    before, weight = base(pixels).logits, base.vit.layers[0].attention.q_proj.weight.clone()
+    adapted = METHODS["pissa"].apply(base, two_steps("pissa")).eval()
+    torch.testing.assert_close(adapted(pixels).logits, before, rtol=1e-4, atol=1e-5)
+    changed = adapted.base_model.model.vit.layers[0].attention.q_proj.base_layer.weight
+    assert not torch.allclose(changed, weight), "the first singular values were not taken out of the weights"
+
+
+def test_adalora_gives_ranks_away_and_keeps_its_factors_orthogonal(
+    two_steps: Callable[..., Recipe], tmp_path: Path, vit: Path
+) -> None:
+    longer = ["train.epochs=5", "train.batch_size=8", "train.learning_rate=0.01"]
+    record = run(two_steps("adalora", *longer), tmp_path / "long", quiet=True)
+    assert record["parameters"]["trainable"] == HEAD + LAYERS * 6 * (2 * HIDDEN + 1)
+    config = json.loads((tmp_path / "long" / "adapter" / "adapter_config.json").read_text())
+    assert (config["total_step"], config["tinit"], config["tfinal"]) == (20, 2, 6)
+    ranks = sum(sum(kept) for kept in config["rank_pattern"].values())
+    assert LAYERS * R <= ranks < LAYERS * 6
+    assert record["parameters"]["inference"] == HEAD + ranks * (2 * HIDDEN + 1)
+
+
+def test_adalora_s_regulariser_is_that_of_peft(two_steps: Callable[..., Recipe], vit: Path) -> None:
+    torch.manual_seed(0)
+    base = AutoModelForImageClassification.from_pretrained(vit)
+    adapted = METHODS["adalora"].apply(base, two_steps("adalora", "adapter.dropout=0")).eval()
+    batch: dict[str, Any] = {"pixel_values": torch.randn(2, 3, 8, 8), "labels": torch.tensor([0, 1])}
+    tuner = adapted.base_model
+    assert isinstance(tuner, AdaLoraModel)
+    expected = tuner(**batch).loss - tuner.model(**batch).loss
+    torch.testing.assert_close(orthogonality(adapted), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_adalora_s_regulariser_counts_once_a_step(two_steps: Callable[..., Recipe], tmp_path: Path) -> None:
+    def first_norm(*overrides: str) -> float:
+        folder = tmp_path / "-".join(overrides)
+        run(two_steps("adalora", "adapter.dropout=0", "train.log_every=1", *overrides), folder, quiet=True)
+        lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+        norm: float = next(lines)["grad_norm"]
+        return norm
+
+    whole = first_norm("train.batch_size=8")
+    split = first_norm("train.batch_size=2", "train.gradient_accumulation=4")
+    assert split == pytest.approx(whole, rel=1e-3)
+
+
+def test_an_interrupted_adalora_run_begins_again(
+    two_steps: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fvae_lora.experiments import runner
+
+    recipe = two_steps("adalora", "train.epochs=3")
+    undisturbed = run(recipe, tmp_path / "a", quiet=True)
+
+    class Killed(BaseException):
+        """Nothing catches it."""
+
+    keep = runner.RunFolder.keep_checkpoints
+
+    def keep_and_die(folder: Any, *steps: int) -> None:
+        keep(folder, *steps)
+        if steps[0] == 4:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner.RunFolder, "keep_checkpoints", keep_and_die)
+        with pytest.raises(Killed):
+            run(recipe, tmp_path / "b", quiet=True)
+    assert (tmp_path / "b" / "checkpoints" / "checkpoint-4").exists()
+    resumed = run(recipe, tmp_path / "b", quiet=True)
+    assert resumed["metrics"] == undisturbed["metrics"]
+    assert (tmp_path / "a" / "metrics.jsonl").read_text() == (tmp_path / "b" / "metrics.jsonl").read_text()
+
+
+def test_a_recipe_of_a_method_survives_the_record(two_steps: Callable[..., Recipe]) -> None:
+    recipe = two_steps("fvae-lora-reference")
+    assert check_recipe(recipe.model_dump(), "record") == recipe
