@@ -245,3 +245,13 @@ def test_a_parquet_file_that_is_cut_off_is_one_line_that_names_the_folder(tmp_pa
         open_source(str(tmp_path), DataSettings())
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_the_references_protocol_for_svhn_selects_on_the_whole_test_split(pictures: Path) -> None:
+    official = open_source(str(pictures), DataSettings())
+    settings = DataSettings(protocol="reference-on-test")
+    parts = split(official, settings, 1)
+    assert parts.validation["image"][:] == parts.test["image"][:] == official["test"]["image"][:]
+    assert parts.train["image"][:] == official["train"]["image"][:]
+    with pytest.raises(UserError, match="no test split"):
+        split({"train": official["train"]}, settings, 1)

@@ -112,3 +112,30 @@ def test_yaml_cannot_make_objects(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not readable as YAML"):
         load_recipe(str(file))
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_recipe_holds_what_differs_from_the_one_that_it_extends(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "extends: image/svhn-reference\ndata: {split_seed: 3}\nper_method: {lora: {train.learning_rate: 1}}"
+    )
+    recipe, full = load_recipe(str(mine), ["method=lora"]), load_recipe(str(mine), ["method=full"])
+    assert (recipe.dataset, recipe.model) == ("ufldl-stanford/svhn", "google/vit-base-patch16-224-in21k")
+    assert (recipe.data.config, recipe.data.protocol, recipe.data.split_seed) == (
+        "cropped_digits",
+        "reference-on-test",
+        3,
+    )
+    assert (recipe.train.epochs, recipe.adapter.target_modules) == (50, ["query", "value"])
+    assert (recipe.train.learning_rate, full.train.learning_rate) == (1, 1e-4)
+
+
+def test_a_recipe_that_extends_itself_or_nothing_is_refused(tmp_path: Path) -> None:
+    a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    a.write_text(f"extends: {b}")
+    b.write_text(f"extends: {a}")
+    with pytest.raises(UserError, match=r"a\.yaml: extends itself, by way of"):
+        load_recipe(str(a))
+    a.write_text("extends: image/nowhere")
+    with pytest.raises(UserError, match="recipe image/nowhere: no such file"):
+        load_recipe(str(a))

@@ -29,9 +29,10 @@ class Section(BaseModel):
 class DataSettings(Section):
     """Which rows are trained on, selected on and tested on."""
 
-    protocol: Literal["clean", "reference"] = "clean"
+    protocol: Literal["clean", "reference", "reference-on-test"] = "clean"
     """`clean` takes a missing split from train, the same for every seed, and keeps the official test split whole.
-    `reference` splits as the reference implementation does: anew for each seed, and it may halve the test split."""
+    `reference` splits as the reference implementation does: anew for each seed, and it may halve the test split.
+    `reference-on-test` selects on the test split itself, as the reference implementation does for SVHN."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     split_seed: Annotated[int, Field(ge=0)] = 0
@@ -139,19 +140,14 @@ def recipe_file(name: str) -> Path:
 def load_recipe(name: str, overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of that name or path, changed by `key=value` strings and, last, by dotted `options`.
 
-    A method's own defaults win over the recipe's sections. A recipe's `per_method` maps a method to the dotted keys
-    that it has otherwise, and wins over both; overrides win over all.
+    A recipe may `extends:` another, shipped or a path: it holds what differs. A method's own defaults win over the
+    recipe's sections. A recipe's `per_method` maps a method to the dotted keys that it has otherwise, and wins over
+    both; overrides win over all.
 
     Raises:
         UserError: an unknown key, a bad value, no such recipe, not YAML.
     """
-    path = recipe_file(name)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"recipe {name}: not readable as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"recipe {name}: expected keys and values, for example `method: lora`")
+    tree = _read(name)
     per_method = tree.pop("per_method", None) or {}
     changes = dict(parse_override(o) for o in overrides) | dict(options or {})
     method = changes.get("method", tree.get("method", Recipe.model_fields["method"].default))
@@ -163,6 +159,26 @@ def load_recipe(name: str, overrides: Sequence[str] = (), options: Mapping[str, 
     for key, value in (dict(defaults) | per_method.get(method, {}) | changes).items():
         _set(tree, key, value)
     return check_recipe(tree, f"recipe {name}")
+
+
+def _read(name: str, inheriting: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A recipe's file as a tree, laid over that of the recipe which it `extends`, if any."""
+    if name in inheriting:
+        raise UserError(f"recipe {inheriting[0]}: extends itself, by way of {name}")
+    try:
+        tree = yaml.safe_load(recipe_file(name).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"recipe {name}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {name}: expected keys and values, for example `method: lora`")
+    base = tree.pop("extends", None)
+    return tree if base is None else _laid_over(_read(str(base), (*inheriting, name)), tree)
+
+
+def _laid_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    both = below.keys() & above.keys()
+    nested = {k for k in both if isinstance(below[k], dict) and isinstance(above[k], dict)}
+    return below | dict(above) | {key: _laid_over(below[key], above[key]) for key in nested}
 
 
 def check_recipe(tree: Mapping[str, Any], where: str) -> Recipe:

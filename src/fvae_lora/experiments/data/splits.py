@@ -31,12 +31,13 @@ class Splits:
 
 
 def split(official: dict[str, Dataset], settings: DataSettings, seed: int) -> Splits:
-    """The splits of a run under `settings.protocol`; only the reference's protocol depends on the run's `seed`.
+    """The splits of a run under `settings.protocol`; `reference` alone depends on the run's `seed`.
 
     Raises:
         UserError: if a split cannot be taken from another because a class has too few rows.
     """
-    return (_clean if settings.protocol == "clean" else _reference)(dict(official), settings, seed)
+    protocols = {"clean": _clean, "reference": _reference, "reference-on-test": _reference_on_test}
+    return protocols[settings.protocol](dict(official), settings, seed)
 
 
 def _clean(parts: dict[str, Dataset], settings: DataSettings, _: int) -> Splits:
@@ -70,3 +71,10 @@ def _reference(parts: dict[str, Dataset], _: DataSettings, seed: int) -> Splits:
         parts = {"train": rest["train"], "validation": halves["train"], "test": halves["test"]}
         origin = dict.fromkeys(origin, f"0.1 of train, seed {seed}")
     return Splits(**parts, validation_from=origin["validation"], test_from=origin["test"])
+
+
+def _reference_on_test(parts: dict[str, Dataset], _: DataSettings, __: int) -> Splits:
+    if "test" not in parts:
+        raise UserError("dataset: no test split, and data.protocol reference-on-test selects on it")
+    origin = "the official test split"
+    return Splits(parts["train"], parts["test"], parts["test"], validation_from=origin, test_from=origin)

@@ -1,0 +1,174 @@
+"""A stand-in for the model and data hub: the part of its HTTP interface that `datasets` and `transformers` use."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as Pil
+
+SIDE = 8
+MODEL = "google/vit-base-patch16-224-in21k"
+EXTRA = ("contrast", "gaussian_noise")
+"""Corrupted copies of the test split, which a benchmark must not mistake for anything."""
+
+CLASSES = {
+    "tanganke/dtd": ["banded", "dotted", "woven"],
+    "tanganke/eurosat": ["annual crop land", "forest", "river"],
+    "tanganke/gtsrb": ["stop", "yield", "turn left ahead"],
+    "tanganke/resisc45": ["airplane", "airport", "beach"],
+    "tanganke/sun397": ["abbey", "airport terminal", "alley"],
+    "ufldl-stanford/svhn": ["0", "1", "2"],
+}
+SPLITS = dict.fromkeys(CLASSES, ("train", "test")) | {
+    "tanganke/eurosat": ("train", "test", *EXTRA),
+    "ufldl-stanford/svhn": ("train", "test", "extra"),
+}
+PER_CLASS = {"train": 10, "test": 4}
+
+
+class Hub:
+    """Repositories in a folder: `models/OWNER/NAME` and `datasets/OWNER/NAME`.
+
+    `asked` lists the paths that were asked for, in order.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.asked: list[str] = []
+        self.address = ""
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """What makes the clients ask here, and keep what they get in `home`."""
+        return {"HF_ENDPOINT": self.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[Hub]:
+        """Answers on a free port of the loopback device."""
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
+        self.address = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield self
+        finally:
+            server.shutdown()
+            server.server_close()
+
+
+def write_data_sets(folder: Path) -> None:
+    """All six data sets of the benchmark, tiny, under their names, with their columns and splits."""
+    for seed, (name, classes) in enumerate(CLASSES.items()):
+        place = folder / "datasets" / name / ("cropped_digits" if "svhn" in name else "data")
+        place.mkdir(parents=True)
+        for split in SPLITS[name]:
+            _pictures(classes, split, seed).to_parquet(place / f"{split}-00000-of-00001.parquet")
+    files = "".join(f"    - split: {s}\n      path: cropped_digits/{s}-*\n" for s in SPLITS["ufldl-stanford/svhn"])
+    card = f"---\nconfigs:\n- config_name: cropped_digits\n  data_files:\n{files}---\n"
+    (folder / "datasets/ufldl-stanford/svhn/README.md").write_text(card)
+
+
+def _pictures(classes: list[str], split: str, seed: int) -> Dataset:
+    noise = np.random.default_rng([seed, *split.encode()])
+    labels = [label for label in range(len(classes)) for _ in range(PER_CLASS.get(split, 4))]
+    images = []
+    for label in labels:
+        colour = np.full(3, 40) + 160 * np.eye(3)[label]
+        pixels = np.clip(noise.normal(colour, 60, (SIDE, SIDE, 3)), 0, 255).astype("uint8")
+        png = io.BytesIO()
+        Pil.fromarray(pixels).save(png, "png")
+        images.append({"bytes": png.getvalue(), "path": None})
+    features = Features({"image": Image(), "label": ClassLabel(names=classes)})
+    return Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """`/api/KIND/REPO[/revision/..|/tree/..]` describes a repository, `/[datasets/]REPO/resolve/../FILE` is a file."""
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, hub: Hub, *arguments: object):
+        self.hub = hub
+        super().__init__(*arguments)  # type: ignore[arg-type]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.hub.asked.append(path)
+        api = path.startswith("api/")
+        parts = path.removeprefix("api/").split("/")
+        kind = parts.pop(0) if parts[0] in ("models", "datasets") else "models"
+        repository, rest = self.hub.folder / kind / "/".join(parts[:2]), parts[2:]
+        if not repository.is_dir():
+            self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        elif api:
+            self._describe(repository, rest)
+        elif rest[:1] == ["resolve"]:
+            self._file(repository, "/".join(rest[2:]))
+        else:
+            self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+
+    def _describe(self, repository: Path, rest: list[str]) -> None:
+        files = sorted(p for p in repository.rglob("*") if p.is_file())
+        if rest[:1] == ["tree"]:
+            under = repository / "/".join(rest[2:])
+            deep = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() in ("true", "1")
+            found = [_entry(p, repository) for p in sorted(under.rglob("*") if deep else under.glob("*"))]
+            if not found:
+                return self._answer(404, b"[]", {"X-Error-Code": "EntryNotFound"})
+            return self._answer(200, json.dumps(found).encode())
+        if rest and rest[0] not in ("revision",):
+            return self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+        about = {
+            "id": "/".join(repository.parts[-2:]),
+            "sha": _commit(repository),
+            "private": False,
+            "tags": [],
+            "downloads": 0,
+            "siblings": [{"rfilename": p.relative_to(repository).as_posix()} for p in files],
+        }
+        return self._answer(200, json.dumps(about).encode())
+
+    def _file(self, repository: Path, name: str) -> None:
+        commit = {"X-Repo-Commit": _commit(repository)}
+        file = repository / name
+        if not file.is_file():
+            return self._answer(404, b"", commit | {"X-Error-Code": "EntryNotFound"})
+        content = file.read_bytes()
+        return self._answer(200, content, commit | {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'})
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in (
+            {"Content-Type": "application/json", "Content-Length": str(len(body))} | (headers or {})
+        ).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nobody reads it."""
+
+
+def _entry(path: Path, repository: Path) -> dict[str, object]:
+    name = path.relative_to(repository).as_posix()
+    if path.is_dir():
+        return {"type": "directory", "path": name, "size": 0, "oid": hashlib.sha1(name.encode()).hexdigest()}
+    oid = hashlib.sha1(path.read_bytes()).hexdigest()
+    return {"type": "file", "path": name, "size": path.stat().st_size, "oid": oid}
+
+
+def _commit(repository: Path) -> str:
+    return hashlib.sha1("/".join(repository.parts[-2:]).encode()).hexdigest()
