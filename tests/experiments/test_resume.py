@@ -129,6 +129,7 @@ def test_ctrl_c_says_how_to_go_on(make_recipe: Callable[..., Recipe], undisturbe
 def _main(recipe: Recipe, folder: Path, said: Path) -> None:
     import sys
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
     cli.hush()
     sys.stderr = said.open("w")
     sys.exit(cli.exit_code(lambda: run(recipe, folder, quiet=True)))
