@@ -462,3 +462,9 @@ def test_without_the_import_peft_stops_and_the_readme_explains(folder: Path, bas
     error = without.stderr.strip().splitlines()[-1]
     assert error in (folder / "README.md").read_text()
     assert subprocess.run([*arguments, "imported"], capture_output=True, text=True, check=False).returncode == 0
+
+
+def test_an_adapted_model_names_its_own_layers_not_those_of_peft(base: PreTrainedModel) -> None:
+    model = get_peft_model(base, FVAELoraConfig(r=4, target_modules=["query"], modules_to_save=["classifier"]))
+    with pytest.raises(ValueError, match=r"'nothing' matches no module .* named dense, key, query, value$"):
+        model.add_adapter("other", FVAELoraConfig(r=4, target_modules=["nothing"]))

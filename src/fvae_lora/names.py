@@ -6,6 +6,8 @@ import re
 import warnings
 from collections.abc import Iterable
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import match_target_against_key
 from torch import nn
 from transformers import PreTrainedModel
@@ -84,9 +86,15 @@ def _resolve(model: nn.Module, names: list[str], target: str) -> str:
 
 
 def _no_match(model: nn.Module, target: str) -> str:
-    linear = {
-        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
-    }
+    linear: set[str] = set()
+    adapted: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(adapted):
+            continue  # parts of what peft put there
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            adapted = (*adapted, f"{name}.")
+        if isinstance(module, nn.Linear | Conv1D | BaseTunerLayer):
+            linear.add(name.rpartition(".")[2])
     could_be = ", ".join(sorted(name for name in linear if not re.fullmatch(r"\d*", name))) or "none"
     where = type(model).__name__
     return f"target_modules: {target!r} matches no module of {where}; its linear layers are named {could_be}"

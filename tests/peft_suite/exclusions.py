@@ -27,10 +27,13 @@ REFUSALS = {
     r"is a (Conv1d|Conv3d|Conv2d with groups|MultiheadAttention|LayerNorm|GRU); only": "this layer is not adapted",
     r"has no attribute 'add_weighted_adapter'": "adapters that are not linear in x have no weighted sum",
     r"'FVAE_LORA' is not compatible with the `PeftMixedModel`": "PeftMixedModel has a fixed list of methods",
+    r"bias must be 'none' with peft before 0.21": "peft before 0.21 does not save trained biases",
+    r"'(0layers\.\.lin0|lin1)' matches no module of (DeepMLP|ModelEmbConv1D)": "each target must match something",
     r"has no attribute 'target_parameters'": "goes on to weighted sums, after what applies has passed",
     r"has no attribute '(lora_\w*|_register_custom_module)'": "reaches into LoRA's own layers",
     r"^'[\w.]*lora_[AB][\w.]*'$": "reads LoRA's parameters by name",
     r"Couldn't instantiate the backend tokenizer|Can't load (image processor|tokenizer)": "needs a file of the hub",
+    r"requires the (Torchvision|PIL) library": "needs torchvision or Pillow",
     r"type object 'StableDiffusionPipeline' has no attribute": "needs a pipeline of the hub",
 }
 

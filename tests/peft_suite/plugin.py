@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+import numpy as np
 import peft
 import peft.tuners.lora
 import pytest
@@ -114,7 +115,7 @@ def pytest_configure(config: pytest.Config) -> None:
     import tests.testing_utils as utils
 
     utils._HUB_MODEL_ACCESSES = _EveryModel()  # the suite goes online for a model that it has not yet seen
-    utils.load_cat_image = lambda: None
+    utils.load_cat_image = lambda: np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     torch.set_num_threads(1)
     hooks_recorder_of = tuner.recorder_of
 

@@ -5,6 +5,7 @@ They have the architecture that the model's name says and random weights, and li
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -94,5 +95,8 @@ def build(cache: Path) -> None:
                 if parameter.dim() > 1:
                     parameter.normal_(0, 0.3 if model_type == "bart" else 0.1)
         model.save_pretrained(repository / "snapshots" / COMMIT)
+        if model_type == "resnet":
+            processor = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 64}}
+            (repository / "snapshots" / COMMIT / "preprocessor_config.json").write_text(json.dumps(processor))
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / "main").write_text(COMMIT)
