@@ -42,9 +42,10 @@ test-oldest: $(OLDEST)/.ready
 	@echo "== the method's tests against $$(grep -E '^(peft|transformers)==' constraints-oldest.txt | tr '\n' ' ')"
 	@$(OLDEST)/bin/python -m pytest -n 2 $(PYTEST_FLAGS) --ignore tests/experiments --ignore tests/report
 
-test-peft: setup
-	@echo "== peft's own tests, with FVAE-LoRA in LoRA's place"
+test-peft: setup $(OLDEST)/.ready
+	@echo "== peft's own tests, with FVAE-LoRA in LoRA's place, newest and oldest"
 	@$(BIN)/python tests/peft_suite/run.py
+	@$(OLDEST)/bin/python tests/peft_suite/run.py
 
 benchmark: setup
 	@$(BIN)/python benchmarks/cost.py
