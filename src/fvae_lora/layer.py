@@ -141,9 +141,6 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         Returns:
             (..., out).
         """
-        return self._update(adapter, x)
-
-    def _update(self, adapter: str, x: Tensor) -> Tensor:
         vae: Any = self.fvae_lora_vae[adapter]
         B, config = self.fvae_lora_B[adapter], vae.config
         if self.training and config.inference_only:
@@ -272,7 +269,7 @@ class FVAELoraConv2d(FVAELoraLayer):
                 padded.shape[-2:], base.dilation, base.kernel_size, base.stride, strict=True
             )
         )
-        output = self._update(adapter, patches).transpose(1, 2).unflatten(-1, (height, width))
+        output = super().update(adapter, patches).transpose(1, 2).unflatten(-1, (height, width))
         return output if x.dim() == 4 else output.squeeze(0)
 
 

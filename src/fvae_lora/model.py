@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,10 +77,12 @@ class FVAELoraModel(BaseTuner):
             raise ValueError("inference_only adapters cannot be trained; load this one with is_trainable=False")
         if peft_config.target_modules in (INCLUDE_LINEAR_LAYERS_SHORTHAND, DUMMY_TARGET_MODULES):
             return
+        modules = dict(model.named_modules())
+        inside_adapters = tuple(f"{name}." for name, module in modules.items() if isinstance(module, FVAELoraLayer))
         targets = {
             name: _base(module)
-            for name, module in model.named_modules()
-            if name and not _inside_adapter(model, name) and self._check_target_module_exists(peft_config, name)
+            for name, module in modules.items()
+            if name and not name.startswith(inside_adapters) and self._check_target_module_exists(peft_config, name)
         }
         for name, module in targets.items():
             _check_supported(name, module)
@@ -213,12 +215,3 @@ def _check_supported(name: str, module: nn.Module) -> None:
         features(module)
     except TypeError as error:
         raise ValueError(f"target_modules: {name} is a {error}") from None
-
-
-def _inside_adapter(model: nn.Module, name: str) -> bool:
-    parent = name
-    while parent := parent.rpartition(".")[0]:
-        with suppress(AttributeError):
-            if isinstance(model.get_submodule(parent), FVAELoraLayer):
-                return True
-    return False

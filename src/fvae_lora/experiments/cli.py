@@ -136,10 +136,7 @@ def report(
         write_page,
     )
 
-    try:
-        rows = summary_rows(runs)
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from error
+    rows = summary_rows(runs)
     folder = out or runs
     folder.mkdir(parents=True, exist_ok=True)
     print_table(rows, console)
