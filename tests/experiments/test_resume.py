@@ -103,7 +103,9 @@ def test_killed_at_random_moments(
     assert attempt(recipe, tmp_path / "timed" / "run")
     duration = time.monotonic() - began
     kills = 0
-    while not attempt(recipe, folder, random.uniform(0.2, 0.9) * duration):
+    while not attempt(
+        recipe, folder, random.uniform(0.2, 0.9) * duration * (1 + kills / 10)
+    ):  # a machine may get busier
         kills += 1
         assert kills < 30, "it never gets on"
     assert result(folder) == expected

@@ -17,8 +17,9 @@ import pytest
 from rich.console import Console
 
 from fvae_lora.experiments.errors import UserError
+from fvae_lora.experiments.plan import Planned, parse_list, parse_variations, plan
 from fvae_lora.experiments.report import summary_rows
-from fvae_lora.experiments.sweep import Planned, parse_list, parse_variations, plan, sweep
+from fvae_lora.experiments.sweep import sweep
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -72,8 +72,9 @@ def compare(
     out: Annotated[Path, typer.Option(help="The folder of the runs.")] = Path("runs"),
 ) -> None:
     """Does methods x seeds x varied keys; only what is missing is run. Killed at any moment, it goes on from there."""
+    from fvae_lora.experiments.plan import parse_list, parse_variations, plan
     from fvae_lora.experiments.report import print_table, summary_rows
-    from fvae_lora.experiments.sweep import parse_list, parse_variations, plan, sweep
+    from fvae_lora.experiments.sweep import sweep
 
     runs = plan(
         recipe,

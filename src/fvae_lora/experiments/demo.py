@@ -5,8 +5,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fvae_lora.experiments.plan import plan
 from fvae_lora.experiments.report import print_table, summary_rows, write_page
-from fvae_lora.experiments.sweep import plan, sweep
+from fvae_lora.experiments.sweep import sweep
 
 RECIPE = "image/demo"
 METHODS = ("fvae-lora", "lora", "linear-probe")

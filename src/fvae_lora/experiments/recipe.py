@@ -113,6 +113,8 @@ class Recipe(Section):
     model: Annotated[str, Field(min_length=1)]
     dataset: Annotated[str, Field(min_length=1)]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
+    purpose: Literal["result", "selection"] = "result"
+    """`selection` is a point of a grid: it is scored on validation, and leaves the test split alone."""
     data: DataSettings = DataSettings()
     image: ImageSettings = ImageSettings()
     train: TrainSettings = TrainSettings()

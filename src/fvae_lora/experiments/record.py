@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.names import portable, short
-from fvae_lora.experiments.recipe import Recipe, flatten
+from fvae_lora.experiments.recipe import Recipe, check_recipe, flatten
 
 SCHEMA = 1
 
@@ -121,7 +121,8 @@ class RunFolder:
         """
         record = self.read()
         if record is not None:
-            there, here = flatten(record["recipe"]), flatten(self.opening(recipe)["recipe"])
+            earlier = check_recipe(record["recipe"], str(self.record_file)).model_dump()
+            there, here = flatten(earlier), flatten(self.opening(recipe)["recipe"])
             for key in sorted((there.keys() | here.keys()) - {"model", "dataset"}):
                 if there.get(key) != here.get(key):
                     raise UserError(

@@ -245,21 +245,21 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
     train_s = record["time"]["train_s"]
 
     folder.save_adapter(folder.checkpoints / f"checkpoint-{state.best_global_step}", prepared.model.name_or_path)
-    step_flops = training_flops(prepared.model, rows["train"], recipe.train.batch_size)
-    test, batch_flops, scored = _score(recipe, folder, prepared.splits, record, quiet)
-    trained = {name for name, p in prepared.model.named_parameters() if p.requires_grad}
-    record["parameters"]["inference"] = METHODS[recipe.method].inference_parameters(scored, trained)
-    folder.append({"event": "test", "step": state.global_step, "epoch": state.epoch, **test})
     best = next(e for e in folder.events() if e["event"] == "validation" and e["step"] == state.best_global_step)
-    scores = {key: best[key] for key in test}
+    scores = {key: best[key] for key in ("loss", prepared.task.METRIC)}
     micro_batches = state.global_step * recipe.train.gradient_accumulation
+    step_flops = training_flops(prepared.model, rows["train"], recipe.train.batch_size)
+    record["flops"] = {"train_step": step_flops, "train_total": step_flops * micro_batches}
+    record["metrics"] = {"validation": scores | {"best_epoch": round(best["epoch"])}}
+    if recipe.purpose == "result":
+        test, record["flops"]["eval_batch"], scored = _score(recipe, folder, prepared.splits, record, quiet)
+        trained = {name for name, p in prepared.model.named_parameters() if p.requires_grad}
+        record["parameters"]["inference"] = METHODS[recipe.method].inference_parameters(scored, trained)
+        folder.append({"event": "test", "step": state.global_step, "epoch": state.epoch, **test})
+        record["metrics"]["test"] = test
     note_cost()
     record["time"] |= {"train_s": train_s, "finished": _now()}
-    record |= {
-        "state": "complete",
-        "flops": {"train_step": step_flops, "eval_batch": batch_flops, "train_total": step_flops * micro_batches},
-        "metrics": {"test": test, "validation": scores | {"best_epoch": round(best["epoch"])}},
-    }
+    record["state"] = "complete"
     folder.write(record)
     return record
 
