@@ -20,7 +20,7 @@ from fvae_lora.experiments.data import fingerprint, open_source, split
 from fvae_lora.experiments.data.images import image_content, random_resized_crop
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.recipe import DataSettings, Recipe
-from fvae_lora.experiments.tasks import image as task
+from fvae_lora.experiments.tasks.image import ImageTask, load_classifier
 
 DEFAULT = DataSettings()
 
@@ -147,12 +147,12 @@ def test_training_images_are_augmented_and_no_others(
     make_recipe: Callable[..., Recipe], pictures: Path, vit: Path
 ) -> None:
     splits = split(open_source(str(pictures), DEFAULT), DEFAULT, 1)
-    model, processor = task.load_model(str(vit), splits.classes)
+    model, processor = load_classifier(str(vit), splits.classes)
 
     def pixels(augmentation: list[str]) -> dict[str, torch.Tensor]:
         recipe = make_recipe(image={"augmentation": augmentation})
         torch.manual_seed(3)
-        rows = task.datasets(recipe, splits, model, processor)
+        rows = ImageTask(recipe).datasets(splits, model, processor)
         return {name: torch.stack([row["pixel_values"] for row in rows[name]]) for name in rows}
 
     plain = pixels([])
@@ -178,8 +178,8 @@ def test_training_images_are_augmented_and_no_others(
 
 def test_every_epoch_sees_other_crops(make_recipe: Callable[..., Recipe], pictures: Path, vit: Path) -> None:
     splits = split(open_source(str(pictures), DEFAULT), DEFAULT, 1)
-    model, processor = task.load_model(str(vit), splits.classes)
-    train = task.datasets(make_recipe(image={"augmentation": ["random_resized_crop"]}), splits, model, processor)[
+    model, processor = load_classifier(str(vit), splits.classes)
+    train = ImageTask(make_recipe(image={"augmentation": ["random_resized_crop"]})).datasets(splits, model, processor)[
         "train"
     ]
     assert not torch.equal(train[0]["pixel_values"], train[0]["pixel_values"])
@@ -210,8 +210,8 @@ def test_every_kind_of_image_becomes_what_the_model_takes(
             Image.new(mode, (9, 7)).save(tmp_path / name / f"{i}.tiff")
     official = open_source(str(tmp_path), DataSettings(test_share=0.5, validation_share=0.5))
     splits = split(official, DataSettings(test_share=0.5, validation_share=0.5), 1)
-    model, processor = task.load_model(str(vit), splits.classes)
-    assert task.datasets(make_recipe(), splits, model, processor)["train"][0]["pixel_values"].shape == (3, 8, 8)
+    model, processor = load_classifier(str(vit), splits.classes)
+    assert ImageTask(make_recipe()).datasets(splits, model, processor)["train"][0]["pixel_values"].shape == (3, 8, 8)
 
 
 def test_a_data_set_on_the_hub_is_opened_by_the_datasets_library(

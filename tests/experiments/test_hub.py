@@ -70,7 +70,7 @@ found = {}
 for name in shipped():
     if name not in ("image/default", "image/reference", "image/demo"):
         recipe = load_recipe(name)
-        official = load_task(recipe.task).open_source(recipe.dataset, recipe.data)
+        official = load_task(recipe).open_source()
         parts = split(official, recipe.data, recipe.seed)
         found[name] = [recipe.dataset, parts.sizes, parts.test_from, sorted(official)]
 print(json.dumps(found))

@@ -60,11 +60,10 @@ def validation_scores(folder: Path) -> dict[str, float]:
     """What the saved adapter, loaded onto the original model, scores on validation."""
     recipe, record = finished_run(folder)
     base, processor = open_base(recipe, record)
-    rows = load_task(recipe.task).datasets(recipe, open_data(recipe, record), base, processor)["validation"]
+    rows = load_task(recipe).datasets(open_data(recipe, record), base, processor)["validation"]
     model = PeftModel.from_pretrained(base, str(folder / "adapter"))
-    with scorer(model, recipe, rows, quiet=True) as trainer:
-        scores = trainer.evaluate()
-    return {key: scores[f"eval_{key}"] for key in ("loss", "accuracy")}
+    with scorer(model, recipe, quiet=True) as trainer:
+        return trainer.score(rows)
 
 
 @pytest.mark.parametrize("method", INFERENCE)

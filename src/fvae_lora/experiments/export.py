@@ -89,16 +89,14 @@ def export_lora(
             return convert_to_lora(_adapted(source, model), out, max_error=max_error, bias=bias)
         recipe, record = finished_run(source, model, dataset)
         base, processor = open_base(recipe, record)
-        task = load_task(recipe.task)
         plain = recipe.model_copy(update={"image": ImageSettings()})  # fitted on images as they will be seen
-        splits = task.datasets(plain, open_data(recipe, record), base, processor)
+        splits = load_task(plain).datasets(open_data(recipe, record), base, processor)
         generator = torch.Generator().manual_seed(recipe.seed)
         chosen = torch.randperm(len(splits["train"]), generator=generator)[:rows].tolist()
-        with scorer(PeftModel.from_pretrained(base, str(folder)), recipe, splits["validation"], quiet=True) as trainer:
+        with scorer(PeftModel.from_pretrained(base, str(folder)), recipe, quiet=True) as trainer:
 
             def score(_: PeftModel) -> dict[str, float]:
-                scores = trainer.evaluate(metric_key_prefix="validation")
-                return {key: scores[key] for key in (f"validation_{task.METRIC}", "validation_loss")}
+                return {f"validation_{name}": score for name, score in trainer.score(splits["validation"]).items()}
 
             batches = trainer.get_eval_dataloader(Subset(splits["train"], chosen))
             return convert_to_lora(trainer.model, out, batches, max_error=max_error, bias=bias, evaluate=score)

@@ -1,16 +1,20 @@
 """The part of a model that turns features into classes."""
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from fvae_lora.experiments.errors import UserError
 
 
-def head_modules(model: nn.Module) -> list[str]:
+def head_modules(model: PreTrainedModel) -> list[str]:
     """Names of the head's modules: everything directly below the model but its largest child, the backbone.
+
+    A model that generates has none: what turns its features into tokens is pretrained.
 
     Raises:
         UserError: if the model keeps its head inside its backbone.
     """
+    if model.get_output_embeddings() is not None:
+        return []
     sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
     backbone = max(sizes, key=lambda name: sizes[name])
     heads = [name for name, size in sizes.items() if size and name != backbone]
@@ -19,7 +23,7 @@ def head_modules(model: nn.Module) -> list[str]:
     return heads
 
 
-def draw_new_head(model: nn.Module) -> None:
+def draw_new_head(model: PreTrainedModel) -> None:
     """Draws the head's parameters anew, from torch's global generator."""
     for name in head_modules(model):
         for module in model.get_submodule(name).modules():

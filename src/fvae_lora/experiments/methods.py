@@ -75,7 +75,8 @@ class Method:
 def _where(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
     return {
         "target_modules": adapted_modules(model, recipe.adapter.target_modules),
-        "modules_to_save": head_modules(model),
+        "modules_to_save": head_modules(model) or None,
+        "layers_to_transform": recipe.adapter.layers,
     }
 
 
@@ -127,7 +128,9 @@ def _pvera(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
 
 def _linear_probe(_: Recipe, model: PreTrainedModel) -> PeftConfig:
     # LoRA on no layer at all: the head is trained, saved and loaded exactly as it is for the other adapters.
-    return LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=head_modules(model))
+    if not (head := head_modules(model)):
+        raise UserError(f"method linear-probe: {type(model).__name__} has no head that a task adds")
+    return LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=head)
 
 
 _fvae_method = partial(

@@ -40,6 +40,8 @@ class DataSettings(Section):
     """Which configuration of a data set on the hub, where it has several."""
     image_column: str | None = None
     label_column: str | None = None
+    train_rows: Count | None = None
+    """How many rows of the training split are used, drawn by class with the split seed; None is all."""
 
 
 class ImageSettings(Section):
@@ -48,6 +50,8 @@ class ImageSettings(Section):
     augmentation: list[Literal["random_resized_crop", "horizontal_flip"]] = []
     min_crop: Annotated[float, Field(gt=0, le=1)] = 0.08
     """The smallest share of an image's area that a random crop keeps."""
+    size: Count | None = None
+    """Height and width that the model is given, its position embeddings interpolated; None is its own size."""
 
 
 class TrainSettings(Section):
@@ -69,6 +73,8 @@ class TrainSettings(Section):
     """Steps between two lines of the learning curve; the end of an epoch always gets one."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that read the data."""
+    cache_frozen: bool = False
+    """Computes what lies before the first adapted block once, in eval mode, and trains on that (see `frozen`)."""
 
 
 class AdapterSettings(Section):
@@ -79,6 +85,8 @@ class AdapterSettings(Section):
     """The scale is alpha / r; None means r."""
     dropout: Share = 0.1
     target_modules: Annotated[list[str], Field(min_length=1)] = ["query", "key"]
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    """Which of the model's blocks are adapted, counted from 0; None is all."""
 
 
 class FvaeSettings(Section):

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,15 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    IntervalStrategy,
     PreTrainedModel,
-    PrinterCallback,
-    Trainer,
     TrainerState,
     TrainingArguments,
-    default_data_collator,
     set_seed,
 )
 
 from fvae_lora.experiments.cost import inference_flops, training_flops
-from fvae_lora.experiments.data import Splits, fingerprint, split
+from fvae_lora.experiments.data import Splits, fingerprint
 from fvae_lora.experiments.errors import RunError, UserError
 from fvae_lora.experiments.heads import head_modules
 from fvae_lora.experiments.methods import METHODS
@@ -39,7 +37,6 @@ from fvae_lora.experiments.training import (
     RunTrainer,
     checkpoint_state,
     finished,
-    largest_logits,
     load_whole_model,
     trainer_arguments,
 )
@@ -127,10 +124,10 @@ def open_data(recipe: Recipe, record: Record) -> Splits:
     Raises:
         UserError: no such data, or other data than the run had.
     """
-    task = load_task(recipe.task)
-    official = task.open_source(recipe.dataset, recipe.data)
+    task = load_task(recipe)
+    official = task.open_source()
     _refuse_other_contents(record, "dataset", fingerprint(official, task.content), recipe.dataset)
-    return split(official, recipe.data, recipe.seed)
+    return task.split(official)
 
 
 def open_base(recipe: Recipe, record: Record) -> tuple[PreTrainedModel, Any]:
@@ -139,27 +136,19 @@ def open_base(recipe: Recipe, record: Record) -> tuple[PreTrainedModel, Any]:
     Raises:
         UserError: no such model, or another model than the run had.
     """
-    base, processor = load_task(recipe.task).load_model(recipe.model, record["dataset"]["classes"])
+    base, processor = load_task(recipe).load_model(record["dataset"]["classes"])
     _refuse_other_contents(record, "model", _model_fingerprint(base), recipe.model)
     return base, processor
 
 
 @contextlib.contextmanager
-def scorer(model: nn.Module, recipe: Recipe, rows: Any, quiet: bool = False) -> Iterator[Trainer]:
-    """A Trainer that scores `model` on `rows`, a split as the task's model takes it."""
-    task = load_task(recipe.task)
+def scorer(model: nn.Module, recipe: Recipe, quiet: bool = False) -> Iterator[RunTrainer]:
+    """A Trainer that scores `model` on what the recipe's task made of a split."""
+    task = load_task(recipe)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(
-            model=model,
-            args=trainer_arguments(recipe, Path(scratch), task.METRIC, quiet),
-            eval_dataset=rows,
-            data_collator=default_data_collator,
-            compute_metrics=task.metrics,
-            preprocess_logits_for_metrics=largest_logits,
-        )
-        if quiet:
-            trainer.remove_callback(PrinterCallback)
-        yield trainer
+        arguments = trainer_arguments(recipe, Path(scratch), task.metric, quiet)
+        arguments.eval_strategy = IntervalStrategy.NO
+        yield RunTrainer(task, quiet, model=model, args=arguments)
 
 
 @dataclass
@@ -180,22 +169,23 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool) -> 
     """Opens data and model, and refuses what `record`, if a run has begun, was not started with."""
     began = time.monotonic()
     set_seed(recipe.seed)
-    task = load_task(recipe.task)
-    arguments = trainer_arguments(recipe, folder.checkpoints, task.METRIC, quiet)
-    official = task.open_source(recipe.dataset, recipe.data)
-    splits = split(official, recipe.data, recipe.seed)
-    model, processor = task.load_model(recipe.model, splits.classes)
+    task = load_task(recipe)
+    arguments = trainer_arguments(recipe, folder.checkpoints, task.metric, quiet)
+    official = task.open_source()
+    splits = task.split(official)
+    model, processor = task.load_model(splits.classes)
     data = {"name": short(recipe.dataset), "fingerprint": fingerprint(official, task.content)}
     base = {"name": short(recipe.model), "fingerprint": _model_fingerprint(model)}
     for what, contents in (("model", base), ("dataset", data)):
         _refuse_other_contents(record, what, contents["fingerprint"], contents["name"])
 
-    rows = task.datasets(recipe, splits, model, processor)
+    rows = task.datasets(splits, model, processor)
     method = METHODS[recipe.method]
     total = sum(p.numel() for p in model.parameters())
     adapted = method.apply(model, recipe)
     trained = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
     record |= {
+        "metric": asdict(task.metric),
         "model": base,
         "dataset": data | _described(splits, recipe),
         "parameters": {
@@ -229,26 +219,23 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
 
     note_cost()
     trainer = RunTrainer(
+        prepared.task,
+        quiet,
         model=prepared.model,
         args=prepared.arguments,
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
-        data_collator=default_data_collator,
-        compute_metrics=prepared.task.metrics,
-        preprocess_logits_for_metrics=largest_logits,
-        callbacks=[FolderCallback(folder, recipe, prepared.task.METRIC, note_cost)],
+        callbacks=[FolderCallback(folder, recipe, note_cost)],
     )
-    if quiet:
-        trainer.remove_callback(PrinterCallback)
     state = _train(trainer, recipe, folder)
     note_cost()
     train_s = record["time"]["train_s"]
 
     folder.save_adapter(folder.checkpoints / f"checkpoint-{state.best_global_step}", prepared.model.name_or_path)
     best = next(e for e in folder.events() if e["event"] == "validation" and e["step"] == state.best_global_step)
-    scores = {key: best[key] for key in ("loss", prepared.task.METRIC)}
+    scores = {key: value for key, value in best.items() if key not in ("event", "step", "epoch")}
     micro_batches = state.global_step * recipe.train.gradient_accumulation
-    step_flops = training_flops(prepared.model, rows["train"], recipe.train.batch_size)
+    step_flops = training_flops(prepared.model, _batch(prepared.task, rows["train"], recipe))
     record["flops"] = {"train_step": step_flops, "train_total": step_flops * micro_batches}
     record["metrics"] = {"validation": scores | {"best_epoch": round(best["epoch"])}}
     if recipe.purpose == "result":
@@ -264,7 +251,7 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
     return record
 
 
-def _train(trainer: Trainer, recipe: Recipe, folder: RunFolder) -> TrainerState:
+def _train(trainer: RunTrainer, recipe: Recipe, folder: RunFolder) -> TrainerState:
     """Trains to the end, from the last whole checkpoint if there is one; what the Trainer knew at the end."""
     folder.drop_unfinished_checkpoints()
     last = folder.last_checkpoint()
@@ -281,14 +268,17 @@ def _score(
     recipe: Recipe, folder: RunFolder, splits: Splits, record: Record, quiet: bool
 ) -> tuple[dict[str, float], int, nn.Module]:
     """Scores on test of the model as `adapter/` holds it, the cost of a batch, and that model."""
-    task = load_task(recipe.task)
+    task = load_task(recipe)
     base, processor = open_base(recipe, record)
-    rows = task.datasets(recipe, splits, base, processor)["test"]
+    rows = task.datasets(splits, base, processor)["test"]
     model = _with_adapter(base, folder.adapter)
-    with scorer(model, recipe, rows, quiet) as trainer:
-        scores = trainer.evaluate(metric_key_prefix="test")
-    cost = inference_flops(model, rows, recipe.train.batch_size)
-    return {key: scores[f"test_{key}"] for key in ("loss", task.METRIC)}, cost, model
+    with scorer(model, recipe, quiet) as trainer:
+        scores = trainer.score(rows)
+    return scores, inference_flops(model, _batch(task, rows, recipe)), model
+
+
+def _batch(task: Task, rows: Any, recipe: Recipe) -> dict[str, Any]:
+    return task.collate([rows[i] for i in range(min(recipe.train.batch_size, len(rows)))])
 
 
 def _with_adapter(base: PreTrainedModel, adapter: Path) -> nn.Module:

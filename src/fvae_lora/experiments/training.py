@@ -1,27 +1,53 @@
 """transformers' Trainer as the runs use it: it stops at the first number that is none, and keeps the run's folder."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import AdaLoraModel, PeftModel
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import EvalPrediction
 
 from fvae_lora import FVAELoraTrainer, elbo_terms
 from fvae_lora.experiments.adalora import RankSchedule, orthogonality
 from fvae_lora.experiments.errors import RunError, UserError
 from fvae_lora.experiments.recipe import Recipe
 from fvae_lora.experiments.record import RunFolder
+from fvae_lora.experiments.tasks import Metric, Task
+
+TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+"""What a Trainer puts among the scores."""
 
 
 class RunTrainer(FVAELoraTrainer):
-    """A Trainer that raises `RunError` at the step whose loss is NaN or infinite, before it reaches a parameter."""
+    """A Trainer for a task. A loss that is NaN or infinite raises `RunError` before it reaches a parameter.
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    Args:
+        task: collates, and scores what the model puts out.
+        quiet: no progress bars.
+        kwargs: as the Trainer's.
+    """
+
+    def __init__(self, task: Task, quiet: bool, **kwargs: Any):
+        super().__init__(
+            data_collator=task.collate,
+            preprocess_logits_for_metrics=task.outputs,
+            compute_metrics=self._scores,
+            **kwargs,
+        )
+        self.task, self.quiet, self.scored_rows = task, quiet, None
+        if quiet:
+            self.remove_callback(PrinterCallback)
         self.is_adalora = isinstance(getattr(self.model, "base_model", None), AdaLoraModel)
         if self.is_adalora:
             self.add_callback(RankSchedule())
@@ -36,6 +62,21 @@ class RunTrainer(FVAELoraTrainer):
             self.accelerator.backward(regulariser * self.accelerator.gradient_accumulation_steps)
             loss = loss + regulariser.detach()
         return loss
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Scores a split: what its batches' outputs say, and what the task generates from it."""
+        self.scored_rows = dataloader.dataset
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        more = self.task.generated_scores(self.model, dataloader.dataset, progress=not self.quiet)
+        output.metrics.update({f"{metric_key_prefix}_{name}": score for name, score in more.items()})
+        return output
+
+    def score(self, rows: Any) -> dict[str, float]:
+        """`loss` and the task's scores of `rows`, one of its data sets."""
+        return scores_among(self.evaluate(rows, metric_key_prefix="scored"), "scored")
+
+    def _scores(self, prediction: EvalPrediction) -> dict[str, float]:
+        return self.task.scores(prediction.predictions, prediction.label_ids, self.scored_rows)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if isinstance(self.model, PeftModel):
@@ -64,8 +105,8 @@ def blame(model: nn.Module) -> str:
 class FolderCallback(TrainerCallback):
     """Writes the learning curve and looks after the checkpoints."""
 
-    def __init__(self, folder: RunFolder, recipe: Recipe, metric: str, on_checkpoint: Callable[[], None]):
-        self.folder, self.recipe, self.metric, self.on_checkpoint = folder, recipe, metric, on_checkpoint
+    def __init__(self, folder: RunFolder, recipe: Recipe, on_checkpoint: Callable[[], None]):
+        self.folder, self.recipe, self.on_checkpoint = folder, recipe, on_checkpoint
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Closes the running mean of the loss, which no checkpoint carries over."""
@@ -84,14 +125,19 @@ class FolderCallback(TrainerCallback):
                 line["elbo"] = terms
             self.folder.append(line)
         elif "eval_loss" in logs:
-            scores = {"loss": logs["eval_loss"], self.metric: logs[f"eval_{self.metric}"]}
-            self.folder.append({"event": "validation", **where, **scores})
+            self.folder.append({"event": "validation", **where, **scores_among(logs, "eval")})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The checkpoint is whole now: it and the best one stay."""
         self.folder.keep_checkpoints(state.global_step, state.best_global_step)
         self.on_checkpoint()
         control.should_training_stop = finished(state, self.recipe)
+
+
+def scores_among(logs: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """What a Trainer logged of a split under `prefix`, without how long it took."""
+    logged = {key.removeprefix(f"{prefix}_"): value for key, value in logs.items() if key.startswith(f"{prefix}_")}
+    return {name: value for name, value in logged.items() if name not in TIMINGS}
 
 
 def finished(state: TrainerState, recipe: Recipe) -> bool:
@@ -111,15 +157,15 @@ def checkpoint_state(checkpoint: Path | None) -> TrainerState:
     return state
 
 
-def trainer_arguments(recipe: Recipe, output: Path, metric: str, quiet: bool) -> TrainingArguments:
+def trainer_arguments(recipe: Recipe, output: Path, metric: Metric, quiet: bool) -> TrainingArguments:
     """The recipe in transformers' words.
 
     Raises:
         UserError: if this machine cannot train in the recipe's precision.
     """
     train = recipe.train
-    if train.precision != "fp32" and not torch.cuda.is_available():
-        raise UserError(f"train.precision: {train.precision} needs a GPU; fp32 is allowed here")
+    if train.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.precision: fp16 needs a GPU; fp32 and bf16 are allowed here")
     return TrainingArguments(
         output_dir=str(output),
         num_train_epochs=train.epochs,
@@ -140,8 +186,8 @@ def trainer_arguments(recipe: Recipe, output: Path, metric: str, quiet: bool) ->
         save_strategy="epoch",
         logging_steps=train.log_every,
         logging_nan_inf_filter=False,
-        metric_for_best_model=metric,
-        greater_is_better=True,
+        metric_for_best_model=metric.name,
+        greater_is_better=metric.greater_is_better,
         dataloader_num_workers=train.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
@@ -149,9 +195,3 @@ def trainer_arguments(recipe: Recipe, output: Path, metric: str, quiet: bool) ->
         report_to="none",
         disable_tqdm=quiet,
     )
-
-
-def largest_logits(logits: Any, _: torch.Tensor) -> torch.Tensor:
-    """The predicted class of each row: all that the scores need of the logits (rows, classes)."""
-    first: torch.Tensor = logits[0] if isinstance(logits, tuple) else logits
-    return first.argmax(dim=-1)

@@ -6,19 +6,21 @@ from typing import Any
 
 from datasets import Dataset
 
+from fvae_lora.experiments.data.splits import class_names
+
 
 def fingerprint(splits: dict[str, Dataset], content: Callable[[dict[str, Any], str], bytes]) -> str:
     """SHA-256 over the classes and, split by split and row by row, the label and the content.
 
     Args:
-        splits: the official splits, each with a `label`.
+        splits: the official splits, with a `label` where they have classes.
         content: gives the bytes of a row; its second argument says where the row is, for messages.
     """
     total = hashlib.sha256()
     for name in sorted(splits):
         rows = splits[name]
-        total.update(repr((name, rows.features["label"].names, len(rows))).encode())
+        total.update(repr((name, class_names(rows), len(rows))).encode())
         for index, row in enumerate(rows):
             digest = hashlib.sha256(content(row, f"split {name}, row {index}")).digest()
-            total.update(repr(row["label"]).encode() + digest)
+            total.update(repr(row.get("label")).encode() + digest)
     return total.hexdigest()

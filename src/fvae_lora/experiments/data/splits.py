@@ -1,8 +1,8 @@
 """Protocols: which rows train, which select the epoch, which are the test."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from sklearn.model_selection import train_test_split
 
 from fvae_lora.experiments.errors import UserError
@@ -21,13 +21,19 @@ class Splits:
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes, in the order of their numbers."""
-        return list(self.train.features["label"].names)
+        """Names of the classes, in the order of their numbers; none where the data have no classes."""
+        return class_names(self.train)
 
     @property
     def sizes(self) -> dict[str, int]:
         """Rows per split."""
         return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
+
+
+def class_names(rows: Dataset) -> list[str]:
+    """Names of the classes of `rows`, in the order of their numbers; none where there are no classes."""
+    label = rows.features.get("label")
+    return list(label.names) if isinstance(label, ClassLabel) else []
 
 
 def split(official: dict[str, Dataset], settings: DataSettings, seed: int) -> Splits:
@@ -37,7 +43,11 @@ def split(official: dict[str, Dataset], settings: DataSettings, seed: int) -> Sp
         UserError: if a split cannot be taken from another because a class has too few rows.
     """
     protocols = {"clean": _clean, "reference": _reference, "reference-on-test": _reference_on_test}
-    return protocols[settings.protocol](dict(official), settings, seed)
+    parts = protocols[settings.protocol](dict(official), settings, seed)
+    if settings.train_rows is None or settings.train_rows >= len(parts.train):
+        return parts
+    unused = len(parts.train) - settings.train_rows
+    return replace(parts, train=_stratified(parts.train, "smaller train", unused, settings.split_seed)[0])
 
 
 def _clean(parts: dict[str, Dataset], settings: DataSettings, _: int) -> Splits:
@@ -50,7 +60,7 @@ def _clean(parts: dict[str, Dataset], settings: DataSettings, _: int) -> Splits:
 
 
 def _stratified(rows: Dataset, name: str, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    labels = rows["label"][:]
+    labels = rows["label"][:] if class_names(rows) else None
     try:
         kept, taken = train_test_split(range(len(rows)), test_size=share, random_state=seed, stratify=labels)
     except ValueError as error:

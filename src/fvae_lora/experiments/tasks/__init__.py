@@ -1,37 +1,109 @@
-"""Tasks. Each module here is one: what its data, its model and its score are; the runner knows no task by name."""
+"""Tasks: what the data, the model and the scores are. The runner knows no task by name."""
+
+from __future__ import annotations
 
 import importlib
-from typing import Any, Protocol, cast
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
-from transformers import EvalPrediction, PreTrainedModel
+import torch
+from transformers import default_data_collator
 
-from fvae_lora.experiments.data import Splits
-from fvae_lora.experiments.recipe import DataSettings, Recipe
+from fvae_lora.experiments.data import Splits, split
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+    from fvae_lora.experiments.recipe import Recipe
+
+TASKS = {"image": "image:ImageTask"}
+"""The tasks by name: the module of this package, and the class in it."""
 
 
-class Task(Protocol):
-    """What a module of this package offers."""
+@dataclass(frozen=True)
+class Metric:
+    """A score by its name, and which way is better."""
 
-    METRIC: str
-    """The score by which the best epoch is selected; larger is better."""
+    name: str
+    greater_is_better: bool = True
 
-    def open_source(self, name: str, settings: DataSettings) -> dict[str, Dataset]:
-        """The official splits of the data set of that name."""
 
+class Task(ABC):
+    """What a run of one recipe trains on and is judged by.
+
+    Args:
+        recipe: the run's recipe.
+    """
+
+    metric = Metric("accuracy")
+    """The score by which the best epoch is selected."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    @abstractmethod
+    def open_source(self) -> dict[str, Dataset]:
+        """The official splits of the recipe's data set, `train` among them.
+
+        Raises:
+            UserError: no such data set, or one that cannot be used.
+        """
+
+    @abstractmethod
     def content(self, row: dict[str, Any], where: str) -> bytes:
         """What a row is, for the data set's fingerprint; `where` it is helps to name one that cannot be read."""
 
-    def load_model(self, name: str, classes: list[str]) -> tuple[PreTrainedModel, Any]:
-        """The pretrained model with a head for `classes`, and what prepares its inputs."""
+    def split(self, official: dict[str, Dataset]) -> Splits:
+        """The splits of this run, under the recipe's protocol."""
+        return split(official, self.recipe.data, self.recipe.seed)
 
-    def datasets(self, recipe: Recipe, splits: Splits, model: PreTrainedModel, processor: Any) -> dict[str, Any]:
-        """`train`, `validation` and `test` as the model takes them, in items that stack into a batch."""
+    @abstractmethod
+    def load_model(self, classes: list[str]) -> tuple[PreTrainedModel, Any]:
+        """The pretrained model with a head for `classes` (none for a model that generates), and its processor.
 
-    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Scores of a whole split, `METRIC` among them, given the indices of the largest logits."""
+        Raises:
+            UserError: no such model, or not one for this task.
+        """
+
+    @abstractmethod
+    def datasets(self, splits: Splits, model: PreTrainedModel, processor: Any) -> dict[str, Any]:
+        """`train`, `validation` and `test` as `collate` takes them: each a torch data set of items.
+
+        Raises:
+            UserError: a row that cannot be used; found before any training.
+        """
+
+    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A batch, as the model takes it."""
+        batch: dict[str, Any] = default_data_collator(list(items))
+        return batch
+
+    def outputs(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
+        """All that `scores` needs of a batch's logits; here the predicted class of each row."""
+        first: torch.Tensor = logits[0] if isinstance(logits, tuple) else logits
+        return first.argmax(dim=-1)
+
+    @abstractmethod
+    def scores(self, outputs: np.ndarray, labels: np.ndarray, rows: Any) -> dict[str, float]:
+        """Scores of a whole split, `metric` among them.
+
+        Args:
+            outputs: what `outputs` made of each batch, in the order of the rows.
+            labels: the labels of the batches.
+            rows: the split, one of `datasets`.
+        """
+
+    def generated_scores(self, model: PreTrainedModel, rows: Any, progress: bool) -> dict[str, float]:
+        """Further scores of a split that need more than one forward of each batch; none here."""
+        return {}
 
 
-def load_task(name: str) -> Task:
-    """The task of that name."""
-    return cast(Task, importlib.import_module(f"{__package__}.{name}"))
+def load_task(recipe: Recipe) -> Task:
+    """The recipe's task."""
+    module, _, name = TASKS[recipe.task].partition(":")
+    task: Task = getattr(importlib.import_module(f"{__package__}.{module}"), name)(recipe)
+    return task

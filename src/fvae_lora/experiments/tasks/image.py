@@ -1,44 +1,69 @@
 """Image classification with any `AutoModelForImageClassification`."""
 
+import inspect
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from PIL import Image
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    EvalPrediction,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from fvae_lora.experiments.data import Splits, open_source
-from fvae_lora.experiments.data.images import Images, augmentation, process
-from fvae_lora.experiments.data.images import image_content as content
+from fvae_lora.experiments.data.images import Images, augmentation, image_content, process
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.heads import draw_new_head
 from fvae_lora.experiments.names import is_local
-from fvae_lora.experiments.recipe import Recipe
-
-__all__ = ["METRIC", "content", "datasets", "load_model", "metrics", "open_source"]
-
-METRIC = "accuracy"
+from fvae_lora.experiments.tasks import Task
 
 BUILT_IN = {"vit-fashion-mnist": Path(str(files("fvae_lora.experiments"))) / "assets" / "vit-fashion-mnist"}
 """Models that come with the package."""
 
 
-def load_model(name: str, classes: list[str]) -> tuple[PreTrainedModel, Any]:
-    """The model in float32 with a head for `classes`, and its image processor.
+class ImageTask(Task):
+    """Images and their classes; judged by accuracy, a fraction."""
 
-    Unless the model was trained on these very classes, the head is a new one, drawn from torch's global generator.
+    def open_source(self) -> dict[str, Dataset]:
+        """As `data.source.open_source`."""
+        return open_source(self.recipe.dataset, self.recipe.data)
 
-    Raises:
-        UserError: no such model, or not one that classifies images.
-    """
+    def content(self, row: dict[str, Any], where: str) -> bytes:
+        """The encoded image."""
+        return image_content(row, where)
+
+    def load_model(self, classes: list[str]) -> tuple[PreTrainedModel, Any]:
+        """The model in float32 with a head for `classes`, and its image processor, both for the recipe's image size.
+
+        Unless the model was trained on these very classes, the head is a new one, drawn from torch's global generator.
+
+        Raises:
+            UserError: no such model, or not one that classifies images.
+        """
+        model, processor = load_classifier(self.recipe.model, classes)
+        if self.recipe.image.size is not None:
+            _resize(model, processor, self.recipe.image.size)
+        return model, processor
+
+    def datasets(self, splits: Splits, model: PreTrainedModel, processor: Any) -> dict[str, Any]:
+        """The three splits as tensors; the recipe's augmentation is applied to train and to nothing else."""
+        mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
+        height, width = process(processor, Image.new(mode, (64, 64))).shape[-2:]
+        augment = augmentation(self.recipe.image, (height, width))
+        return {
+            "train": Images(splits.train, "train", processor, mode, augment),
+            "validation": Images(splits.validation, "validation", processor, mode),
+            "test": Images(splits.test, "test", processor, mode),
+        }
+
+    def scores(self, outputs: np.ndarray, labels: np.ndarray, rows: Any) -> dict[str, float]:
+        """Accuracy."""
+        return {self.metric.name: float(np.mean(outputs == labels))}
+
+
+def load_classifier(name: str, classes: list[str]) -> tuple[PreTrainedModel, Any]:
+    """The image classifier of that name and its processor, see `ImageTask.load_model`."""
     source = str(BUILT_IN.get(name, name))
     if is_local(source) and not Path(source).is_dir():
         raise UserError(f"model {name}: no such folder")
@@ -60,18 +85,12 @@ def load_model(name: str, classes: list[str]) -> tuple[PreTrainedModel, Any]:
     return model, processor
 
 
-def datasets(recipe: Recipe, splits: Splits, model: PreTrainedModel, processor: Any) -> dict[str, Images]:
-    """The three splits as tensors; the recipe's augmentation is applied to train and to nothing else."""
-    mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
-    height, width = process(processor, Image.new(mode, (64, 64))).shape[-2:]
-    augment = augmentation(recipe.image, (height, width))
-    return {
-        "train": Images(splits.train, "train", processor, mode, augment),
-        "validation": Images(splits.validation, "validation", processor, mode),
-        "test": Images(splits.test, "test", processor, mode),
-    }
-
-
-def metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy, a fraction."""
-    return {METRIC: float(np.mean(prediction.predictions == prediction.label_ids))}
+def _resize(model: PreTrainedModel, processor: Any, side: int) -> None:
+    """Makes `processor` give squares of `side` pixels, and `model` interpolate its position embeddings to them."""
+    processor.size = {"shortest_edge": side} if "shortest_edge" in processor.size else {"height": side, "width": side}
+    if getattr(processor, "crop_size", None):
+        processor.crop_size = {"height": side, "width": side}
+    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+        model.register_forward_pre_hook(
+            lambda _, arguments, options: (arguments, options | {"interpolate_pos_encoding": True}), with_kwargs=True
+        )
