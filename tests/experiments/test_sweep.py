@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from fvae_lora.experiments.errors import UserError
-from fvae_lora.experiments.plan import Planned, parse_list, parse_variations, plan
+from fvae_lora.experiments.plan import Planned, parse_list, parse_values, plan
 from fvae_lora.experiments.report import summary_rows
 from fvae_lora.experiments.sweep import sweep
 
@@ -29,7 +29,7 @@ def planned(vit: Path, pictures: Path, tmp_path: Path) -> Callable[..., list[Pla
     def make(methods: list[str], seeds: list[int], *more: str, vary: list[str] | None = None) -> list[Planned]:
         overrides = ["train.epochs=2", "train.batch_size=8", "adapter.r=4", *more]
         places = {"model": str(vit), "dataset": str(pictures)}
-        variations = parse_variations(vary or [])
+        variations = parse_values("--vary", vary or [])
         return plan("image/default", tmp_path / "runs", methods, seeds, overrides, places, variations)
 
     return make

@@ -59,34 +59,63 @@ def train(
 
 @app.command()
 def compare(
-    recipe: RecipeName,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE[,RECIPE]...", help="Recipes, shipped ones or YAML files.")],
     overrides: Overrides = None,
     model: Model = None,
-    dataset: Dataset = None,
+    dataset: Annotated[str | None, typer.Option(help="Data sets as for train, separated by commas.")] = None,
     methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "fvae-lora,lora,linear-probe",
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "1,2,42",
     vary: Annotated[
-        list[str] | None, typer.Option(help="KEY=[A,B]: do it for each value; may be given several times.")
+        list[str] | None, typer.Option(help="KEY=A,B: do it for each value; may be given several times.")
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="KEY=A,B: choose the value on validation, for each method and data set; may be given several times. "
+            "With a wider grid the points that exist are used again; where that chooses otherwise, the results of the "
+            "earlier choice stay, as rows of their own."
+        ),
+    ] = None,
+    selection_seeds: Annotated[
+        str | None, typer.Option(help="Seeds of the runs that choose, none of --seeds (default: 0).")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 1,
     out: Annotated[Path, typer.Option(help="The folder of the runs.")] = Path("runs"),
 ) -> None:
-    """Does methods x seeds x varied keys; only what is missing is run. Killed at any moment, it goes on from there."""
-    from fvae_lora.experiments.plan import parse_list, parse_variations, plan
+    """Does recipes x data sets x methods x seeds x varied keys; only what is missing is run.
+
+    Killed at any moment, it goes on from there.
+    """
+    from fvae_lora.experiments.grid import Grid, print_choices
+    from fvae_lora.experiments.plan import contenders, parse_list, parse_values, runs_of
     from fvae_lora.experiments.report import print_table, summary_rows
     from fvae_lora.experiments.sweep import sweep
 
-    runs = plan(
+    compared = contenders(
         recipe,
         out,
         parse_list("--methods", methods),
-        parse_list("--seeds", seeds),
         overrides or [],
         _given(model=model, dataset=dataset),
-        parse_variations(vary or []),
+        parse_values("--vary", vary or []),
     )
+    result_seeds = parse_list("--seeds", seeds)
+    lost: list[str] = []
+    if grid:
+        choosing = parse_list("--selection-seeds", selection_seeds or "0")
+        points = Grid(compared, parse_values("--grid", grid), choosing, result_seeds)
+        sweep(points.runs(), jobs, console)
+        choices = points.choices()
+        print_choices(choices, console)
+        compared = [choice.best.contender for choice in choices if choice.best]
+        lost = [choice.name for choice in choices if not choice.best]
+    elif selection_seeds:
+        raise UserError("--selection-seeds: of use with --grid only")
+    runs = runs_of(compared, result_seeds)
     failures = sweep(runs, jobs, console)
     print_table(summary_rows(out), console)
+    if lost:
+        raise RunError(f"{', '.join(lost)}: failed at every point of the grid, so without a result")
     if failures:
         raise RunError(f"{len(failures)} of {len(runs)} runs failed; the same command tries them again")
 
