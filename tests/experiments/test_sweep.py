@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from fvae_lora.experiments.errors import UserError
+from fvae_lora.experiments.launchers.local import LocalLauncher
 from fvae_lora.experiments.plan import Planned, parse_list, parse_values, plan
 from fvae_lora.experiments.report import summary_rows
 from fvae_lora.experiments.sweep import sweep
@@ -60,12 +61,12 @@ def test_lists_are_read_as_yaml() -> None:
 
 
 def test_only_what_is_missing_is_run(planned: Callable[..., list[Planned]]) -> None:
-    sweep(planned(["linear-probe"], [1]), 1, quiet())
+    sweep(planned(["linear-probe"], [1]), LocalLauncher(1), quiet())
     runs = planned(["linear-probe"], [1, 2])
     first = runs[0].folder.record_file
     before = first.stat().st_mtime_ns
     console = quiet()
-    assert sweep(runs, 2, console) == []
+    assert sweep(runs, LocalLauncher(2), console) == []
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert "1 of 2 runs are done already" in said
     assert "linear-probe-seed2: done" in said
@@ -78,7 +79,7 @@ def test_only_what_is_missing_is_run(planned: Callable[..., list[Planned]]) -> N
 
 def test_a_run_that_fails_does_not_stop_the_others(planned: Callable[..., list[Planned]]) -> None:
     runs = planned(["linear-probe"], [1], "train.max_grad_norm=0", vary=["train.learning_rate=[0.001, 1.0e+30]"])
-    (failure,) = sweep(runs, 2, quiet())
+    (failure,) = sweep(runs, LocalLauncher(2), quiet())
     assert failure.startswith("linear-probe-learning_rate=1e+30-seed1: failed: the ")
     assert "at step" in failure
     states = {run.name: (run.folder.read() or {})["state"] for run in runs}
@@ -88,17 +89,17 @@ def test_a_run_that_fails_does_not_stop_the_others(planned: Callable[..., list[P
 def test_a_run_that_another_sweep_is_on_is_left_alone(
     planned: Callable[..., list[Planned]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fvae_lora.experiments.sweep.LETTING_GO_S", 0.1)
+    monkeypatch.setattr("fvae_lora.experiments.launchers.LETTING_GO_S", 0.1)
     (run,) = planned(["linear-probe"], [1])
     with run.folder.locked(), pytest.raises(UserError, match="another process is using"):
-        sweep([run], 1, quiet())
+        sweep([run], LocalLauncher(1), quiet())
 
 
 def test_a_folder_with_another_recipes_run_starts_nothing(planned: Callable[..., list[Planned]]) -> None:
-    sweep(planned(["linear-probe"], [1]), 1, quiet())
+    sweep(planned(["linear-probe"], [1]), LocalLauncher(1), quiet())
     runs = planned(["linear-probe"], [1, 2], "train.batch_size=9")
     with pytest.raises(UserError, match=r"train\.batch_size is 8 there and 9 here"):
-        sweep(runs, 1, quiet())
+        sweep(runs, LocalLauncher(1), quiet())
     assert not runs[1].folder.path.exists()
 
 

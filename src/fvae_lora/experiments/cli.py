@@ -5,13 +5,16 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from fvae_lora.experiments.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from fvae_lora.experiments.launchers import Launcher
 
 app = typer.Typer(
     help="FVAE-LoRA beside LoRA, its relatives, a linear probe and full fine-tuning: train, compare, report.",
@@ -57,6 +60,13 @@ def train(
     console.print(f"The run is in {folder}", highlight=False)
 
 
+class Where(StrEnum):
+    """Where `compare` does its runs."""
+
+    local = "local"
+    slurm = "slurm"
+
+
 @app.command()
 def compare(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE[,RECIPE]...", help="Recipes, shipped ones or YAML files.")],
@@ -79,18 +89,29 @@ def compare(
     selection_seeds: Annotated[
         str | None, typer.Option(help="Seeds of the runs that choose, none of --seeds (default: 0).")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 1,
     out: Annotated[Path, typer.Option(help="The folder of the runs.")] = Path("runs"),
+    launcher: Annotated[Where, typer.Option(help="Runs are processes of this machine, or jobs of SLURM.")] = (
+        Where.local
+    ),
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 1,
+    partition: Annotated[str | None, typer.Option(help="slurm: where (default: the cluster's).")] = None,
+    account: Annotated[str | None, typer.Option(help="slurm: whom to charge.")] = None,
+    time: Annotated[str | None, typer.Option(help="slurm: limit for a run, as minutes, H:M:S or D-H:M:S.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, max=1, help="slurm: GPUs for a run (default: 0).")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="slurm: cores for a run (default: 1).")] = None,
 ) -> None:
     """Does recipes x data sets x methods x seeds x varied keys; only what is missing is run.
 
-    Killed at any moment, it goes on from there.
+    Killed at any moment, it goes on from there. Local runs share the machine's cores and GPUs, and end when this
+    command ends. Jobs of SLURM go on without it, and the same command waits for them; what else they need, sbatch
+    takes from its own variables (SBATCH_MEM_PER_NODE, SBATCH_QOS, SBATCH_CONSTRAINT). Their output is in OUT/.slurm.
     """
     from fvae_lora.experiments.grid import Grid, print_choices
     from fvae_lora.experiments.plan import contenders, parse_list, parse_values, runs_of
     from fvae_lora.experiments.report import print_table, summary_rows
     from fvae_lora.experiments.sweep import sweep
 
+    launch = _launcher(launcher, out, jobs, partition=partition, account=account, time=time, gpus=gpus, cpus=cpus)
     compared = contenders(
         recipe,
         out,
@@ -104,7 +125,7 @@ def compare(
     if grid:
         choosing = parse_list("--selection-seeds", selection_seeds or "0")
         points = Grid(compared, parse_values("--grid", grid), choosing, result_seeds)
-        sweep(points.runs(), jobs, console)
+        sweep(points.runs(), launch, console)
         choices = points.choices()
         print_choices(choices, console)
         compared = [choice.best.contender for choice in choices if choice.best]
@@ -112,12 +133,28 @@ def compare(
     elif selection_seeds:
         raise UserError("--selection-seeds: of use with --grid only")
     runs = runs_of(compared, result_seeds)
-    failures = sweep(runs, jobs, console)
-    print_table(summary_rows(out), console)
+    failures = sweep(runs, launch, console)
+    if any(out.rglob("run.json")):
+        print_table(summary_rows(out), console)
     if lost:
         raise RunError(f"{', '.join(lost)}: failed at every point of the grid, so without a result")
     if failures:
-        raise RunError(f"{len(failures)} of {len(runs)} runs failed; the same command tries them again")
+        raise RunError(
+            f"{len(failures)} of {len(runs)} runs failed; the same command tries them again; the first: {failures[0]}"
+        )
+
+
+def _launcher(where: Where, out: Path, jobs: int, **of_slurm: Any) -> "Launcher":
+    if where is Where.slurm:
+        from fvae_lora.experiments.launchers.slurm import SlurmLauncher
+
+        return SlurmLauncher(out / ".slurm", jobs, **_given(**of_slurm))
+    for option in _given(**of_slurm):
+        raise UserError(f"--{option}: only with --launcher slurm")
+
+    from fvae_lora.experiments.launchers.local import LocalLauncher
+
+    return LocalLauncher(jobs)
 
 
 @app.command()

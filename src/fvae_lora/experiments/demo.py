@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fvae_lora.experiments.launchers.local import LocalLauncher
 from fvae_lora.experiments.plan import plan
 from fvae_lora.experiments.report import print_table, summary_rows, write_page
 from fvae_lora.experiments.sweep import sweep
@@ -33,7 +34,7 @@ def demo(out: Path, quick: bool, console: Console) -> list[str]:
         "validation, of one common grid.",
         highlight=False,
     )
-    failures = sweep(runs, min(2, os.cpu_count() or 1), console)
+    failures = sweep(runs, LocalLauncher(min(2, os.cpu_count() or 1)), console)
     print_table(summary_rows(out), console)
     page = write_page(out, out / "report.html")
     console.print(f"Learning curves, costs and each layer's ELBO terms: {page}", highlight=False)

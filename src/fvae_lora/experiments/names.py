@@ -33,3 +33,10 @@ def portable(name: str, folder: Path) -> str:
 def located(name: str, folder: Path) -> str:
     """The inverse of `portable`: what to open for a `name` that the record in `folder` keeps."""
     return str(folder / name) if name.startswith(".") else name
+
+
+def without_places(text: str, *places: Path) -> str:
+    """`text` as a record may keep it: paths in it that lead through `places`, here or home begin there."""
+    for place in (*places, Path.cwd(), Path.home()):
+        text = text.replace(f"{place.resolve()}/", "").replace(f"{place}/", "")
+    return text

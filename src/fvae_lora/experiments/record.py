@@ -135,6 +135,18 @@ class RunFolder:
         """Replaces the record."""
         write_atomically(self.record_file, json.dumps(record, indent=1) + "\n")
 
+    def close_as_failed(self, reason: str, opening: Record | None = None) -> None:
+        """Closes the record of a run that had begun; on a full disk a half-written checkpoint makes room for that.
+
+        Args:
+            reason: why.
+            opening: what to begin the record with where there is none yet; without it, none is written then.
+        """
+        with contextlib.suppress(OSError):
+            self.drop_unfinished_checkpoints()
+            if record := self.read() or opening:
+                self.write(record | {"state": "failed", "reason": reason})
+
     def append(self, event: dict[str, Any]) -> None:
         """Adds one line to the learning curve."""
         with self.metrics_file.open("a", encoding="utf-8") as file:

@@ -27,7 +27,7 @@ from fvae_lora.experiments.data import Splits, fingerprint
 from fvae_lora.experiments.errors import RunError, UserError
 from fvae_lora.experiments.heads import head_modules
 from fvae_lora.experiments.methods import METHODS
-from fvae_lora.experiments.names import located, short
+from fvae_lora.experiments.names import located, short, without_places
 from fvae_lora.experiments.recipe import Recipe, check_recipe
 from fvae_lora.experiments.record import Record, RunFolder, checkpoint_step
 from fvae_lora.experiments.surroundings import git_commit, hardware, peak_memory_mb, versions
@@ -70,7 +70,7 @@ def run(recipe: Recipe, path: Path, quiet: bool = False) -> Record:
                 earlier = _complete(prepared, folder, quiet)
             except Exception as error:
                 reason = _in_one_line(error, recipe, path)
-                _mark_failed(folder, reason)
+                folder.close_as_failed(reason)
                 if isinstance(error, EXPECTED):
                     raise RunError(f"{path}: {reason}") from error
                 raise
@@ -314,14 +314,6 @@ def _refuse_other_contents(record: Record, what: str, found: str, name: str) -> 
         raise UserError(f"{what} {name}: not what the run was started with ({record[what]['name']}, other contents)")
 
 
-def _mark_failed(folder: RunFolder, reason: str) -> None:
-    """Closes the record of a run that had begun; on a full disk a half-written checkpoint makes room for the reason."""
-    with contextlib.suppress(OSError):
-        folder.drop_unfinished_checkpoints()
-        if (record := folder.read()) is not None:
-            folder.write(record | {"state": "failed", "reason": reason})
-
-
 def _in_one_line(error: Exception, recipe: Recipe, path: Path) -> str:
     """The error without the places that only this machine has."""
     text = str(error)
@@ -330,9 +322,7 @@ def _in_one_line(error: Exception, recipe: Recipe, path: Path) -> str:
     elif "inline_container" in text or "PytorchStreamWriter" in text:  # how torch.save says that it could not write
         text = f"a checkpoint could not be written; {shutil.disk_usage(path).free / 1e6:.1f} MB are free on its disk"
     line = text.strip().partition("\n")[0] or type(error).__name__
-    for place in (path, Path(recipe.dataset), Path(recipe.model), Path.cwd(), Path.home()):
-        line = line.replace(f"{place.resolve()}/", "").replace(f"{place}/", "")
-    return line
+    return without_places(line, path, Path(recipe.dataset), Path(recipe.model))
 
 
 def _now() -> str:

@@ -1,123 +1,73 @@
 """A sweep: the runs of a plan, a process for each; what is done is not done again."""
 
-import os
-import subprocess
-import sys
-import tempfile
-import time
+import contextlib
 from collections.abc import Sequence
-from typing import IO
+from pathlib import Path
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fvae_lora.experiments.board import Board
+from fvae_lora.experiments.errors import UserError
+from fvae_lora.experiments.launchers import LETTING_GO_S, Ended, Launcher
+from fvae_lora.experiments.names import without_places
 from fvae_lora.experiments.plan import Planned
 
-POLL_S = 0.5
-LETTING_GO_S = 5.0
-"""How long a process of an earlier, killed sweep may take to let go of its run's folder."""
+REFUSED = 2
+"""The exit code of a run that could not be begun as it was asked for."""
 
 
-def sweep(runs: Sequence[Planned], jobs: int, console: Console) -> list[str]:
-    """Does the runs that are not done yet, `jobs` at a time.
+def sweep(runs: Sequence[Planned], launcher: Launcher, console: Console) -> list[str]:
+    """Does the runs that are not done yet.
 
     Args:
         runs: the plan.
-        jobs: processes at once; the machine's cores, and its GPUs if it has any, are shared out among them.
+        launcher: where they are done.
         console: where progress is shown.
 
     Returns:
-        A line for each run that failed.
+        A line for each run that failed. Its record says why, unless it could not be begun or nothing can be written.
 
     Raises:
-        UserError: a folder of the plan is in use, holds another run or no whole record. Nothing was started.
+        UserError: a folder of the plan is in use, holds another run or no whole record, and nothing was started; or
+            not one of the runs could be begun.
     """
-    waiting = [run for run in runs if not run.is_done()]
-    for run in waiting:
-        with run.folder.locked(LETTING_GO_S):
-            pass
-    if len(waiting) < len(runs):
-        console.print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already", highlight=False)
-    epochs = {run.name: run.epochs_done() for run in waiting}
-    failures = []
-    running: dict[int, _Job] = {}
-    with _progress(console) as progress:
-        total = sum(run.recipe.train.epochs for run in waiting)
-        bar = progress.add_task("epochs", total=total, completed=sum(epochs.values()))
+    to_do = [run for run in runs if not run.is_done()]
+    if len(to_do) < len(runs):
+        console.print(f"{len(runs) - len(to_do)} of {len(runs)} runs are done already", highlight=False)
+    failures: list[str] = []
+    refused = 0
+    with Board(len(runs), to_do, console) as board, contextlib.closing(launcher.launch(to_do)) as launched:
         try:
-            while waiting or running:
-                for slot in range(jobs):
-                    if waiting and slot not in running:
-                        running[slot] = _Job(waiting.pop(0), slot, jobs)
-                time.sleep(POLL_S)
-                for slot, job in list(running.items()):
-                    epochs[job.run.name] = job.run.epochs_done()
-                    if (code := job.process.poll()) is None:
-                        continue
-                    del running[slot]
-                    epochs[job.run.name] = job.run.recipe.train.epochs
-                    line = f"{job.run.name}: " + ("done" if code == 0 else job.last_words())
-                    failures += [line] if code else []
-                    progress.console.print(line, highlight=False, markup=False)
-                progress.update(bar, completed=sum(epochs.values()))
-        finally:
-            for job in running.values():
-                job.end()
+            for news in launched:
+                ends = [(ended.run, _failure(ended)) for ended in news.ended]
+                board.show(news.running, ends)
+                failures += [f"{run.name}: {failure}" for run, failure in ends if failure]
+                refused += sum(ended.code == REFUSED for ended in news.ended)
+        except KeyboardInterrupt:
+            if launcher.parting:
+                console.print(launcher.parting, highlight=False)
+            raise
+    if failures and refused == len(runs):
+        raise UserError(failures[0])
     return failures
 
 
-class _Job:
-    """A run in a process of its own (`worker`)."""
-
-    def __init__(self, run: Planned, slot: int, jobs: int):
-        self.run = run
-        self.output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        self.process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "fvae_lora.experiments.worker", str(run.folder.path)],
-            stdin=subprocess.PIPE,
-            stdout=self.output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | _share(slot, jobs),
-        )
-        assert self.process.stdin is not None
-        self.process.stdin.write(run.recipe.model_dump_json().encode() + b"\n")
-        self.process.stdin.flush()
-
-    def last_words(self) -> str:
-        """Why the run failed: what its record says, or else the last line that the process wrote."""
-        record = self.run.folder.read()
-        if record is not None and record["state"] == "failed":
-            return f"failed: {record['reason']}"
-        self.output.seek(0)
-        lines = self.output.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"ended with code {self.process.returncode}"
-
-    def end(self) -> None:
-        """Lets the process go: it notices that its standard input is closed."""
-        if self.process.stdin is not None:
-            self.process.stdin.close()
-        self.process.wait()
-
-
-def _share(slot: int, jobs: int) -> dict[str, str]:
-    """A job's share of the machine, in environment variables."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
-    if gpus := torch.cuda.device_count():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        share["CUDA_VISIBLE_DEVICES"] = (visible.split(",") if visible else list(map(str, range(gpus))))[slot % gpus]
-    return share
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        speed_estimate_period=600,
-    )
+def _failure(ended: Ended) -> str | None:
+    """Why a run failed, None if it did not; a record that its process had no time to close is closed."""
+    folder, lines = ended.run.folder, [line.removeprefix("fvae-lora: ") for line in ended.last_lines]
+    try:
+        record = folder.read()
+    except UserError as error:
+        return str(error)
+    if ended.code == 0 or (record and record["state"] == "complete"):
+        return None
+    if ended.code == REFUSED and lines:
+        return lines[-1]
+    if ended.code == 1 and record and record["state"] == "failed":
+        return f"failed: {record['reason']}"
+    reason = ": ".join([ended.how, " | ".join(lines)]) if lines else ended.how
+    recipe = ended.run.recipe
+    reason = without_places(reason, folder.path, Path(recipe.dataset), Path(recipe.model))
+    with contextlib.suppress(UserError), folder.locked(LETTING_GO_S):  # else it goes on, or is read-only
+        folder.close_as_failed(reason, folder.opening(recipe))
+    return f"failed: {reason}"

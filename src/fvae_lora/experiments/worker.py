@@ -1,23 +1,18 @@
-"""A process of a sweep: one run, its recipe read from standard input, its life tied to the sweep's.
-
-When the sweep dies, however it dies, its end of the pipe closes and this process goes too: no run outlives its sweep
-and blocks the next one.
-"""
+"""What does one run of a sweep: a process of this machine here, a job of a cluster in `launchers.slurm`."""
 
 import os
 import sys
 import threading
 from pathlib import Path
+from typing import NoReturn
 
 from fvae_lora.experiments.cli import exit_code, hush
 from fvae_lora.experiments.recipe import Recipe
 
 
-def main() -> None:
-    """Runs the recipe on the first line of standard input in the folder that the command line names."""
-    recipe = Recipe.model_validate_json(sys.stdin.readline())
-    threading.Thread(target=_die_with_the_sweep, daemon=True).start()
-    sys.exit(exit_code(lambda: _run(recipe, Path(sys.argv[1]))))
+def work(recipe: str, folder: str) -> NoReturn:
+    """Runs a recipe, given as JSON, in the folder, and ends the process: see `cli.exit_code`."""
+    sys.exit(exit_code(lambda: _run(Recipe.model_validate_json(recipe), Path(folder))))
 
 
 def _run(recipe: Recipe, folder: Path) -> None:
@@ -28,9 +23,12 @@ def _run(recipe: Recipe, folder: Path) -> None:
 
 
 def _die_with_the_sweep() -> None:
+    """When the sweep dies, however it dies, its end of the pipe closes: no run outlives it and blocks the next one."""
     sys.stdin.read()
     os._exit(1)
 
 
 if __name__ == "__main__":
-    main()
+    recipe_line = sys.stdin.readline()
+    threading.Thread(target=_die_with_the_sweep, daemon=True).start()
+    work(recipe_line, sys.argv[1])
