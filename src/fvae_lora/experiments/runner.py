@@ -25,6 +25,7 @@ from transformers import (
 from fvae_lora.experiments.cost import inference_flops, training_flops
 from fvae_lora.experiments.data import Splits, fingerprint
 from fvae_lora.experiments.errors import RunError, UserError
+from fvae_lora.experiments.frozen import use_cached_states
 from fvae_lora.experiments.heads import head_modules
 from fvae_lora.experiments.methods import METHODS
 from fvae_lora.experiments.names import located, short, without_places
@@ -197,6 +198,9 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool) -> 
         "git_commit": git_commit(),
         "hardware": hardware(),
     }
+    if recipe.train.cache_frozen:
+        trained_on = {name: rows[name] for name in ("train", "validation")}
+        rows = use_cached_states(adapted, trained_on, task, record, arguments.device, quiet)
     return _Prepared(recipe, task, arguments, splits, rows, adapted, record, began)
 
 
@@ -271,8 +275,10 @@ def _score(
     task = load_task(recipe)
     base, processor = open_base(recipe, record)
     rows = task.datasets(splits, base, processor)["test"]
-    model = _with_adapter(base, folder.adapter)
+    model = _with_adapter(base, folder.adapter, recipe.train.cache_frozen)
     with scorer(model, recipe, quiet) as trainer:
+        if recipe.train.cache_frozen:
+            rows = use_cached_states(model, {"test": rows}, task, record, trainer.args.device, quiet)["test"]
         scores = trainer.score(rows)
     return scores, inference_flops(model, _batch(task, rows, recipe)), model
 
@@ -281,9 +287,9 @@ def _batch(task: Task, rows: Any, recipe: Recipe) -> dict[str, Any]:
     return task.collate([rows[i] for i in range(min(recipe.train.batch_size, len(rows)))])
 
 
-def _with_adapter(base: PreTrainedModel, adapter: Path) -> nn.Module:
+def _with_adapter(base: PreTrainedModel, adapter: Path, is_trainable: bool) -> nn.Module:
     if (adapter / "adapter_config.json").exists():
-        adapted: nn.Module = PeftModel.from_pretrained(base, str(adapter))
+        adapted: nn.Module = PeftModel.from_pretrained(base, str(adapter), is_trainable=is_trainable)
         return adapted
     load_whole_model(base, adapter)
     return base

@@ -178,6 +178,7 @@ def trainer_arguments(recipe: Recipe, output: Path, metric: Metric, quiet: bool)
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         bf16=train.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),
         fp16=train.precision == "fp16",
         optim="adamw_torch",
         seed=recipe.seed,
