@@ -73,7 +73,14 @@ def write_data_sets(folder: Path) -> None:
         for split in SPLITS[name]:
             _pictures(classes, split, seed).to_parquet(place / f"{split}-00000-of-00001.parquet")
     files = "".join(f"    - split: {s}\n      path: cropped_digits/{s}-*\n" for s in SPLITS["ufldl-stanford/svhn"])
-    card = f"---\nconfigs:\n- config_name: cropped_digits\n  data_files:\n{files}---\n"
+    splits = "".join(
+        f"  - name: {s}\n    num_bytes: 1\n    num_examples: {3 * PER_CLASS.get(s, 4)}\n"
+        for s in SPLITS["ufldl-stanford/svhn"]
+    )
+    card = (
+        f"---\ndataset_info:\n- config_name: cropped_digits\n  splits:\n{splits}"
+        f"configs:\n- config_name: cropped_digits\n  data_files:\n{files}---\n"
+    )
     (folder / "datasets/ufldl-stanford/svhn/README.md").write_text(card)
 
 

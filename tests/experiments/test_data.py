@@ -6,13 +6,12 @@ import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from colours import COLOURS, write_pictures
+from colours import write_pictures
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
@@ -212,31 +211,6 @@ def test_every_kind_of_image_becomes_what_the_model_takes(
     splits = split(official, DataSettings(test_share=0.5, validation_share=0.5), 1)
     model, processor = load_classifier(str(vit), splits.classes)
     assert ImageTask(make_recipe()).datasets(splits, model, processor)["train"][0]["pixel_values"].shape == (3, 8, 8)
-
-
-def test_a_data_set_on_the_hub_is_opened_by_the_datasets_library(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    as_parquet(
-        pictures, tmp_path / "p", Features({"image": datasets.Image(), "label": ClassLabel(names=sorted(COLOURS))})
-    )
-    (tmp_path / "p" / "test-00000-of-00001.parquet").rename(tmp_path / "p" / "validation-00000-of-00001.parquet")
-    asked = []
-
-    def load(
-        name: str, config: str | None, load_dataset: Callable[..., datasets.DatasetDict] = datasets.load_dataset
-    ) -> Any:
-        asked.append((name, config))
-        found = load_dataset(str(tmp_path / "p"))
-        return datasets.DatasetDict(dict(found) | {"extra": found["train"]})
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    splits = open_source("owner/name", DataSettings(config="cropped"))
-    assert asked == [("owner/name", "cropped")]
-    assert {name: len(rows) for name, rows in splits.items()} == {"train": 30, "validation": 12}
-    assert fingerprint({"train": splits["train"]}, image_content) == fingerprint(
-        {"train": open_source(str(pictures), DEFAULT)["train"]}, image_content
-    )
 
 
 def test_a_parquet_file_that_is_cut_off_is_one_line_that_names_the_folder(tmp_path: Path) -> None:

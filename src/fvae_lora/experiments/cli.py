@@ -32,12 +32,31 @@ Model = Annotated[str | None, typer.Option(help="Pretrained model: a name on the
 Dataset = Annotated[str | None, typer.Option(help="Data: a name on the hub, a folder of images, a folder of parquet.")]
 
 
+def _set_data_root(folder: Path | None) -> None:
+    if folder is not None:
+        if not folder.is_dir():
+            raise UserError(f"--data-root {folder}: no such folder")
+        os.environ["FVAE_LORA_DATA_ROOT"] = str(folder.resolve())  # where the runs' processes find it, too
+
+
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(
+        help="Local copies of data sets on the hub, as DIR/owner/name or DIR/name: folders of images or of parquet.",
+        metavar="DIR",
+        envvar="FVAE_LORA_DATA_ROOT",
+        callback=_set_data_root,
+    ),
+]
+
+
 @app.command()
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     model: Model = None,
     dataset: Dataset = None,
+    data_root: DataRoot = None,
     method: Annotated[str | None, typer.Option(help="One of those that `fvae-lora recipes` lists.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything that is random.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/METHOD-seedN).")] = None,
@@ -73,6 +92,7 @@ def compare(
     overrides: Overrides = None,
     model: Model = None,
     dataset: Annotated[str | None, typer.Option(help="Data sets as for train, separated by commas.")] = None,
+    data_root: DataRoot = None,
     methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "fvae-lora,lora,linear-probe",
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "1,2,42",
     vary: Annotated[
@@ -162,6 +182,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
     model: Model = None,
     dataset: Dataset = None,
+    data_root: DataRoot = None,
 ) -> None:
     """Scores a finished run again, from its adapter alone."""
     one_device()
@@ -239,6 +260,7 @@ def export(
     ),
     model: Model = None,
     dataset: Dataset = None,
+    data_root: DataRoot = None,
     bias: Annotated[Bias, typer.Option(help="lora: keep (exact, for peft) or fold (for servers).")] = Bias.keep,
     max_error: Annotated[float, typer.Option(help="lora: the largest relative error of a layer's update.")] = 0.1,
     rows: Annotated[int, typer.Option(min=1, help="lora: rows of the training split to fit on.")] = 512,

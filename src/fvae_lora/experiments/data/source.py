@@ -1,8 +1,10 @@
 """Labelled images by name: a local folder, a data set on the hub, or the digits that ship with scikit-learn.
 
+A data set on the hub is taken from the folder that the variable `FVAE_LORA_DATA_ROOT` names, if there is a copy of it.
 Whatever the source, a split has two columns: `image` (a file's path or its bytes, not decoded) and `label`.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +25,7 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
+DATA_ROOT = "FVAE_LORA_DATA_ROOT"
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
@@ -36,8 +39,10 @@ def open_source(name: str, settings: DataSettings) -> dict[str, Dataset]:
         splits = BUILT_IN[name]()
     elif is_local(name):
         splits = _from_folder(Path(name))
+    elif copy := _copy_of(name, settings.config):
+        splits = _from_folder(copy)
     else:
-        splits = _from_hub(name, settings)
+        splits = _from_hub(name, settings.config)
     if "train" not in splits:
         raise UserError(f"dataset {name}: no train split; it has {', '.join(splits) or 'nothing'}")
     splits = {key: _two_columns(name, key, rows, settings) for key, rows in splits.items()}
@@ -62,13 +67,15 @@ BUILT_IN: dict[str, Callable[[], dict[str, Dataset]]] = {"sklearn-digits": _digi
 def _from_folder(folder: Path) -> dict[str, Dataset]:
     if not folder.is_dir():
         raise UserError(f"dataset {folder}: no such folder")
-    by_split: dict[str, list[Path]] = {}
-    for file in sorted(folder.rglob("*.parquet")):
-        by_split.setdefault(_split_of(file.relative_to(folder)), []).append(file)
-    if by_split:
-        files = {split: [str(file) for file in found] for split, found in by_split.items()}
+    files = [(file, _split_of(file.relative_to(folder))) for file in sorted(folder.rglob("*.parquet"))]
+    if files:
+        named = any(split for _, split in files)
+        by_split: dict[str, list[str]] = {}
+        for file, split in files:
+            if split or not named:
+                by_split.setdefault(split or "train", []).append(str(file))
         try:
-            return dict(datasets.load_dataset("parquet", data_files=files))
+            return dict(datasets.load_dataset("parquet", data_files=by_split))
         except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
             cause = str(error.__cause__ or error).strip().partition("\n")[0]
             raise UserError(f"dataset {folder}: its parquet files cannot be read as one table: {cause}") from error
@@ -76,12 +83,12 @@ def _from_folder(folder: Path) -> dict[str, Dataset]:
     return {split: _from_class_folders(part) for split, part in (parts or {"train": folder}).items()}
 
 
-def _split_of(file: Path) -> str:
-    """`train-00000-of-00002.parquet` and `train/0.parquet` belong to train; a lone `data.parquet` does, too."""
+def _split_of(file: Path) -> str | None:
+    """`train-00000-of-00002.parquet` and `train/0.parquet` belong to train, `extra.parquet` to no split."""
     for part in (file.name.split(".")[0].split("-")[0], *(parent.name for parent in file.parents)):
         if part in SPLIT_NAMES:
             return SPLIT_NAMES[part]
-    return "train"
+    return None
 
 
 def _from_class_folders(folder: Path) -> Dataset:
@@ -95,13 +102,40 @@ def _from_class_folders(folder: Path) -> Dataset:
     return Dataset.from_dict({"image": files, "label": labels}, features=features)
 
 
-def _from_hub(name: str, settings: DataSettings) -> dict[str, Dataset]:
+def _copy_of(name: str, config: str | None) -> Path | None:
+    """The local copy of a data set: `ROOT/owner/name` or `ROOT/name`, or its configuration's folder in that."""
+    root = os.environ.get(DATA_ROOT)
+    for copy in (Path(root) / name, Path(root) / Path(name).name) if root else ():
+        if copy.is_dir():
+            return copy / config if config and (copy / config).is_dir() else copy
+    return None
+
+
+def _from_hub(name: str, config: str | None) -> dict[str, Dataset]:
     try:
-        found = datasets.load_dataset(name, settings.config)
+        builder = _builder(name, config)
+        if files := builder.config.data_files:  # none where the cache answers for the hub
+            for split in files.keys() - SPLIT_NAMES.keys():
+                del files[split]  # never fetched: SVHN's extra images are most of it
+            if not files:
+                return {}
+        builder.download_and_prepare(verification_mode="no_checks")  # which would miss the other splits
+        found = builder.as_dataset()
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         line = str(error).strip().partition("\n")[0]
         raise UserError(f"dataset {name}: neither a local folder nor to be had from the hub: {line}") from error
-    return {SPLIT_NAMES.get(split, split): rows for split, rows in found.items() if split in SPLIT_NAMES}
+    return {SPLIT_NAMES[split]: rows for split, rows in found.items() if split in SPLIT_NAMES}
+
+
+def _builder(name: str, config: str | None) -> datasets.DatasetBuilder:
+    """A data set on the hub, prepared in a folder of its own: other programs are to find whole data sets in theirs."""
+    shared = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        return datasets.load_dataset_builder(name, config, cache_dir=str(shared / "fvae-lora"))
+    except (OSError, ValueError):
+        if not datasets.config.HF_HUB_OFFLINE:
+            raise
+        return datasets.load_dataset_builder(name, config)  # what another program fetched serves, too
 
 
 def _two_columns(name: str, split: str, rows: Dataset, settings: DataSettings) -> Dataset:
