@@ -91,9 +91,11 @@ def test_only_the_named_layers_are_adapted(make_recipe: Callable[..., Recipe], t
 def test_a_number_of_training_rows_keeps_the_classes_shares_and_the_other_splits(
     make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    whole = run(make_recipe(), tmp_path / "whole", quiet=True)["dataset"]["splits"]
-    part = run(make_recipe(data={"train_rows": 8}), tmp_path / "part", quiet=True)["dataset"]["splits"]
-    assert part == whole | {"train": 8}
+    halves = {"validation_share": 0.5}
+    whole = run(make_recipe(data=halves), tmp_path / "whole", quiet=True)["dataset"]["splits"]
+    rows = halves | {"train_rows": 8, "validation_rows": 6}
+    part = run(make_recipe(data=rows), tmp_path / "part", quiet=True)["dataset"]["splits"]
+    assert part == whole | {"train": 8, "validation": 6}
 
 
 def test_an_image_size_of_ones_own(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -130,6 +130,13 @@ def test_a_recipe_holds_what_differs_from_the_one_that_it_extends(tmp_path: Path
     assert (recipe.train.learning_rate, full.train.learning_rate) == (1, 1e-4)
 
 
+def test_a_recipe_extends_one_that_lies_beside_it_wherever_it_is_read_from(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("model: m\ndataset: d\ntrain: {epochs: 7}")
+    (tmp_path / "more.yaml").write_text("extends: base.yaml\ndataset: e")
+    recipe = load_recipe(str(tmp_path / "more.yaml"))
+    assert (recipe.model, recipe.dataset, recipe.train.epochs) == ("m", "e", 7)
+
+
 def test_a_recipe_that_extends_itself_or_nothing_is_refused(tmp_path: Path) -> None:
     a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
     a.write_text(f"extends: {b}")
@@ -137,5 +144,5 @@ def test_a_recipe_that_extends_itself_or_nothing_is_refused(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"a\.yaml: extends itself, by way of"):
         load_recipe(str(a))
     a.write_text("extends: image/nowhere")
-    with pytest.raises(UserError, match="recipe image/nowhere: no such file"):
+    with pytest.raises(UserError, match="recipe .*image/nowhere: no such file"):
         load_recipe(str(a))

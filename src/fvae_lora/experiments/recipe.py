@@ -42,6 +42,8 @@ class DataSettings(Section):
     label_column: str | None = None
     train_rows: Count | None = None
     """How many rows of the training split are used, drawn by class with the split seed; None is all."""
+    validation_rows: Count | None = None
+    """Likewise of the validation split."""
 
 
 class ImageSettings(Section):
@@ -150,8 +152,8 @@ def recipe_file(name: str) -> Path:
 def load_recipe(name: str, overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of that name or path, changed by `key=value` strings and, last, by dotted `options`.
 
-    A recipe may `extends:` another, shipped or a path: it holds what differs. A method's own defaults win over the
-    recipe's sections. A recipe's `per_method` maps a method to the dotted keys that it has otherwise, and wins over
+    A recipe may `extends:` another, shipped or a path from its own folder: it holds what differs. A method's own
+    defaults win over the recipe's sections. A recipe's `per_method` maps a method to the dotted keys that it has otherwise, and wins over
     both; overrides win over all.
 
     Raises:
@@ -181,8 +183,10 @@ def _read(name: str, inheriting: tuple[str, ...] = ()) -> dict[str, Any]:
         raise UserError(f"recipe {name}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"recipe {name}: expected keys and values, for example `method: lora`")
-    base = tree.pop("extends", None)
-    return tree if base is None else _laid_over(_read(str(base), (*inheriting, name)), tree)
+    if (base := tree.pop("extends", None)) is None:
+        return tree
+    beside = str(base) if str(base) in shipped() else str(recipe_file(name).parent / str(base))
+    return _laid_over(_read(beside, (*inheriting, name)), tree)
 
 
 def _laid_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

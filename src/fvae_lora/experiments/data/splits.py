@@ -44,27 +44,32 @@ def split(official: dict[str, Dataset], settings: DataSettings, seed: int) -> Sp
     """
     protocols = {"clean": _clean, "reference": _reference, "reference-on-test": _reference_on_test}
     parts = protocols[settings.protocol](dict(official), settings, seed)
-    if settings.train_rows is None or settings.train_rows >= len(parts.train):
-        return parts
-    unused = len(parts.train) - settings.train_rows
-    return replace(parts, train=_stratified(parts.train, "smaller train", unused, settings.split_seed)[0])
+    for name, wanted in (("train", settings.train_rows), ("validation", settings.validation_rows)):
+        rows = getattr(parts, name)
+        if wanted is not None and wanted < len(rows):
+            refusal = f"data.{name}_rows: {wanted} rows cannot be drawn by class"
+            used, _ = _stratified(rows, len(rows) - wanted, settings.split_seed, refusal)
+            parts = replace(parts, **{name: used})
+    return parts
 
 
 def _clean(parts: dict[str, Dataset], settings: DataSettings, _: int) -> Splits:
     origin = {name: f"the official {name} split" for name in ("validation", "test")}
     for name, share in (("test", settings.test_share), ("validation", settings.validation_share)):
         if name not in parts:
-            parts["train"], parts[name] = _stratified(parts["train"], name, share, settings.split_seed)
+            refusal = f"no {name} split, and none can be taken from train"
+            parts["train"], parts[name] = _stratified(parts["train"], share, settings.split_seed, refusal)
             origin[name] = f"{share:g} of train, stratified, split seed {settings.split_seed}"
     return Splits(**parts, validation_from=origin["validation"], test_from=origin["test"])
 
 
-def _stratified(rows: Dataset, name: str, share: float, seed: int) -> tuple[Dataset, Dataset]:
+def _stratified(rows: Dataset, share: float, seed: int, refusal: str) -> tuple[Dataset, Dataset]:
+    """What is left of `rows` and the `share` (a fraction, or a number of rows) that is taken away."""
     labels = rows["label"][:] if class_names(rows) else None
     try:
         kept, taken = train_test_split(range(len(rows)), test_size=share, random_state=seed, stratify=labels)
     except ValueError as error:
-        raise UserError(f"dataset: no {name} split, and none can be taken from train: {error}") from error
+        raise UserError(f"dataset: {refusal}: {error}") from error
     return rows.select(sorted(kept)), rows.select(sorted(taken))
 
 
