@@ -25,9 +25,9 @@ def test_mean_and_sample_standard_deviation(tmp_path):
         write_run(tmp_path / str(seed), scored(accuracy, seed))
     (row,) = summary_rows(tmp_path)
     assert row.seeds == (1, 2, 42)
-    assert row.accuracies == (0.90, 0.92, 0.97)
-    assert row.accuracy == pytest.approx(0.93, abs=1e-12)
-    assert row.accuracy_std == pytest.approx(math.sqrt((0.03**2 + 0.01**2 + 0.04**2) / 2), abs=1e-12)
+    assert row.scores == (0.90, 0.92, 0.97)
+    assert row.score == pytest.approx(0.93, abs=1e-12)
+    assert row.score_std == pytest.approx(math.sqrt((0.03**2 + 0.01**2 + 0.04**2) / 2), abs=1e-12)
     assert row.missing_seeds == ()
 
 
@@ -41,7 +41,7 @@ def test_time_is_the_mean_and_memory_the_largest_peak(tmp_path):
 def test_one_seed_has_no_standard_deviation(tmp_path):
     write_run(tmp_path / "only", scored(0.9, 1))
     (row,) = summary_rows(tmp_path)
-    assert (row.accuracy, row.accuracy_std) == (0.9, None)
+    assert (row.score, row.score_std) == (0.9, None)
 
 
 @pytest.mark.parametrize("state", ["failed", "running"])
@@ -49,8 +49,8 @@ def test_a_run_that_did_not_finish_is_listed_and_not_averaged(tmp_path, state):
     write_run(tmp_path / "good", scored(0.9, 1))
     write_run(tmp_path / "bad", scored(0.1, 2, state=state, reason="disk full"))
     good, bad = summary_rows(tmp_path)
-    assert (good.accuracy, good.seeds, good.missing_seeds) == (0.9, (1,), (2,))
-    assert (bad.state, bad.run, bad.reason, bad.accuracy) == (state, "bad", "disk full", None)
+    assert (good.score, good.seeds, good.missing_seeds) == (0.9, (1,), (2,))
+    assert (bad.state, bad.run, bad.reason, bad.score) == (state, "bad", "disk full", None)
 
 
 def test_a_seed_that_another_method_has_is_missed(tmp_path):
@@ -111,7 +111,7 @@ def test_a_seed_that_is_there_twice_counts_once(tmp_path):
     write_run(tmp_path / "a", scored(0.9, 1))
     write_run(tmp_path / "b", scored(0.5, 1))
     first, second = summary_rows(tmp_path)
-    assert (first.accuracy, first.seeds) == (0.9, (1,))
+    assert (first.score, first.seeds) == (0.9, (1,))
     assert (second.state, second.run, second.reason) == ("duplicate", "b", "the same recipe and seed as a")
 
 
@@ -137,7 +137,7 @@ def test_a_record_that_cannot_be_read_is_listed_and_not_averaged(tmp_path, text)
     write_run(tmp_path / "good", scored(0.9, 1))
     write_run(tmp_path / "odd", text)
     good, odd = summary_rows(tmp_path)
-    assert (good.accuracy, good.seeds, good.missing_seeds) == (0.9, (1,), ())
+    assert (good.score, good.seeds, good.missing_seeds) == (0.9, (1,), ())
     assert (odd.state, odd.run) == ("unreadable", "odd")
     assert odd.reason.startswith("run.json: ")
     assert "\n" not in odd.reason

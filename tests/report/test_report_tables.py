@@ -29,8 +29,9 @@ def three_seeds(tmp_path):
 def test_the_terminal_table_says_what_was_measured(three_seeds):
     text = printed(three_seeds)
     assert "image · digits · clean · tiny-vit" in text
-    (line,) = (line for line in text.splitlines() if line.startswith("lora"))
-    assert line.split() == ["lora", "93.00", "±", "3.61", "3", "0.001", "295k", "295k", "1m23s", "812MB"]
+    line, costs = (line for line in text.splitlines() if line.startswith("lora"))
+    assert line.split() == ["lora", "93.00", "±", "3.61", "8.96", "3"]
+    assert costs.split() == ["lora", "0.001", "295k", "295k", "1m23s", "812MB", "9.6T", "3G"]
     assert "Not counted" not in text
 
 
@@ -38,7 +39,7 @@ def test_the_terminal_table_fits_80_columns(demo):
     text = printed(summary_rows(demo))
     assert max(map(len, text.splitlines())) <= 80
     for method in ("fvae-lora", "lora", "linear-probe", "full"):
-        assert sum(line.startswith(f"{method} ") for line in text.splitlines()) == 1
+        assert sum(line.startswith(f"{method} ") for line in text.splitlines()) == 2  # scores, costs
 
 
 def test_the_terminal_table_lists_what_it_does_not_count(demo):
@@ -62,9 +63,9 @@ def test_names_neither_style_nor_drive_the_terminal(tmp_path):
 def test_csv_holds_the_unrounded_numbers(three_seeds, demo, tmp_path):
     write_csv(three_seeds, tmp_path / "table.csv")
     (row,) = csv.DictReader((tmp_path / "table.csv").open(encoding="utf-8"))
-    assert float(row["accuracy"]) == three_seeds[0].accuracy
-    assert float(row["accuracy_std"]) == three_seeds[0].accuracy_std
-    assert (row["seeds"], row["accuracies"], row["missing_seeds"]) == ("1 2 42", "0.9 0.92 0.97", "")
+    assert float(row["score"]) == three_seeds[0].score
+    assert float(row["score_std"]) == three_seeds[0].score_std
+    assert (row["seeds"], row["scores"], row["missing_seeds"]) == ("1 2 42", "0.9 0.92 0.97", "")
     write_csv(summary_rows(demo), tmp_path / "table.csv")
     states = [row["state"] for row in csv.DictReader((tmp_path / "table.csv").open(encoding="utf-8"))]
     assert states == ["complete"] * 4 + ["unreadable", "failed", "running"]
@@ -75,8 +76,9 @@ def test_markdown_escapes_names(tmp_path):
     write_markdown(summary_rows(tmp_path), tmp_path / "table.md")
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert r"a\|b \<script\>" in text
-    (line,) = (line for line in text.splitlines() if line.startswith(r"| \*x\*\|y | "))
-    assert line.replace(r"\|", "").count("|") == 9
+    scores, costs = (line for line in text.splitlines() if line.startswith(r"| \*x\*\|y | "))
+    assert scores.replace(r"\|", "").count("|") == 5
+    assert costs.replace(r"\|", "").count("|") == 9
 
 
 def test_latex_is_a_booktabs_table_with_escaped_names(tmp_path):
@@ -88,11 +90,13 @@ def test_latex_is_a_booktabs_table_with_escaped_names(tmp_path):
     assert r"50\%\_a\&b\textbackslash{}c\#\$ & " in text
 
 
-def test_latex_does_not_let_a_name_leave_its_comment(tmp_path):
+def test_latex_runs_no_name_as_a_command(tmp_path):
     write_run(tmp_path / "run", record(dataset="x\n\\input{y}"))
+    write_run(tmp_path / "failed", record(seed=2, state="failed", reason="x\n\\input{y}", metrics=None))
     write_latex(summary_rows(tmp_path), tmp_path / "table.tex")
     lines = (tmp_path / "table.tex").read_text(encoding="utf-8").splitlines()
-    assert all(line.startswith("%") for line in lines if "input" in line)
+    assert any(r"\textbackslash{}input\{y\}" in line for line in lines)
+    assert all(line.startswith("%") for line in lines if r"\input" in line)
 
 
 @pytest.mark.parametrize(

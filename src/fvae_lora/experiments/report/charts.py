@@ -48,11 +48,12 @@ class Mark:
 
 @dataclass(frozen=True)
 class Line:
-    """A row's curve, and the curves of its seeds."""
+    """A row's curve, the curves of its seeds, and the points where its marker stands: its end, if none."""
 
     mark: Mark
     mean: Sequence[Point]
     seeds: Sequence[Sequence[Point]]
+    marked: Sequence[Point] = ()
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,15 @@ class Dot:
     spread: float
 
 
-def line_chart(title: str, x_label: str, lines: Sequence[Line]) -> Markup:
-    """Draw the seeds of each line faint, and its mean bold with its marker at the end."""
+def line_chart(title: str, x_label: str, lines: Sequence[Line], ticks: Sequence[float] = ()) -> Markup:
+    """Draw the seeds of each line faint, and its mean bold with its marker.
+
+    With `ticks`, these are the values that x names, and x is logarithmic where they span a factor of ten.
+    """
     everything = [point for line in lines for curve in (*line.seeds, line.mean) for point in curve]
     x = Axis.linear([point[0] for point in everything], LEFT, 440)
+    if ticks:
+        x = Axis(min(ticks), max(ticks), LEFT + 12, 440, [(t, f"{t:g}") for t in ticks], log=_wide(ticks))
     y = Axis.linear([point[1] for point in everything], BOTTOM, TOP)
     seeds = [
         Markup('<path class="seed {}" d="{}"/>').format(line.mark.css, _path(x, y, seed))
@@ -80,18 +86,17 @@ def line_chart(title: str, x_label: str, lines: Sequence[Line]) -> Markup:
             line.mark.css,
             line.mark.label,
             _path(x, y, line.mean),
-            _marker(line.mark, x(line.mean[-1][0]), y(line.mean[-1][1])),
+            Markup().join(_marker(line.mark, x(at[0]), y(at[1])) for at in line.marked or line.mean[-1:]),
         )
         for line in lines
     ]
-    return _chart(title, x_label, x, y, seeds + means)
+    return _chart(title, x_label + (", log scale" if x.log else ""), x, y, seeds + means)
 
 
 def scatter_chart(title: str, x_label: str, dots: Sequence[Dot], unit: Callable[[float], str]) -> Markup:
     """Draw dots with their error bars; x is logarithmic where it spans a factor of ten."""
     costs = [dot.x for dot in dots]
-    logarithmic = min(costs) > 0 and max(costs) / min(costs) >= 10
-    x = (Axis.logarithmic if logarithmic else Axis.linear)(costs, LEFT + 12, 320, unit)
+    x = (Axis.logarithmic if _wide(costs) else Axis.linear)(costs, LEFT + 12, 320, unit)
     y = Axis.linear([dot.y + end for dot in dots for end in (-dot.spread, dot.spread)], BOTTOM - 12, TOP)
     marks = [
         Markup('<g class="{}"><title>{}</title><path class="bar" d="M{} {}V{}"/>{}</g>').format(
@@ -104,7 +109,11 @@ def scatter_chart(title: str, x_label: str, dots: Sequence[Dot], unit: Callable[
         )
         for dot in dots
     ]
-    return _chart(title, x_label + (", log scale" if logarithmic else ""), x, y, marks)
+    return _chart(title, x_label + (", log scale" if x.log else ""), x, y, marks)
+
+
+def _wide(values: Sequence[float]) -> bool:
+    return min(values) > 0 and max(values) / min(values) >= 10
 
 
 def strip(scores: Sequence[float], low: float, high: float) -> Markup:

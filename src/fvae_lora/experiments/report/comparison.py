@@ -1,6 +1,6 @@
 """What the page says about the rows that were measured alike: their table, their charts, their facts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -10,18 +10,21 @@ from markupsafe import Markup
 from fvae_lora.experiments.report.charts import COLOURS, Dot, Line, Mark, line_chart, scatter_chart, spark, strip
 from fvae_lora.experiments.report.columns import number, quantity
 from fvae_lora.experiments.report.curves import mean_curve, thinned
-from fvae_lora.experiments.report.records import Point, Run, printable
-from fvae_lora.experiments.report.summary import Group, Row
+from fvae_lora.experiments.report.records import Point, Run, is_number, printable
+from fvae_lora.experiments.report.rows import Group, Row
+from fvae_lora.experiments.report.scores import factor, title
+from fvae_lora.experiments.report.tables import Compared, Table, grid_key, grid_lines, grids, tables
 
 POINTS_IN_A_MEAN = 120
 POINTS_IN_A_SEED = 60
-POINTS_IN_A_SPARK = 40
+POINTS_IN_A_SPARK = 24
 """What a curve is thinned to, so that 200 runs stay a page that a browser opens at once."""
 
 COSTS: dict[str, Callable[[Row], float | None]] = {
     "FLOPs of training": lambda row: row.train_flops,
     "seconds": lambda row: row.time_s,
     "trainable parameters": lambda row: row.trainable_parameters,
+    "parameters for inference": lambda row: row.inference_parameters,
 }
 
 
@@ -55,10 +58,17 @@ class Comparison:
     """All that the page shows of the rows that were measured alike."""
 
     row: Row
+    better: str
+    """Where in a chart of score against cost the good ones are."""
+    results: Table | None
     rows: Sequence[tuple[Row, Mark, Markup]]
-    """Each with its mark and the strip of its seeds."""
+    """For each row of `results` its row, its mark, and the strip of its seeds."""
     scale: tuple[str, str]
-    """The ends of the strips, in percent."""
+    """The ends of the strips, as scores are shown."""
+    tables: Sequence[Table]
+    """The other tables of the results."""
+    grids: Sequence[Table]
+    grid_charts: Sequence[Panel]
     curves: Sequence[Panel]
     costs: Panel
     elbo: Sequence[Elbo]
@@ -66,56 +76,88 @@ class Comparison:
 
 
 def comparison(groups: Sequence[Group], marks: dict[str, Mark]) -> Comparison:
-    """Draw everything about `groups`, which were measured alike; `marks` has a mark for each label."""
-    accuracies = [score for group in groups for score in group.row.accuracies]
-    low, high = min(accuracies), max(accuracies)
-    by_mark = sorted(groups, key=lambda group: marks[group.row.label].number)
+    """Draw everything about `groups`, which were measured alike; `marks` has a mark for each label and grid line."""
+    finished = [group for group in groups if group.row.state == "complete"]
+    points = [group.row for group in groups if group.row.state == "selection"]
+    row = groups[0].row
+    measured = tables(Compared([group.row for group in finished], []))
+    scores = [score for group in finished for score in group.row.scores]
+    low, high = min(scores, default=0.0), max(scores, default=0.0)
+    scale = factor(row.metric)
+    by_mark = sorted(finished, key=lambda group: marks[group.row.label].number)
     return Comparison(
-        row=groups[0].row,
-        rows=[(g.row, marks[g.row.label], strip(g.row.accuracies, low, high)) for g in groups],
-        scale=(f"{100 * low:.1f}", f"{100 * high:.1f}"),
-        curves=[
-            panel for i in range(0, len(groups), COLOURS) if (panel := _curves(by_mark[i : i + COLOURS], marks)).charts
-        ],
+        row=row,
+        better="up" if row.greater_is_better else "down",
+        results=measured[0] if measured else None,
+        rows=[(g.row, marks[g.row.label], strip(g.row.scores, low, high)) for g in finished],
+        scale=(f"{scale * low:.1f}", f"{scale * high:.1f}"),
+        tables=measured[1:],
+        grids=grids(points),
+        grid_charts=list(_grid_charts(points, marks)),
+        curves=[panel for chunk in _chunks(by_mark) if (panel := _curves(chunk, marks)).charts],
         costs=_costs([group.row for group in by_mark], marks),
-        elbo=[elbo for group in groups if (elbo := _elbo(group)).layers],
-        facts=_facts([run for group in groups for run in group.runs]),
+        elbo=[elbo for group in finished if (elbo := _elbo(group)).layers],
+        facts=_facts([run for group in groups for run in group.runs.values()]),
     )
+
+
+def _chunks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    return (items[i : i + COLOURS] for i in range(0, len(items), COLOURS))
 
 
 def _curves(groups: Sequence[Group], marks: dict[str, Mark]) -> Panel:
     charts = []
-    for title, event, value, factor in (
-        ("Validation accuracy, %", "validation", "accuracy", 100),
+    metric = groups[0].row.metric
+    for what, event, value, scale in (
+        (f"Validation {title(metric)}", "validation", metric, factor(metric)),
         ("Training loss", "train", "loss", 1),
     ):
         lines = []
         for group in groups:
-            logged = [run.curve(event, value) for run in group.runs]
-            seeds = [[(x, factor * y) for x, y in curve] for curve in logged if curve]
+            logged = [run.curve(event, value) for run in group.runs.values()]
+            seeds = [[(x, scale * y) for x, y in curve] for curve in logged if curve]
             if mean := mean_curve(seeds):
                 faint = [thinned(seed, POINTS_IN_A_SEED) for seed in seeds] if seeds[1:] else []
                 lines.append(Line(marks[group.row.label], thinned(mean, POINTS_IN_A_MEAN), faint))
         if lines:
-            charts.append(line_chart(title, "epoch", lines))
+            charts.append(line_chart(what, "epoch", lines))
     return Panel([marks[group.row.label] for group in groups], charts)
+
+
+def _grid_charts(points: Sequence[Row], marks: dict[str, Mark]) -> Iterator[Panel]:
+    """Draw validation score against the value of the grid's key, the chosen point marked, failed ones left out."""
+    key = grid_key(points)
+    values = sorted({value for row in points if is_number(value := dict(row.point).get(key))})
+    for chunk in _chunks(list(grid_lines(points, key).items())):
+        lines = []
+        for name, line in chunk:
+            scores = {x: row.validation_score for x, row in line.items() if is_number(x)}
+            curve = {x: factor(points[0].metric) * score for x, score in scores.items() if score is not None}
+            if curve:
+                chosen = [(x, y) for x, y in curve.items() if line[x].chosen]
+                lines.append(Line(marks[name], sorted(curve.items()), [], chosen))
+        if lines:
+            what = f"Validation {title(points[0].metric)}"
+            chart = line_chart(what, key.rpartition(".")[2].replace("_", " "), lines, values)
+            yield Panel([line.mark for line in lines], [chart])
 
 
 def _costs(rows: Sequence[Row], marks: dict[str, Mark]) -> Panel:
     charts = []
     for name, cost in COSTS.items():
         dots = [
-            Dot(marks[row.label], value, 100 * row.accuracy, 100 * (row.accuracy_std or 0))
+            Dot(marks[row.label], value, scale * row.score, scale * (row.score_std or 0))
             for row in rows
-            if row.accuracy is not None and (value := cost(row)) is not None
+            for scale in [factor(row.metric)]
+            if row.score is not None and (value := cost(row)) is not None
         ]
         if dots:
-            charts.append(scatter_chart(f"Accuracy, %, against {name}", name, dots, quantity))
+            charts.append(scatter_chart(f"Test {title(rows[0].metric)} against {name}", name, dots, quantity))
     return Panel([marks[row.label] for row in rows], charts)
 
 
 def _elbo(group: Group) -> Elbo:
-    seeds = [run.elbo() for run in group.runs]
+    seeds = [run.elbo() for run in group.runs.values()]
     layers = list(dict.fromkeys(layer for seed in seeds for layer in seed))
     terms = list(dict.fromkeys(term for seed in seeds for layer in seed.values() for term in layer))
     curves = {

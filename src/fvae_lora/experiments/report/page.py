@@ -8,11 +8,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fvae_lora.experiments.record import write_atomically
 from fvae_lora.experiments.report.charts import Mark, swatch
-from fvae_lora.experiments.report.columns import COLUMNS, accuracy
 from fvae_lora.experiments.report.comparison import comparison
 from fvae_lora.experiments.report.records import printable, read_runs
 from fvae_lora.experiments.report.summary import summarise
-from fvae_lora.experiments.report.tables import left_out
+from fvae_lora.experiments.report.tables import comparisons, grid_key, grid_lines, left_out, overviews
 
 
 def write_page(runs: Path, out: Path) -> Path:
@@ -24,9 +23,13 @@ def write_page(runs: Path, out: Path) -> Path:
     """
     read = read_runs(runs)
     groups = summarise(read)
-    finished = [group for group in groups if group.row.state == "complete"]
-    uncounted = left_out([group.row for group in groups])
-    marks = {label: Mark(label, i) for i, label in enumerate(sorted({group.row.label for group in finished}))}
+    rows = [group.row for group in groups]
+    uncounted = left_out(rows)
+    counted = [group for group in groups if group.runs]
+    labels = {row.label for row in rows if row.state == "complete"}
+    for compared in comparisons(rows):
+        labels |= grid_lines(compared.points, grid_key(compared.points)).keys()
+    marks = {label: Mark(label, i) for i, label in enumerate(sorted(labels))}
     templates = Environment(
         loader=PackageLoader(__package__),
         autoescape=True,
@@ -37,15 +40,18 @@ def write_page(runs: Path, out: Path) -> Path:
     page = templates.get_template("page.html").render(
         folder=printable(runs.resolve().name),
         runs=len(read),
-        counted=sum(len(group.runs) for group in finished),
+        counted=sum(len(group.runs) for group in counted if group.row.state == "complete"),
+        selecting=sum(len(group.runs) for group in counted if group.row.state == "selection"),
         states=Counter(row.state for row in uncounted),
-        incomplete=sum(bool(group.row.missing_seeds) for group in finished),
-        labels=list(marks),
-        accuracy=accuracy,
-        columns=COLUMNS,
+        incomplete=sum(bool(row.missing_seeds) for row in rows if row.state == "complete"),
         swatch=swatch,
+        overviews=overviews(rows),
         comparisons=[
-            comparison(list(compared), marks) for _, compared in groupby(finished, lambda group: group.row.comparison)
+            comparison(list(alike), marks)
+            for _, alike in groupby(
+                (group for group in groups if group.row.state in ("complete", "selection")),
+                lambda group: group.row.comparison,
+            )
         ],
         left_out=uncounted,
     )

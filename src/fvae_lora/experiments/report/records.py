@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeGuard
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from fvae_lora.experiments.errors import UserError
+from fvae_lora.experiments.report.scores import factor
 
 Point = tuple[float, float]
 
@@ -24,7 +25,14 @@ def printable(value: object) -> str:
 Name = Annotated[str, BeforeValidator(printable)]
 Count = Annotated[int, Field(ge=0, le=10**18)]
 Quantity = Annotated[float, Field(ge=0, le=1e30)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _numbers(value: object) -> object:
+    return {printable(k): float(v) for k, v in value.items() if is_number(v)} if isinstance(value, dict) else value
+
+
+Scores = Annotated[dict[str, float], BeforeValidator(_numbers)]
+"""Scores by name; what is no number (NaN is none) is left out."""
 
 
 class Source(BaseModel):
@@ -65,22 +73,24 @@ class Memory(BaseModel):
 
 
 class Flops(BaseModel):
-    """Floating-point operations of the whole training."""
+    """Floating-point operations: of the whole training, and of a forward of one batch with the final model."""
 
     train_total: Quantity | None = None
+    eval_batch: Quantity | None = None
 
 
-class Score(BaseModel):
-    """Accuracy as a fraction."""
+class Metric(BaseModel):
+    """The score by which a run selected its epoch and by which it is judged."""
 
-    accuracy: Fraction | None = None
+    name: Name = "accuracy"
+    greater_is_better: bool = True
 
 
 class Metrics(BaseModel):
     """The scores that a run ended with."""
 
-    test: Score = Score()
-    validation: Score = Score()
+    test: Scores = {}
+    validation: Scores = {}
 
 
 class Record(BaseModel):
@@ -102,6 +112,7 @@ class Record(BaseModel):
     time: Time = Time()
     memory: Memory = Memory()
     flops: Flops = Flops()
+    metric: Metric = Metric()
     metrics: Metrics = Metrics()
 
     @model_validator(mode="before")
@@ -109,10 +120,25 @@ class Record(BaseModel):
     def _null_means_absent(cls, data: Any) -> Any:
         return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
 
+    @property
+    def is_selection(self) -> bool:
+        """Whether it is a point of a grid: scored on validation alone, to choose a setting."""
+        return self.recipe.get("purpose") == "selection"
+
+    @property
+    def score(self) -> float | None:
+        """The score by which the run is judged: on test, or, for a point of a grid, on validation."""
+        split = self.metrics.validation if self.is_selection else self.metrics.test
+        return split.get(self.metric.name)
+
     @model_validator(mode="after")
     def _complete_means_scored(self) -> "Record":
-        if self.state == "complete" and self.metrics.test.accuracy is None:
-            raise ValueError("complete, but without a test accuracy")
+        if self.state == "complete":
+            name, score = self.metric.name, self.score
+            if score is None:
+                raise ValueError(f"complete, but without a {'validation' if self.is_selection else 'test'} {name}")
+            if self.metric.greater_is_better and factor(name) == 100 and abs(score) > 1:
+                raise ValueError(f"{name} is {score:g}, and not a fraction")
         return self
 
 

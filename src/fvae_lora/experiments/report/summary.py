@@ -1,78 +1,27 @@
 """From runs to rows: what may be averaged with what, and what must not be."""
 
 import statistics
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fvae_lora.experiments.recipe import flatten
+from fvae_lora.experiments.report import paper
+from fvae_lora.experiments.report.baseline import set_differences
+from fvae_lora.experiments.report.intervals import half_width, spread
 from fvae_lora.experiments.report.records import Record, Run, Source, is_number, printable, read_runs
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of the report.
-
-    A row is either the finished runs of one recipe over its seeds (state "complete"), or a single run that is
-    counted nowhere: any other state, no numbers, and `run` and `reason` say which run and why.
-    """
-
-    state: Literal["complete", "running", "failed", "unreadable", "duplicate"]
-    task: str = ""
-    dataset: str = ""
-    protocol: str = ""
-    model: str = ""
-    method: str = ""
-    settings: str = ""
-    """What sets this row apart from other rows of its method, as `key=value key=value`, or nothing."""
-    learning_rate: float | None = None
-    seeds: tuple[int, ...] = ()
-    missing_seeds: tuple[int, ...] = ()
-    """Seeds that some run on the same task, data and model has, and this row lacks."""
-    accuracies: tuple[float, ...] = ()
-    """Test accuracies in the order of `seeds`, fractions."""
-    accuracy: float | None = None
-    """Their mean."""
-    accuracy_std: float | None = None
-    """Their sample standard deviation (n - 1); None for a single seed."""
-    validation_accuracy: float | None = None
-    """Mean over seeds, a fraction."""
-    trainable_parameters: int | None = None
-    inference_parameters: int | None = None
-    time_s: float | None = None
-    """Mean wall time in seconds."""
-    peak_memory_mb: float | None = None
-    """The largest peak over seeds in MB."""
-    train_flops: float | None = None
-    """Mean floating-point operations of a whole training."""
-    run: str = ""
-    reason: str = ""
-
-    @property
-    def label(self) -> str:
-        """The method, with its settings where they are needed to tell rows apart."""
-        return f"{self.method} {self.settings}".rstrip()
-
-    @property
-    def comparison(self) -> tuple[str, str, str, str]:
-        """What was measured: rows that agree in task, data set, protocol and model may be compared."""
-        return self.task, self.dataset, self.protocol, self.model
-
-
-@dataclass(frozen=True)
-class Group:
-    """A row and the runs behind it."""
-
-    row: Row
-    runs: tuple[Run, ...]
+from fvae_lora.experiments.report.rows import Further, Group, Row, differing
+from fvae_lora.experiments.report.selection import gridded_keys, mark_points
 
 
 def summary_rows(runs: Path) -> list[Row]:
-    """Return one row per recipe over its finished seeds, then each run that is not counted.
+    """Return one row per recipe over its finished seeds and per point of a grid, then each run that is not counted.
 
-    Rows that may be compared stand together, in the order of validation accuracy: the order does not look at test.
+    Rows that may be compared stand together, results first, in the order of their validation score: the order does
+    not look at test.
 
     Raises:
         UserError: there is no such folder, or no run in it.
@@ -83,103 +32,157 @@ def summary_rows(runs: Path) -> list[Row]:
 
 def summarise(runs: Iterable[Run]) -> list[Group]:
     """Group the runs whose recipes differ in nothing but the seed, in the order of `summary_rows`."""
-    runs = list(runs)
-    records = [run.record for run in runs if run.record]
-    models, datasets = _labels(r.model for r in records), _labels(r.dataset for r in records)
+    groups, left_out = _grouped(list(runs))
+    compared = [_compared(list(alike)) for _, alike in groupby(sorted(groups, key=_comparison), key=_comparison)]
+    return [group for alike in compared for group in alike] + left_out
 
-    finished: dict[tuple[Row, Recipe], dict[int, Run]] = defaultdict(dict)
-    expected: dict[tuple[str, ...], set[int]] = defaultdict(set)
+
+def _comparison(group: Group) -> tuple[str, ...]:
+    return group.row.comparison
+
+
+def _grouped(runs: Sequence[Run]) -> tuple[list[Group], list[Group]]:
+    """Collect the runs of each recipe, and those that are counted nowhere."""
+    records = [run.record for run in runs if run.record]
+    models, datasets = _labels(r.model for r in records), _labels(map(_data, records))
+    groups: dict[tuple[Row, frozenset[tuple[str, str]]], Group] = {}
     left_out = []
     for run in runs:
         record = run.record
         if record is None:
-            left_out.append(Group(Row("unreadable", run=run.name, reason=run.error), (run,)))
+            left_out.append(Group(Row("unreadable", run=run.name, reason=run.error)))
             continue
         recipe = flatten(record.recipe)
         row = Row(
-            state=record.state,
+            state="selection" if record.is_selection else "complete",
             task=record.task,
-            dataset=datasets[_identity(record.dataset)],
+            dataset=datasets[_identity(_data(record))],
+            hub_name=record.dataset.name,
             protocol=record.dataset.protocol,
             model=models[_identity(record.model)],
+            metric=record.metric.name,
+            greater_is_better=record.metric.greater_is_better,
             method=record.method,
             learning_rate=_number(recipe.get("train.learning_rate")),
-            run=run.name,
         )
-        expected[row.comparison].add(record.seed)
+        settings = {printable(k): v for k, v in recipe.items() if k not in NAMED_ELSEWHERE and v is not None}
+        key = row, frozenset((k, printable(v)) for k, v in settings.items())
+        group = groups.setdefault(key, Group(row, recipe=settings))
+        reason = ""
         if record.state != "complete":
-            reason = record.reason or ("not finished" if record.state == "running" else "no reason recorded")
-            left_out.append(Group(replace(row, seeds=(record.seed,), reason=reason), (run,)))
-            continue
-        of_recipe = finished[replace(row, run=""), _settings_of(recipe)]
-        if first := of_recipe.get(record.seed):
-            reason = f"the same recipe and seed as {first.name}"
-            left_out.append(Group(replace(row, state="duplicate", seeds=(record.seed,), reason=reason), (run,)))
+            state: Any = record.state
+            group.unfinished.setdefault(record.seed, state)
+            reason = record.reason or ("not finished" if state == "running" else "no reason recorded")
+        elif first := group.runs.get(record.seed):
+            state, reason = "duplicate", f"the same recipe and seed as {first.name}"
         else:
-            of_recipe[record.seed] = run
-
-    settings = _settings(finished)
-    groups = [
-        Group(
-            _averaged(row, settings[row, recipe], of_recipe, expected[row.comparison]),
-            tuple(of_recipe.values()),
-        )
-        for (row, recipe), of_recipe in finished.items()
-    ]
-    groups.sort(key=lambda g: (g.row.comparison, -(g.row.validation_accuracy or 0), g.row.label))
-    return groups + left_out
+            group.runs[record.seed] = run
+        if reason:
+            row = replace(row, state=state, seeds=(record.seed,), run=run.name, reason=reason)
+            left_out.append(Group(row))
+    return list(groups.values()), left_out
 
 
-Recipe = frozenset[tuple[str, str]]
-Field = Callable[[Record], float | None]
+NAMED_ELSEWHERE = {"task", "method", "model", "dataset", "seed", "purpose"}
+"""What rows of a comparison do not differ in by these names: model and data are known by their contents."""
 
 
-def _averaged(row: Row, settings: str, runs: dict[int, Run], expected: set[int]) -> Row:
-    records = {seed: run.record for seed, run in sorted(runs.items()) if run.record}
+def _compared(groups: Sequence[Group]) -> list[Group]:
+    """Fill in the rows of groups that were measured alike, and put them in order."""
+    results = [group for group in groups if group.row.state == "complete"]
+    points = [group for group in groups if group.row.state == "selection"]
+    begun = [group.runs.keys() | group.unfinished.keys() for group in results]
+    attempts = Counter(seed for seeds in begun for seed in seeds)
+    expected = {seed for seed, rows in attempts.items() if 2 * rows >= len(results)}
+    for alike in (results, points):
+        for group, settings in zip(alike, _settings(alike), strict=True):
+            group.row = replace(group.row, settings=settings)
+    finished = [group for group in results if group.runs]
+    for group in finished:
+        group.row = _averaged(group, expected)
+    set_differences(finished, gridded_keys(points))
+    for group in points:
+        group.row = _point(group)
+    mark_points(points, results)
+    sign = -1 if groups[0].row.greater_is_better else 1
+    finished.sort(key=lambda g: (sign * (g.row.validation_score or 0), g.row.label))
+    return finished + points
 
-    def over_seeds(value: Field, reduce: Callable[[list[float]], float]) -> float | None:
+
+def _averaged(group: Group, expected: set[int]) -> Row:
+    records = {seed: run.record for seed, run in sorted(group.runs.items()) if run.record}
+    row = group.row
+
+    def over_seeds(value: Callable[[Record], float | None], reduce: Callable[[list[float]], float]) -> float | None:
         known = [v for r in records.values() if (v := value(r)) is not None]
         return reduce(known) if known else None
 
-    def count(value: Field) -> int | None:
+    def count(value: Callable[[Record], float | None]) -> int | None:
         mean = over_seeds(value, statistics.fmean)
         return None if mean is None else round(mean)
 
-    accuracies = tuple(r.metrics.test.accuracy for r in records.values() if r.metrics.test.accuracy is not None)
+    scores = [r.score for r in records.values() if r.score is not None]
     return replace(
         row,
-        settings=settings,
         seeds=tuple(records),
-        missing_seeds=tuple(sorted(expected - set(records))),
-        accuracies=accuracies,
-        accuracy=statistics.fmean(accuracies),
-        accuracy_std=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        validation_accuracy=over_seeds(lambda r: r.metrics.validation.accuracy, statistics.fmean),
+        missing_seeds=tuple(sorted((expected | group.unfinished.keys()) - records.keys())),
+        scores=tuple(scores),
+        score=statistics.fmean(scores),
+        score_std=spread(scores),
+        score_half_width=half_width(scores),
+        validation_score=over_seeds(lambda r: r.metrics.validation.get(row.metric), statistics.fmean),
+        paper=paper.figure(row.method, row.hub_name, row.metric),
+        further=tuple(_further(row, records.values())),
         trainable_parameters=count(lambda r: r.parameters.trainable),
         inference_parameters=count(lambda r: r.parameters.inference),
         time_s=over_seeds(lambda r: r.time.wall_s, statistics.fmean),
         peak_memory_mb=over_seeds(lambda r: r.memory.peak_mb, max),
         train_flops=over_seeds(lambda r: r.flops.train_total, statistics.fmean),
+        inference_flops=over_seeds(lambda r: r.flops.eval_batch, statistics.fmean),
     )
 
 
-def _settings(keys: Iterable[tuple[Row, Recipe]]) -> dict[tuple[Row, Recipe], str]:
-    """Name the entries in which a recipe differs from another of its method in the same comparison."""
-    siblings: dict[tuple[Any, ...], list[tuple[Row, Recipe]]] = defaultdict(list)
-    for row, recipe in keys:
-        siblings[row.comparison, row.method].append((row, recipe))
-    settings = {}
-    for group in siblings.values():
-        common = frozenset.intersection(*(recipe for _, recipe in group))
-        for row, recipe in group:
-            settings[row, recipe] = " ".join(f"{k.rpartition('.')[2]}={v}" for k, v in sorted(recipe - common))
-    return settings
+def _further(row: Row, records: Iterable[Record]) -> Iterable[Further]:
+    tests = [record.metrics.test for record in records]
+    for score in dict.fromkeys(score for test in tests for score in test):
+        if score not in (row.metric, "loss"):
+            values = [test[score] for test in tests if score in test]
+            figure = paper.figure(row.method, row.hub_name, score)
+            yield Further(score, statistics.fmean(values), spread(values), figure)
 
 
-def _settings_of(recipe: dict[str, Any]) -> Recipe:
-    """Keep what rows may differ in: model and data are known by their contents, seeds are averaged over."""
-    named_elsewhere = {"task", "method", "model", "dataset", "seed"}
-    return frozenset((printable(k), printable(v) or "none") for k, v in recipe.items() if k not in named_elsewhere)
+def _point(group: Group) -> Row:
+    scores = [run.record.score for run in group.runs.values() if run.record and run.record.score is not None]
+    states = group.unfinished.values()
+    return replace(
+        group.row,
+        seeds=tuple(sorted(group.runs)),
+        missing_seeds=tuple(sorted(group.unfinished.keys() - group.runs.keys())),
+        validation_score=statistics.fmean(scores) if scores and not group.unfinished else None,
+        reason="failed" if "failed" in states else "running" if states else "",
+    )
+
+
+def _settings(groups: Sequence[Group]) -> list[str]:
+    """Name, for each group, the entries in which its recipe differs from another of its method."""
+    varied = {
+        method: differing([g.recipe for g in groups if g.row.method == method])
+        for method in {group.row.method for group in groups}
+    }
+    return [
+        " ".join(
+            f"{key.rpartition('.')[2]}={printable(group.recipe.get(key, 'none'))}"
+            for key in sorted(varied[group.row.method])
+        )
+        for group in groups
+    ]
+
+
+def _data(record: Record) -> Source:
+    """Return the data set of a run, with its configuration in its name."""
+    name, settings = record.dataset.name, record.recipe.get("data")
+    config = settings.get("config") if isinstance(settings, dict) else None
+    return Source(name=f"{name} ({printable(config)})" if config else name, fingerprint=record.dataset.fingerprint)
 
 
 def _identity(source: Source) -> tuple[str, str]:

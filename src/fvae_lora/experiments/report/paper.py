@@ -1,0 +1,51 @@
+"""The figures that the paper published, to set beside ours and never among them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+FILE = Path(__file__).with_name("paper.yaml")
+
+
+@dataclass(frozen=True)
+class Published:
+    """One of the paper's tables: percents, by method, in the order of `datasets`."""
+
+    setting: str
+    """What was measured, on which model."""
+    score: str
+    datasets: Sequence[str]
+    figures: Mapping[str, Sequence[float]]
+    means: Mapping[str, float] = field(default_factory=dict)
+    """Means over all of `datasets` as published; for some methods there is nothing else."""
+
+    def figure(self, method: str, dataset: str) -> float | None:
+        """Return the figure of a method on one of `datasets`, or None."""
+        return self.figures[method][self.datasets.index(dataset)] if method in self.figures else None
+
+
+@cache
+def paper() -> tuple[str, Sequence[Published]]:
+    """Return the source of the figures, and the tables."""
+    content = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    return content["source"], [Published(**table) for table in content["tables"]]
+
+
+def published(dataset: str, score: str) -> Published | None:
+    """Return the table that has this score on this data set, or None."""
+    return next((table for table in paper()[1] if table.score == score and dataset in table.datasets), None)
+
+
+def figure(method: str, dataset: str, score: str) -> float | None:
+    """Return the published figure in percent where method, data set and score match one, or None.
+
+    A run that is tested on several data sets has scores like `piqa_generated`: the accuracy on piqa, of the answers
+    that the model generated, which is how the paper counts.
+    """
+    if score.endswith("_generated"):
+        dataset, score = score.removesuffix("_generated"), "accuracy"
+    table = published(dataset, score)
+    return table.figure(method, dataset) if table else None

@@ -1,0 +1,114 @@
+"""What the report is made of: rows, and the runs behind each."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fvae_lora.experiments.report.records import Run
+
+Recipe = Mapping[str, Any]
+"""Dotted keys and their values; a key that is missing has none."""
+
+
+@dataclass(frozen=True)
+class Further:
+    """A test score beside the one by which the runs are judged: mean and standard deviation over seeds."""
+
+    name: str
+    mean: float
+    std: float | None
+    paper: float | None
+    """What the paper published for it, in percent."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the report.
+
+    A row is the finished runs of one recipe over its seeds (state "complete"), or those of a point of a grid (state
+    "selection"), or a single run that is counted nowhere: any other state, no numbers, and `run` and `reason` say
+    which run and why.
+    """
+
+    state: Literal["complete", "selection", "running", "failed", "unreadable", "duplicate"]
+    task: str = ""
+    dataset: str = ""
+    """Its name, with the configuration, and with the fingerprint where two things share a name."""
+    hub_name: str = ""
+    """Its name alone."""
+    protocol: str = ""
+    model: str = ""
+    metric: str = "accuracy"
+    """The name of the score by which the runs are judged, and by which each selected its epoch on validation."""
+    greater_is_better: bool = True
+    method: str = ""
+    settings: str = ""
+    """What sets this row apart from other rows of its method, as `key=value key=value`, or nothing."""
+    learning_rate: float | None = None
+    seeds: tuple[int, ...] = ()
+    missing_seeds: tuple[int, ...] = ()
+    """Seeds that this recipe began and did not finish, or that at least half of the compared rows have."""
+    scores: tuple[float, ...] = ()
+    """Test scores in the order of `seeds`; fractions, unless `scores.NO_FRACTIONS` says otherwise."""
+    score: float | None = None
+    """Their mean."""
+    score_std: float | None = None
+    """Their sample standard deviation (n - 1); None for a single seed."""
+    score_half_width: float | None = None
+    """Half the width of the 95% confidence interval of `score`."""
+    validation_score: float | None = None
+    """Mean over seeds; None for a point of a grid with a seed that failed or is not finished."""
+    pairs: int = 0
+    """How many seeds this row and its baseline, LoRA under the same settings, share on the same splits."""
+    difference: float | None = None
+    """Mean over these pairs of this row's test score minus the baseline's."""
+    difference_half_width: float | None = None
+    """Half the width of the 95% confidence interval of `difference`."""
+    paper: float | None = None
+    """What the paper published for this method and data set, in percent."""
+    further: tuple[Further, ...] = ()
+    trainable_parameters: int | None = None
+    inference_parameters: int | None = None
+    time_s: float | None = None
+    """Mean wall time in seconds."""
+    peak_memory_mb: float | None = None
+    """The largest peak over seeds in MB."""
+    train_flops: float | None = None
+    """Mean floating-point operations of a whole training."""
+    inference_flops: float | None = None
+    """Mean floating-point operations of a forward of one batch with the final model."""
+    point: tuple[tuple[str, Any], ...] = ()
+    """For a point of a grid: the value of each key that the grid of its method varies."""
+    chosen: bool = False
+    """Whether the final runs have the values of this point; without final runs, whether it is the best."""
+    edge: tuple[str, ...] = ()
+    """The keys with more than two values on whose first or last value a chosen point lies."""
+    run: str = ""
+    reason: str = ""
+
+    @property
+    def label(self) -> str:
+        """The method, with its settings where they are needed to tell rows apart."""
+        return f"{self.method} {self.settings}".rstrip()
+
+    @property
+    def comparison(self) -> tuple[str, str, str, str, str]:
+        """What was measured: rows that agree in task, data set, protocol, model and metric may be compared."""
+        return self.task, self.dataset, self.protocol, self.model, self.metric
+
+
+@dataclass
+class Group:
+    """A row, the finished runs behind it by seed, and the recipe that they share."""
+
+    row: Row
+    runs: dict[int, Run] = field(default_factory=dict)
+    recipe: Recipe = field(default_factory=dict)
+    unfinished: dict[int, str] = field(default_factory=dict)
+    """The state of each seed that began and is not complete."""
+
+
+def differing(recipes: Iterable[Recipe]) -> set[str]:
+    """Return the keys for which not all of `recipes` have the same value."""
+    first, *others = recipes
+    return {key for other in others for key in first.keys() | other.keys() if first.get(key) != other.get(key)}
