@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from transformers import CLIPConfig, CLIPForImageClassification, CLIPImageProcessor, CLIPVisionConfig
 
 from fvae_lora.experiments.errors import RunError, UserError
 from fvae_lora.experiments.recipe import Recipe
@@ -98,8 +99,18 @@ def test_a_number_of_training_rows_keeps_the_classes_shares_and_the_other_splits
     assert part == whole | {"train": 8, "validation": 6}
 
 
-def test_an_image_size_of_ones_own(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    small = run(make_recipe(), tmp_path / "small", quiet=True)
-    large = run(make_recipe(image={"size": 16}), tmp_path / "large", quiet=True)
+@pytest.mark.parametrize("architecture", ["vit", "clip"])
+def test_an_image_size_of_ones_own(
+    make_recipe: Callable[..., Recipe], vit: Path, tmp_path: Path, architecture: str
+) -> None:
+    model = vit
+    if architecture == "clip":  # its classifier takes the option without naming it
+        model = tmp_path / "clip"
+        widths = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+        vision = CLIPVisionConfig(image_size=8, patch_size=4, **widths)
+        CLIPForImageClassification(CLIPConfig(vision_config=vision.to_dict())).save_pretrained(model)
+        CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(model)
+    small = run(make_recipe(model=str(model)), tmp_path / "small", quiet=True)
+    large = run(make_recipe(model=str(model), image={"size": 16}), tmp_path / "large", quiet=True)
     assert large["flops"]["train_step"] > 2 * small["flops"]["train_step"]
     assert evaluate(tmp_path / "large", quiet=True) == large["metrics"]["test"]

@@ -144,5 +144,5 @@ def test_a_recipe_that_extends_itself_or_nothing_is_refused(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"a\.yaml: extends itself, by way of"):
         load_recipe(str(a))
     a.write_text("extends: image/nowhere")
-    with pytest.raises(UserError, match="recipe .*image/nowhere: no such file"):
+    with pytest.raises(UserError, match=r"recipe .*image/nowhere: no such file"):
         load_recipe(str(a))

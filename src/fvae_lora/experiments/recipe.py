@@ -153,8 +153,8 @@ def load_recipe(name: str, overrides: Sequence[str] = (), options: Mapping[str, 
     """The recipe of that name or path, changed by `key=value` strings and, last, by dotted `options`.
 
     A recipe may `extends:` another, shipped or a path from its own folder: it holds what differs. A method's own
-    defaults win over the recipe's sections. A recipe's `per_method` maps a method to the dotted keys that it has otherwise, and wins over
-    both; overrides win over all.
+    defaults win over the recipe's sections. A recipe's `per_method` maps a method to the dotted keys that it has
+    otherwise, and wins over both; overrides win over all.
 
     Raises:
         UserError: an unknown key, a bad value, no such recipe, not YAML.

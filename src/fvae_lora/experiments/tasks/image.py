@@ -90,7 +90,7 @@ def _resize(model: PreTrainedModel, processor: Any, side: int) -> None:
     processor.size = {"shortest_edge": side} if "shortest_edge" in processor.size else {"height": side, "width": side}
     if getattr(processor, "crop_size", None):
         processor.crop_size = {"height": side, "width": side}
-    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+    if any("interpolate_pos_encoding" in inspect.signature(module.forward).parameters for module in model.modules()):
         model.register_forward_pre_hook(
             lambda _, arguments, options: (arguments, options | {"interpolate_pos_encoding": True}), with_kwargs=True
         )
