@@ -193,8 +193,9 @@ def evaluate(
     hush()
     scores = runner.evaluate(run, model, dataset)
     recorded = (RunFolder(run).read() or {})["metrics"]["test"]
+    width = max(map(len, scores)) + 2
     for name, value in scores.items():
-        console.print(f"{name:<10}{value:.6f}  recorded {recorded[name]:.6f}", highlight=False)
+        console.print(f"{name:<{width}}{value:.6f}  recorded {recorded[name]:.6f}", highlight=False)
 
 
 @app.command()

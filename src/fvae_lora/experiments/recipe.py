@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.methods import METHODS
@@ -41,9 +42,23 @@ class DataSettings(Section):
     image_column: str | None = None
     label_column: str | None = None
     train_rows: Count | None = None
-    """How many rows of the training split are used, drawn by class with the split seed; None is all."""
+    """How many rows of the training split are used, drawn by class and group with the split seed; None is all."""
     validation_rows: Count | None = None
     """Likewise of the validation split."""
+    group_column: str | None = None
+    """The column that says which group a row belongs to: each group is then scored by itself; None is no groups."""
+    average: Literal["plain", "train-weighted"] = "plain"
+    """How rows count in the accuracy of validation and test. `train-weighted` gives each group the weight that it has
+    in train, as is usual for Waterbirds, whose validation and test are balanced (Sagawa et al., 2020)."""
+    select_by: Literal["accuracy", "worst_group_accuracy"] = "accuracy"
+    """The validation score that selects the epoch; `accuracy` stands for the task's own metric."""
+
+    @field_validator("average", "select_by")
+    @classmethod
+    def _needs_groups(cls, value: str, info: ValidationInfo) -> str:
+        if value in ("train-weighted", "worst_group_accuracy") and info.data.get("group_column") is None:
+            raise PydanticCustomError("no_groups", "input needs data.group_column")
+        return value
 
 
 class ImageSettings(Section):

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from fvae_lora.experiments.cost import inference_flops, training_flops
-from fvae_lora.experiments.data import Splits, fingerprint
+from fvae_lora.experiments.data import Splits, fingerprint, group_counts, unlike_published
 from fvae_lora.experiments.errors import RunError, UserError
 from fvae_lora.experiments.frozen import use_cached_states
 from fvae_lora.experiments.heads import head_modules
@@ -174,6 +175,9 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool) -> 
     arguments = trainer_arguments(recipe, folder.checkpoints, task.metric, quiet)
     official = task.open_source()
     splits = task.split(official)
+    note = unlike_published(official)
+    if note is not None:
+        print(f"fvae-lora: warning: dataset {recipe.dataset}: {note}", file=sys.stderr)
     model, processor = task.load_model(splits.classes)
     data = {"name": short(recipe.dataset), "fingerprint": fingerprint(official, task.content)}
     base = {"name": short(recipe.model), "fingerprint": _model_fingerprint(model)}
@@ -188,7 +192,7 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool) -> 
     record |= {
         "metric": asdict(task.metric),
         "model": base,
-        "dataset": data | _described(splits, recipe),
+        "dataset": data | _described(splits, recipe, note),
         "parameters": {
             "total": total,
             "trainable": sum(trained.values()),
@@ -295,14 +299,21 @@ def _with_adapter(base: PreTrainedModel, adapter: Path, is_trainable: bool) -> n
     return base
 
 
-def _described(splits: Splits, recipe: Recipe) -> Record:
-    return {
+def _described(splits: Splits, recipe: Recipe, note: str | None) -> Record:
+    described: Record = {
         "protocol": recipe.data.protocol,
         "splits": splits.sizes,
         "classes": splits.classes,
         "validation_from": splits.validation_from,
         "test_from": splits.test_from,
     }
+    if recipe.data.group_column is not None:
+        described |= {
+            "groups": {name: group_counts(rows) for name, rows in splits.by_name.items()},
+            "average": recipe.data.average,
+            "note": note,
+        }
+    return described
 
 
 def _model_fingerprint(model: nn.Module) -> str:

@@ -1,7 +1,9 @@
-"""Labelled rows: where they come from, how they are split, and a fingerprint of what they are."""
+"""Labelled rows: where they come from, how they are split and grouped, and a fingerprint of what they are."""
 
 from fvae_lora.experiments.data.fingerprint import fingerprint
+from fvae_lora.experiments.data.groups import accuracies, group_counts
+from fvae_lora.experiments.data.published import unlike_published
 from fvae_lora.experiments.data.source import open_source
 from fvae_lora.experiments.data.splits import Splits, split
 
-__all__ = ["Splits", "fingerprint", "open_source", "split"]
+__all__ = ["Splits", "accuracies", "fingerprint", "group_counts", "open_source", "split", "unlike_published"]

@@ -1,7 +1,8 @@
 """Labelled images by name: a local folder, a data set on the hub, or the digits that ship with scikit-learn.
 
 A data set on the hub is taken from the folder that the variable `FVAE_LORA_DATA_ROOT` names, if there is a copy of it.
-Whatever the source, a split has two columns: `image` (a file's path or its bytes, not decoded) and `label`.
+Whatever the source, a split has two columns: `image` (a file's path or its bytes, not decoded) and `label`; and
+`group`, if the recipe asks for groups.
 """
 
 import os
@@ -11,6 +12,11 @@ from pathlib import Path
 import datasets
 from datasets import ClassLabel, Dataset, Features, Image
 
+from fvae_lora.experiments.data.celeba import read_celeba
+from fvae_lora.experiments.data.columns import as_classes, missing, names_in
+from fvae_lora.experiments.data.groups import with_groups
+from fvae_lora.experiments.data.spuco_animals import read_spuco_animals
+from fvae_lora.experiments.data.waterbirds import read_waterbirds
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.names import is_local
 from fvae_lora.experiments.recipe import DataSettings
@@ -33,7 +39,8 @@ def open_source(name: str, settings: DataSettings) -> dict[str, Dataset]:
     """The official splits of a data set, by their usual names: `train`, and `validation` and `test` where they exist.
 
     Raises:
-        UserError: no such data set; a split that is empty; one class only; labels that differ between splits.
+        UserError: no such data set; a split that is empty; one class only; labels that differ between splits; rows
+            without a group.
     """
     if name in BUILT_IN:
         splits = BUILT_IN[name]()
@@ -45,8 +52,8 @@ def open_source(name: str, settings: DataSettings) -> dict[str, Dataset]:
         splits = _from_hub(name, settings.config)
     if "train" not in splits:
         raise UserError(f"dataset {name}: no train split; it has {', '.join(splits) or 'nothing'}")
-    splits = {key: _two_columns(name, key, rows, settings) for key, rows in splits.items()}
-    return _with_classes(name, splits)
+    splits = _with_classes(name, {key: _own_columns(name, key, rows, settings) for key, rows in splits.items()})
+    return splits if settings.group_column is None else with_groups(name, splits)
 
 
 def _digits() -> dict[str, Dataset]:
@@ -64,9 +71,20 @@ BUILT_IN: dict[str, Callable[[], dict[str, Dataset]]] = {"sklearn-digits": _digi
 """Data sets that need neither a network nor a folder."""
 
 
+PUBLISHED_LAYOUTS: tuple[Callable[[Path], dict[str, Dataset] | None], ...] = (
+    read_waterbirds,
+    read_celeba,
+    read_spuco_animals,
+)
+"""Readers of data sets in the layout that they were published in; each gives None for other folders."""
+
+
 def _from_folder(folder: Path) -> dict[str, Dataset]:
     if not folder.is_dir():
         raise UserError(f"dataset {folder}: no such folder")
+    for read in PUBLISHED_LAYOUTS:
+        if (published := read(folder)) is not None:
+            return published
     files = [(file, _split_of(file.relative_to(folder))) for file in sorted(folder.rglob("*.parquet"))]
     if files:
         named = any(split for _, split in files)
@@ -138,15 +156,18 @@ def _builder(name: str, config: str | None) -> datasets.DatasetBuilder:
         return datasets.load_dataset_builder(name, config)  # what another program fetched serves, too
 
 
-def _two_columns(name: str, split: str, rows: Dataset, settings: DataSettings) -> Dataset:
+def _own_columns(name: str, split: str, rows: Dataset, settings: DataSettings) -> Dataset:
     if not len(rows):
         raise UserError(f"dataset {name}: split {split} is empty")
     typed = {kind: [c for c, f in rows.features.items() if isinstance(f, kind)] for kind in (Image, ClassLabel)}
     columns = {}
-    for what, wanted, candidates in (
+    wanted_columns = [
         ("image", settings.image_column, [*typed[Image], "image", "img"]),
         ("label", settings.label_column, [*typed[ClassLabel], "label", "labels"]),
-    ):
+    ]
+    if settings.group_column is not None:
+        wanted_columns.append(("group", settings.group_column, []))
+    for what, wanted, candidates in wanted_columns:
         found = next((c for c in ([wanted] if wanted else candidates) if c in rows.column_names), None)
         if found is None:
             raise UserError(
@@ -160,9 +181,9 @@ def _two_columns(name: str, split: str, rows: Dataset, settings: DataSettings) -
 
 def _with_classes(name: str, splits: dict[str, Dataset]) -> dict[str, Dataset]:
     for split, rows in splits.items():
-        if any(label in (None, -1) for label in rows["label"]):
+        if any(map(missing, rows["label"])):
             raise UserError(f"dataset {name}: split {split} has rows without a label")
-    classes = {split: _classes(rows) for split, rows in splits.items()}
+    classes = {split: names_in(rows, "label") for split, rows in splits.items()}
     for split, found in classes.items():
         if different := sorted(set(found) ^ set(classes["train"])):
             raise UserError(
@@ -170,23 +191,4 @@ def _with_classes(name: str, splits: dict[str, Dataset]) -> dict[str, Dataset]:
             )
     if len(classes["train"]) < 2:
         raise UserError(f"dataset {name}: split train has one class only: {classes['train'][0]}")
-    label = ClassLabel(names=classes["train"])
-    return {
-        split: rows if rows.features["label"] == label else _relabelled(rows, classes[split], label)
-        for split, rows in splits.items()
-    }
-
-
-def _classes(rows: Dataset) -> list[str]:
-    """Names of the classes: those declared, or else those that occur."""
-    feature = rows.features["label"]
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
-    return [str(value) for value in sorted(set(rows["label"]))]
-
-
-def _relabelled(rows: Dataset, classes: list[str], label: ClassLabel) -> Dataset:
-    values = rows["label"]
-    names = [classes[v] for v in values] if isinstance(rows.features["label"], ClassLabel) else map(str, values)
-    numbers = [label.str2int(name) for name in names]
-    return rows.remove_columns("label").add_column("label", numbers).cast_column("label", label)
+    return {split: as_classes(rows, "label", classes["train"]) for split, rows in splits.items()}

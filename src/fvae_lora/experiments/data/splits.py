@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass, replace
 
-from datasets import ClassLabel, Dataset
+import numpy as np
+from datasets import Dataset
 from sklearn.model_selection import train_test_split
 
+from fvae_lora.experiments.data.columns import class_names
+from fvae_lora.experiments.data.groups import refuse_empty_groups, weighted_as
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.recipe import DataSettings
 
@@ -25,22 +28,21 @@ class Splits:
         return class_names(self.train)
 
     @property
+    def by_name(self) -> dict[str, Dataset]:
+        """The splits by their names."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Rows per split."""
-        return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
-
-
-def class_names(rows: Dataset) -> list[str]:
-    """Names of the classes of `rows`, in the order of their numbers; none where there are no classes."""
-    label = rows.features.get("label")
-    return list(label.names) if isinstance(label, ClassLabel) else []
+        return {name: len(rows) for name, rows in self.by_name.items()}
 
 
 def split(official: dict[str, Dataset], settings: DataSettings, seed: int) -> Splits:
     """The splits of a run under `settings.protocol`; `reference` alone depends on the run's `seed`.
 
     Raises:
-        UserError: if a split cannot be taken from another because a class has too few rows.
+        UserError: if a split cannot be taken from another because a class has too few rows; if a group is empty.
     """
     protocols = {"clean": _clean, "reference": _reference, "reference-on-test": _reference_on_test}
     parts = protocols[settings.protocol](dict(official), settings, seed)
@@ -50,6 +52,12 @@ def split(official: dict[str, Dataset], settings: DataSettings, seed: int) -> Sp
             refusal = f"data.{name}_rows: {wanted} rows cannot be drawn by class"
             used, _ = _stratified(rows, len(rows) - wanted, settings.split_seed, refusal)
             parts = replace(parts, **{name: used})
+    if settings.group_column is not None:
+        for name, rows in parts.by_name.items():
+            refuse_empty_groups(rows, name)
+    if settings.average == "train-weighted":
+        weighted = {name: weighted_as(parts.train, getattr(parts, name)) for name in ("validation", "test")}
+        parts = replace(parts, **weighted)
     return parts
 
 
@@ -65,12 +73,21 @@ def _clean(parts: dict[str, Dataset], settings: DataSettings, _: int) -> Splits:
 
 def _stratified(rows: Dataset, share: float, seed: int, refusal: str) -> tuple[Dataset, Dataset]:
     """What is left of `rows` and the `share` (a fraction, or a number of rows) that is taken away."""
-    labels = rows["label"][:] if class_names(rows) else None
     try:
-        kept, taken = train_test_split(range(len(rows)), test_size=share, random_state=seed, stratify=labels)
+        kept, taken = train_test_split(range(len(rows)), test_size=share, random_state=seed, stratify=_strata(rows))
     except ValueError as error:
         raise UserError(f"dataset: {refusal}: {error}") from error
     return rows.select(sorted(kept)), rows.select(sorted(taken))
+
+
+def _strata(rows: Dataset) -> np.ndarray | None:
+    """A number (rows,) for each class, or for each class and group; none where the rows have neither."""
+    strata = None
+    for column in ("label", "group"):
+        if names := class_names(rows, column):
+            numbers = np.array(rows[column])
+            strata = numbers if strata is None else strata * len(names) + numbers
+    return strata
 
 
 def _reference(parts: dict[str, Dataset], _: DataSettings, seed: int) -> Splits:

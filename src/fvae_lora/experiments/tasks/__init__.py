@@ -44,6 +44,8 @@ class Task(ABC):
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
+        if recipe.data.select_by == "worst_group_accuracy":
+            self.metric = Metric("worst_group_accuracy")
 
     @abstractmethod
     def open_source(self) -> dict[str, Dataset]:

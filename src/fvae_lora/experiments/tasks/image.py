@@ -11,7 +11,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
-from fvae_lora.experiments.data import Splits, open_source
+from fvae_lora.experiments.data import Splits, accuracies, open_source
 from fvae_lora.experiments.data.images import Images, augmentation, image_content, process
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.heads import draw_new_head
@@ -23,7 +23,7 @@ BUILT_IN = {"vit-fashion-mnist": Path(str(files("fvae_lora.experiments"))) / "as
 
 
 class ImageTask(Task):
-    """Images and their classes; judged by accuracy, a fraction."""
+    """Images and their classes; judged by accuracy or by that of the worst group, a fraction."""
 
     def open_source(self) -> dict[str, Dataset]:
         """As `data.source.open_source`."""
@@ -58,8 +58,8 @@ class ImageTask(Task):
         }
 
     def scores(self, outputs: np.ndarray, labels: np.ndarray, rows: Any) -> dict[str, float]:
-        """Accuracy."""
-        return {self.metric.name: float(np.mean(outputs == labels))}
+        """Accuracy, and that of each group where the data have groups."""
+        return accuracies(outputs == labels, rows.rows)
 
 
 def load_classifier(name: str, classes: list[str]) -> tuple[PreTrainedModel, Any]:
