@@ -88,8 +88,9 @@ class TrainSettings(Section):
     """Epochs without a better validation score after which training stops; None trains for all epochs."""
     log_every: Count = 50
     """Steps between two lines of the learning curve; the end of an epoch always gets one."""
-    workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that read the data."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes that read the data; None is the cores but one, eight at most, beside an accelerator, and else 0. Random
+    crops depend on the number."""
     cache_frozen: bool = False
     """Computes what lies before the first adapted block once, in eval mode, and trains on that (see `frozen`)."""
 

@@ -23,6 +23,7 @@ from fvae_lora.experiments.adalora import RankSchedule, orthogonality
 from fvae_lora.experiments.errors import RunError, UserError
 from fvae_lora.experiments.recipe import Recipe
 from fvae_lora.experiments.record import RunFolder
+from fvae_lora.experiments.surroundings import cores
 from fvae_lora.experiments.tasks import Metric, Task
 
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
@@ -134,6 +135,14 @@ class FolderCallback(TrainerCallback):
         control.should_training_stop = finished(state, self.recipe)
 
 
+def reading_processes() -> int:
+    """How many processes read the data where a recipe does not say: what keeps an accelerator busy.
+
+    Without one there are none: they would take the cores that train.
+    """
+    return min(8, max(1, cores() - 1)) if torch.accelerator.is_available() else 0
+
+
 def scores_among(logs: Mapping[str, float], prefix: str) -> dict[str, float]:
     """What a Trainer logged of a split under `prefix`, without how long it took."""
     logged = {key.removeprefix(f"{prefix}_"): value for key, value in logs.items() if key.startswith(f"{prefix}_")}
@@ -166,6 +175,7 @@ def trainer_arguments(recipe: Recipe, output: Path, metric: Metric, quiet: bool)
     train = recipe.train
     if train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision: fp16 needs a GPU; fp32 and bf16 are allowed here")
+    workers = reading_processes() if train.workers is None else train.workers
     return TrainingArguments(
         output_dir=str(output),
         num_train_epochs=train.epochs,
@@ -189,7 +199,8 @@ def trainer_arguments(recipe: Recipe, output: Path, metric: Metric, quiet: bool)
         logging_nan_inf_filter=False,
         metric_for_best_model=metric.name,
         greater_is_better=metric.greater_is_better,
-        dataloader_num_workers=train.workers,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         label_names=["labels"],

@@ -1,0 +1,100 @@
+"""Images per second of the input pipeline alone, and where an image's time goes.
+
+    python benchmarks/input_pipeline.py [--workers 0,1,2] [--side 256]
+
+The images are made here (photograph-like noise, JPEG, square); they are read, decoded, augmented as `image/default` does,
+resized and normalised by ViT's image processor, and collated into batches of 32, as in a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import ViTImageProcessor, default_data_collator
+
+from fvae_lora.experiments.data.images import Images, augmentation, open_image, process
+from fvae_lora.experiments.recipe import ImageSettings
+
+BATCH = 32
+AUGMENTED = ImageSettings(augmentation=["random_resized_crop", "horizontal_flip"])
+
+
+def jpegs(rows: int, side: int) -> Dataset:
+    """`rows` labelled JPEGs of `side` x `side` pixels, smooth at the scale of 16 pixels as photographs are."""
+    noise = np.random.default_rng(0)
+    encoded = []
+    for _ in range(rows):
+        coarse = Image.fromarray(noise.integers(0, 256, (side // 16, side // 16, 3), dtype=np.uint8))
+        file = io.BytesIO()
+        coarse.resize((side, side), Image.Resampling.BICUBIC).save(file, "jpeg", quality=90)
+        encoded.append({"bytes": file.getvalue(), "path": None})
+    features = Features({"image": ImageFeature(decode=False), "label": ClassLabel(names=["a", "b"])})
+    return Dataset.from_dict({"image": encoded, "label": [i % 2 for i in range(rows)]}, features=features)
+
+
+def per_image_ms(step: Callable[[Any], Any], inputs: list[Any]) -> float:
+    """Mean time of `step`, in milliseconds."""
+    began = time.perf_counter()
+    for value in inputs:
+        step(value)
+    return 1e3 * (time.perf_counter() - began) / len(inputs)
+
+
+def images_per_second(images: Images, workers: int) -> float:
+    """Through a loader as the Trainer has it; the workers' start is not counted."""
+    loader = DataLoader(
+        images,
+        BATCH,
+        shuffle=True,
+        num_workers=workers,
+        collate_fn=default_data_collator,
+        persistent_workers=workers > 0,
+    )
+    for _ in loader:
+        pass
+    began = time.perf_counter()
+    for _ in loader:
+        pass
+    return len(images) / (time.perf_counter() - began)
+
+
+def main() -> None:
+    """Prints both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--workers", default="0,1,2", help="numbers of worker processes, separated by commas")
+    parser.add_argument("--side", type=int, default=256, help="height and width of the JPEGs")
+    parser.add_argument("--rows", type=int, default=512, help="how many images")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    rows, processor = jpegs(chosen.rows, chosen.side), ViTImageProcessor()
+    augment = augmentation(AUGMENTED, (224, 224))
+    assert augment is not None
+    encoded = [rows[i] for i in range(len(rows))]
+    decoded = [open_image(row, "") for row in encoded]
+    cropped = [augment(image) for image in decoded]
+    print("| step | ms per image |\n|---|---:|")
+    for name, step, inputs in (
+        ("read a row", rows.__getitem__, list(range(len(rows)))),
+        ("decode the JPEG", lambda row: open_image(row, "").convert("RGB"), encoded),
+        ("crop and flip", augment, decoded),
+        ("resize and normalise", lambda image: process(processor, image), cropped),
+    ):
+        print(f"| {name} | {per_image_ms(step, inputs):.2f} |")
+    print("\n| worker processes | images per second |\n|---:|---:|")
+    images = Images(rows, "train", processor, "RGB", augment)
+    for workers in map(int, chosen.workers.split(",")):
+        print(f"| {workers} | {images_per_second(images, workers):.0f} |")
+
+
+if __name__ == "__main__":
+    main()
