@@ -2,8 +2,8 @@
 
     python benchmarks/input_pipeline.py [--workers 0,1,2] [--side 256]
 
-The images are made here (photograph-like noise, JPEG, square); they are read, decoded, augmented as `image/default` does,
-resized and normalised by ViT's image processor, and collated into batches of 32, as in a run.
+The images are made here (smooth noise, JPEG, square); they are read, decoded, augmented as `image/default` does, resized
+and normalised by ViT's image processor, and collated into batches of 32, as in a run.
 """
 
 from __future__ import annotations
@@ -52,14 +52,8 @@ def per_image_ms(step: Callable[[Any], Any], inputs: list[Any]) -> float:
 
 def images_per_second(images: Images, workers: int) -> float:
     """Through a loader as the Trainer has it; the workers' start is not counted."""
-    loader = DataLoader(
-        images,
-        BATCH,
-        shuffle=True,
-        num_workers=workers,
-        collate_fn=default_data_collator,
-        persistent_workers=workers > 0,
-    )
+    options = {"shuffle": True, "num_workers": workers, "persistent_workers": workers > 0}
+    loader = DataLoader(images, BATCH, collate_fn=default_data_collator, **options)
     for _ in loader:
         pass
     began = time.perf_counter()

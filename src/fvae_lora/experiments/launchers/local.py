@@ -12,6 +12,7 @@ import torch
 
 from fvae_lora.experiments.launchers import Ended, News, ending, refuse_folders_in_use
 from fvae_lora.experiments.plan import Planned
+from fvae_lora.experiments.surroundings import cores
 
 POLL_S = 0.5
 OUTPUT_BYTES = 2**16
@@ -83,8 +84,7 @@ class _Process:
 
 def _share(slot: int, jobs: int) -> dict[str, str]:
     """A process's share of the machine, in environment variables."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
+    share = {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
     if gpus := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         share["CUDA_VISIBLE_DEVICES"] = (visible.split(",") if visible else list(map(str, range(gpus))))[slot % gpus]
