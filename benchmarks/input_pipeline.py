@@ -2,8 +2,8 @@
 
     python benchmarks/input_pipeline.py [--workers 0,1,2] [--side 256]
 
-The images are made here (smooth noise, JPEG, square); they are read, decoded, augmented as `image/default` does, resized
-and normalised by ViT's image processor, and collated into batches of 32, as in a run.
+The images are made here (smooth noise, JPEG, square); they are read, decoded, augmented as `image/default` does,
+resized and normalised by ViT's image processor, and collated into batches of 32, as in a run.
 """
 
 from __future__ import annotations
