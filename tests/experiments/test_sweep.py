@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import io
-import json
 import os
-import random
-import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from sweeps import Compare, assert_survives, left, states
 
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.launchers.local import LocalLauncher
@@ -103,72 +100,98 @@ def test_a_folder_with_another_recipes_run_starts_nothing(planned: Callable[...,
     assert not runs[1].folder.path.exists()
 
 
-def start_compare(
-    out: Path, vit: Path, pictures: Path, methods: str, seeds: str, epochs: int
-) -> subprocess.Popen[bytes]:
-    program = "from fvae_lora.experiments.cli import main; main()"
-    options = [
-        "--model",
-        vit,
-        "--dataset",
-        pictures,
-        "--methods",
-        methods,
-        "--seeds",
-        seeds,
-        "--jobs",
-        "2",
-        "--out",
-        out,
-    ]
-    settings = [f"train.epochs={epochs}", "train.batch_size=8", "adapter.r=4"]
-    command = [sys.executable, "-c", program, "compare", "image/default", *settings, *map(str, options)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def curves(folder: Path) -> dict[str, str]:
-    return {file.parent.name: file.read_text() for file in sorted(folder.glob("*/metrics.jsonl"))}
-
-
-def test_no_run_outlives_a_sweep_that_is_killed(vit: Path, pictures: Path, tmp_path: Path) -> None:
-    process = start_compare(tmp_path / "s", vit, pictures, "fvae-lora,lora", "1", 500)
-    while len(list((tmp_path / "s").glob("*/metrics.jsonl"))) < 2:
-        time.sleep(0.05)
-        assert process.poll() is None, process.stdout.read().decode()  # type: ignore[union-attr]
-    process.kill()
-    process.wait()
+@pytest.mark.slow
+def test_no_run_outlives_a_sweep_that_is_killed(small: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "s"
+    sweep = Compare(out, [*small, "train.epochs=500", "--methods", "fvae-lora,lora", "--seeds", "1"])
+    while len(list(out.glob("*/metrics.jsonl"))) < 2:
+        assert sweep.lasts(0.05), sweep.said
+    sweep.kill()
     time.sleep(1.5)
-    before = curves(tmp_path / "s")
+    before = left(out)
     time.sleep(1)
-    assert curves(tmp_path / "s") == before
-    for run in (tmp_path / "s").iterdir():
-        assert json.loads((run / "run.json").read_text())["state"] == "running"
+    assert left(out) == before
+    assert set(states(out).values()) == {"running"}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_a_sweep_killed_five_times_reports_what_an_undisturbed_one_does(
-    vit: Path, pictures: Path, tmp_path: Path
+def test_a_run_whose_process_is_killed_has_failed_and_its_record_says_how(small: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "s"
+    sweep = Compare(out, [*small, "train.epochs=500", "--methods", "lora", "--seeds", "1"])
+    while not list(out.glob("*/metrics.jsonl")):
+        assert sweep.lasts(0.05), sweep.said
+    (worker,) = sweep.workers()
+    worker.kill()
+    assert sweep.end() == 1
+    assert "lora-seed1: failed: killed by SIGKILL" in sweep.said
+    assert "(0/1 done, 0 running, 1 failed, 0 waiting)" in sweep.said
+    (row,) = summary_rows(out)
+    assert (row.state, row.accuracy) == ("failed", None)
+    assert row.reason.startswith("killed by SIGKILL")
+
+
+def test_a_process_that_dies_before_its_run_began_leaves_a_failed_run_and_its_last_lines(
+    planned: Callable[..., list[Planned]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    methods, seeds, epochs = "fvae-lora,lora,linear-probe,full", "1,2,42", 8
-    undisturbed = start_compare(tmp_path / "a", vit, pictures, methods, seeds, epochs)
-    began = time.monotonic()
-    said, _ = undisturbed.communicate()
-    assert undisturbed.returncode == 0, said.decode()
-    duration = time.monotonic() - began
-    for _ in range(5):
-        process = start_compare(tmp_path / "b", vit, pictures, methods, seeds, epochs)
-        time.sleep(random.uniform(0.1, 0.4) * duration)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-    last = start_compare(tmp_path / "b", vit, pictures, methods, seeds, epochs)
-    said, _ = last.communicate()
-    assert last.returncode == 0, said.decode()
-    assert curves(tmp_path / "a") == curves(tmp_path / "b")
-    assert len(curves(tmp_path / "a")) == 12
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nprint('a')\nprint('b')\nprint('c')\nprint(os.getcwd() + '/d', flush=True)\nos.abort()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    (run,) = planned(["lora"], [1])
+    assert sweep([run], LocalLauncher(1), quiet()) == [f"{run.name}: failed: killed by SIGABRT: b | c | d"]
+    record = run.folder.read()
+    assert record is not None
+    assert (record["state"], record["reason"]) == ("failed", "killed by SIGABRT: b | c | d")
+    monkeypatch.undo()
+    assert sweep([run], LocalLauncher(1), quiet()) == []
+    assert (run.folder.read() or {})["state"] == "complete"
 
-    def told(folder: Path) -> list[tuple[object, ...]]:
-        rows = summary_rows(folder)
-        return [(r.label, r.seeds, r.accuracy, r.accuracy_std, r.inference_parameters, r.train_flops) for r in rows]
 
-    assert told(tmp_path / "a") == told(tmp_path / "b")
+def test_where_no_run_can_be_begun_the_command_says_why(small: list[str], cli: Cli, tmp_path: Path) -> None:
+    run = ["compare", "image/default", *small, "--methods", "lora", "--seeds", "1", "--out", tmp_path / "s"]
+    code, _, error = cli(*run, "data.image_column=nope")
+    assert code == 2
+    assert error.startswith("fvae-lora: lora-seed1: dataset ")
+    assert "data.image_column" in error
+    assert error.count("\n") == 1
+    assert not states(tmp_path / "s")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own, of 200 KB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("may not mount a file system here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.slow
+def test_on_a_full_disk_runs_fail_and_say_so(small: list[str], cli: Cli, small_disk: Path) -> None:
+    out = small_disk / "s"
+    code, said, error = cli("compare", "image/default", *small, "--methods", "full", "--seeds", "1,2,3", "--out", out)
+    assert code == 1
+    assert "of 3 runs failed; the same command tries them again; the first: full-seed" in error
+    assert error.count("\n") == 1
+    assert ": failed: " in said
+    rows = summary_rows(out)
+    assert sum(row.state == "complete" for row in rows) <= 1
+    assert "failed" in {row.state for row in rows}
+    assert {row.state for row in rows} <= {"complete", "failed", "running"}
+
+
+def test_a_read_only_folder_is_refused_in_one_line(small: list[str], cli: Cli, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    code, _, error = cli("compare", "image/default", *small, "--methods", "lora", "--seeds", "1", "--out", small_disk)
+    assert code == 2
+    assert error.startswith(f"fvae-lora: {small_disk}/lora-seed1: not a folder that can be written to")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_sweeps_killed_ten_times_leave_what_an_undisturbed_one_does(small: list[str], tmp_path: Path) -> None:
+    options = [*small, "train.epochs=6", "--methods", "fvae-lora,lora", "--seeds", "1,2"]
+    assert_survives(10, tmp_path, options, lambda sweep: [worker.kill for worker in sweep.workers()])

@@ -1,6 +1,7 @@
 """How models and data sets are named: on the command line, and in records that must not tell where somebody works."""
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -36,7 +37,7 @@ def located(name: str, folder: Path) -> str:
 
 
 def without_places(text: str, *places: Path) -> str:
-    """`text` as a record may keep it: paths in it that lead through `places`, here or home begin there."""
-    for place in (*places, Path.cwd(), Path.home()):
+    """`text` as a record may keep it: paths in it that lead through `places`, here, home or Python's begin there."""
+    for place in (*places, Path.cwd(), Path.home(), Path(sys.prefix)):
         text = text.replace(f"{place.resolve()}/", "").replace(f"{place}/", "")
     return text

@@ -1,0 +1,116 @@
+"""Sweeps in processes of their own, which start fast and can be killed, and what a sweep leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+from processes import CONTEXT
+
+from fvae_lora.experiments import cli
+
+
+class Compare:
+    """`fvae-lora compare` with two jobs, writing to `out`; what it prints goes to a file beside `out`."""
+
+    def __init__(self, out: Path, options: Sequence[str | Path]):
+        self.out = out
+        self.said_file = out.with_suffix(".said")
+        arguments = ["compare", "image/default", *map(str, options), "--jobs", "2", "--out", str(out)]
+        self.process = CONTEXT.Process(target=_compare, args=(arguments, self.said_file, dict(os.environ)))
+        self.process.start()
+
+    @property
+    def said(self) -> str:
+        """What it has printed so far."""
+        return self.said_file.read_text() if self.said_file.exists() else ""
+
+    def workers(self) -> list[psutil.Process]:
+        """Its processes that do runs."""
+        assert self.process.pid is not None
+        return psutil.Process(self.process.pid).children()
+
+    def lasts(self, seconds: float | None) -> bool:
+        """Whether it is still at work after so many seconds; None is for ever."""
+        self.process.join(seconds)
+        return self.process.is_alive()
+
+    def end(self) -> int | None:
+        """Waits for its end; its exit code."""
+        self.process.join()
+        return self.process.exitcode
+
+    def kill(self, number: int = signal.SIGKILL) -> int | None:
+        """Sends it a signal, and waits for its end; its exit code."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+        return self.end()
+
+
+def _compare(arguments: list[str], said: Path, env: dict[str, str]) -> None:
+    os.environ.update(env)  # the server that processes are forked from may be older than what a test has set
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
+    sys.stdout = sys.stderr = cli.console.file = said.open("w", buffering=1)
+    sys.exit(cli.exit_code(lambda: cli.app(arguments, standalone_mode=False)))
+
+
+def left(out: Path) -> dict[str, Any]:
+    """All that the runs of a sweep leave, but what it cost, by the run's name."""
+    runs = {}
+    for folder in sorted(file.parent for file in out.rglob("run.json")):
+        record = json.loads((folder / "run.json").read_text())
+        for key in ("time", "memory", "git_commit"):
+            record.pop(key, None)
+        adapter = {file.name: file.read_bytes() for file in sorted((folder / "adapter").glob("*"))}
+        files = {"curve": (folder / "metrics.jsonl").read_text(), "adapter": adapter}
+        names = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+        runs[str(folder.relative_to(out))] = {"record": record, "names": names, **files}
+    return runs
+
+
+def states(out: Path) -> dict[str, str]:
+    """The state of each run, by its name."""
+    return {file.parent.name: json.loads(file.read_text())["state"] for file in out.rglob("run.json")}
+
+
+def assert_survives(
+    kills: int, folder: Path, options: Sequence[str | Path], workers: Callable[[Compare], list[Callable[[], object]]]
+) -> None:
+    """Kills sweeps at random moments, restarts each, and sees that they end as an undisturbed one does, to the bit.
+
+    A sweep that comes to its end before there were enough `kills` is followed by another.
+
+    Args:
+        kills: how many, about half of them of sweeps and half of workers.
+        folder: where to.
+        options: of the sweeps.
+        workers: what kills the workers that a sweep has at the moment, one by one.
+    """
+    began = time.monotonic()
+    undisturbed = Compare(folder / "undisturbed", options)
+    assert undisturbed.end() == 0, undisturbed.said
+    duration = time.monotonic() - began
+    expected = left(folder / "undisturbed")
+    while kills > 0:
+        out = folder / f"{kills}-kills-left"
+        while (sweep := Compare(out, options)).lasts(random.uniform(0, 0.7) * duration if kills > 0 else None):
+            kills -= 1
+            if random.random() < 0.5 and (alive := workers(sweep)):
+                random.choice(alive)()
+                for _ in range(40):
+                    if "killed by SIGKILL" in sweep.said:
+                        break
+                    time.sleep(0.1)
+                sweep.kill(signal.SIGINT)
+            else:
+                sweep.kill()
+        assert sweep.end() == 0, sweep.said
+        assert left(out) == expected
