@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from rich.console import Console
-from sweeps import Compare, assert_survives, left, states
+from sweeps import Compare, assert_same, assert_survives, left, states
 
 from fvae_lora.experiments.errors import RunError, UserError
 from fvae_lora.experiments.launchers import slurm
@@ -164,6 +164,13 @@ def cluster() -> Iterator[None]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def real(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test with a real SLURM."""
+    for mark in (pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("cluster")):
+        test = mark(test)
+    return test
+
+
 def wait_for(sweep: Compare, what: Callable[[], object]) -> None:
     while not what():
         assert sweep.lasts(0.1), sweep.said
@@ -186,8 +193,7 @@ def working(out: Path) -> list[psutil.Process]:
     ]
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
+@real
 def test_slurm_leaves_what_this_machine_does(small: list[str], tmp_path: Path) -> None:
     cores = str(max(1, len(os.sched_getaffinity(0)) // 2))
     options = [*small, "--methods", "fvae-lora,lora", "--seeds", "1"]
@@ -195,15 +201,14 @@ def test_slurm_leaves_what_this_machine_does(small: list[str], tmp_path: Path) -
     assert local.end() == 0, local.said
     jobs = compare(tmp_path / "slurm", *options, "--cpus", cores)
     assert jobs.end() == 0, jobs.said
-    assert left(tmp_path / "local") == left(tmp_path / "slurm")
+    assert_same(left(tmp_path / "local"), left(tmp_path / "slurm"))
     (array,) = arrays(tmp_path / "slurm")
     assert len(json.loads((array / "runs.json").read_text())) == 2
     assert "(2/2 done, 0 running, 0 failed, 0 waiting)" in jobs.said
     assert "\x1b" not in jobs.said
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
+@real
 def test_jobs_outlive_a_sweep_that_is_stopped_and_the_same_command_waits_for_them(
     small: list[str], tmp_path: Path
 ) -> None:
@@ -219,8 +224,7 @@ def test_jobs_outlive_a_sweep_that_is_stopped_and_the_same_command_waits_for_the
     assert len(arrays(out)) == 1, "the runs were submitted twice"
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
+@real
 def test_a_sweep_killed_between_sbatch_and_its_notes_submits_again(small: list[str], tmp_path: Path) -> None:
     out, options = tmp_path / "s", [*small, "--methods", "linear-probe", "--seeds", "1"]
     half = out / ".slurm" / "fvae-lora-half"
@@ -233,8 +237,7 @@ def test_a_sweep_killed_between_sbatch_and_its_notes_submits_again(small: list[s
     assert not queued.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
+@real
 def test_a_lost_node_is_a_failed_run_that_the_same_command_takes_up(small: list[str], tmp_path: Path) -> None:
     out, options = tmp_path / "s", [*small, "train.epochs=30", "--methods", "lora", "--seeds", "1"]
     node = socket.gethostname().partition(".")[0]
@@ -252,8 +255,7 @@ def test_a_lost_node_is_a_failed_run_that_the_same_command_takes_up(small: list[
     assert states(out) == {"lora-seed1": "complete"}
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
+@real
 def test_a_partition_that_is_not_there_is_one_line(small: list[str], tmp_path: Path) -> None:
     sweep = compare(tmp_path / "s", *small, "--partition", "nowhere")
     assert sweep.end() == 2
@@ -261,9 +263,7 @@ def test_a_partition_that_is_not_there_is_one_line(small: list[str], tmp_path: P
     assert not states(tmp_path / "s")
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.usefixtures("cluster")
+@real
 def test_sweeps_and_jobs_killed_ten_times_leave_what_an_undisturbed_sweep_does(
     small: list[str], tmp_path: Path
 ) -> None:

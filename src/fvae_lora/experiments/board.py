@@ -57,8 +57,8 @@ class Board:
             return ""
         elapsed = time.monotonic() - self.began
         left = timedelta(seconds=round(elapsed * (self.all_epochs - done) / (done - self.began_with)))
-        day = "%a " if left > timedelta(days=1) else ""
-        return f"ends {datetime.now() + left:{day}%H:%M}, in {left}"
+        then = datetime.now() + left
+        return f"ends {then:%a %d %b %H:%M}" if left > timedelta(days=1) else f"ends {then:%H:%M}, in {left}"
 
     def show(self, running: Sequence[Planned], ended: Sequence[tuple[Planned, str | None]] = ()) -> None:
         """Brings everything up to date.
