@@ -25,7 +25,7 @@ class Compare:
         self.out = out
         self.said_file = out.with_suffix(".said")
         arguments = ["compare", "image/default", *map(str, options), "--jobs", "2", "--out", str(out)]
-        self.process = CONTEXT.Process(target=_compare, args=(arguments, self.said_file, dict(os.environ)))
+        self.process = CONTEXT.Process(target=_compare, args=(arguments, self.said_file, dict(os.environ)), daemon=True)
         self.process.start()
 
     @property

@@ -1,22 +1,15 @@
-"""Sweeps through SLURM: a stand-in that answers at once, and a real one where it is installed."""
+"""The launcher for SLURM, with stand-ins for SLURM's programs that answer at once."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
-import shutil
-import signal
-import socket
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 from rich.console import Console
-from sweeps import Compare, assert_same, assert_survives, left, states
+from sweeps import states
 
 from fvae_lora.experiments.errors import RunError, UserError
 from fvae_lora.experiments.launchers import slurm
@@ -25,14 +18,10 @@ from fvae_lora.experiments.plan import Planned, plan
 from fvae_lora.experiments.sweep import sweep
 
 Cli = Callable[..., tuple[int, str, str]]
-SCRIPT = Path(__file__).parents[1] / "slurm" / "local-slurm.sh"
 
 
 def quiet() -> Console:
     return Console(file=io.StringIO(), width=200)
-
-
-# --- without a SLURM: what is said of it, by programs of its names
 
 
 @pytest.fixture
@@ -143,129 +132,3 @@ def test_what_a_user_asks_for_is_what_sbatch_is_told(
         assert f"#SBATCH --{flag}" in script
     assert "export OMP_NUM_THREADS=4" in script
     assert [path.name for path in folder.iterdir()] == [".lock"]
-
-
-# --- with one
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    if os.geteuid() or not all(map(shutil.which, ("slurmctld", "slurmd", "munged", "sbatch"))):
-        pytest.skip("a real SLURM needs root and its packages: apt-get install slurm-wlm munge")
-    folder = Path(tempfile.mkdtemp(prefix="slurm"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    subprocess.run([SCRIPT, "start", folder, str(port)], check=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-        yield
-        subprocess.run([SCRIPT, "stop", folder], check=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def real(test: Callable[..., None]) -> Callable[..., None]:
-    """Marks a test with a real SLURM."""
-    for mark in (pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("cluster")):
-        test = mark(test)
-    return test
-
-
-def wait_for(sweep: Compare, what: Callable[[], object]) -> None:
-    while not what():
-        assert sweep.lasts(0.1), sweep.said
-
-
-def compare(out: Path, *options: str) -> Compare:
-    return Compare(out, ["--launcher", "slurm", *options])
-
-
-def arrays(out: Path) -> list[Path]:
-    return sorted((out / ".slurm").glob("fvae-lora-*"))
-
-
-def working(out: Path) -> list[psutil.Process]:
-    """The processes of the jobs of the sweep in `out`."""
-    return [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if "submitit.core._submit" in (command := process.info["cmdline"] or []) and str(out / ".slurm") in command[-1]
-    ]
-
-
-@real
-def test_slurm_leaves_what_this_machine_does(small: list[str], tmp_path: Path) -> None:
-    cores = str(max(1, len(os.sched_getaffinity(0)) // 2))
-    options = [*small, "--methods", "fvae-lora,lora", "--seeds", "1"]
-    local = Compare(tmp_path / "local", options)
-    assert local.end() == 0, local.said
-    jobs = compare(tmp_path / "slurm", *options, "--cpus", cores)
-    assert jobs.end() == 0, jobs.said
-    assert_same(left(tmp_path / "local"), left(tmp_path / "slurm"))
-    (array,) = arrays(tmp_path / "slurm")
-    assert len(json.loads((array / "runs.json").read_text())) == 2
-    assert "(2/2 done, 0 running, 0 failed, 0 waiting)" in jobs.said
-    assert "\x1b" not in jobs.said
-
-
-@real
-def test_jobs_outlive_a_sweep_that_is_stopped_and_the_same_command_waits_for_them(
-    small: list[str], tmp_path: Path
-) -> None:
-    out, options = tmp_path / "s", [*small, "train.epochs=30", "--methods", "lora", "--seeds", "1,2"]
-    first = compare(out, *options)
-    wait_for(first, lambda: list(out.glob("*/metrics.jsonl")))
-    assert first.kill(signal.SIGINT) == 130
-    told, stopped = first.said.splitlines()[-2:]
-    assert told.startswith("the jobs go on: the same command waits for them, `scancel ")
-    assert stopped == "fvae-lora: stopped; the same command goes on where it was"
-    assert compare(out, *options).end() == 0
-    assert set(states(out).values()) == {"complete"}
-    assert len(arrays(out)) == 1, "the runs were submitted twice"
-
-
-@real
-def test_a_sweep_killed_between_sbatch_and_its_notes_submits_again(small: list[str], tmp_path: Path) -> None:
-    out, options = tmp_path / "s", [*small, "--methods", "linear-probe", "--seeds", "1"]
-    half = out / ".slurm" / "fvae-lora-half"
-    half.mkdir(parents=True)
-    (half / "runs.json").write_text(json.dumps([str(out / "linear-probe-seed1")]))
-    subprocess.run(["sbatch", f"--job-name={half.name}", "--output=/dev/null", "--wrap=sleep 600"], check=True)
-    again = compare(out, *options)
-    assert again.end() == 0, again.said
-    queued = subprocess.run(["squeue", "--noheader", f"--name={half.name}"], capture_output=True, check=True)
-    assert not queued.stdout
-
-
-@real
-def test_a_lost_node_is_a_failed_run_that_the_same_command_takes_up(small: list[str], tmp_path: Path) -> None:
-    out, options = tmp_path / "s", [*small, "train.epochs=30", "--methods", "lora", "--seeds", "1"]
-    node = socket.gethostname().partition(".")[0]
-    sweep = compare(out, *options)
-    wait_for(sweep, lambda: list(out.glob("*/metrics.jsonl")))
-    subprocess.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=test"], check=True)
-    assert sweep.end() == 1, sweep.said
-    record = json.loads((out / "lora-seed1" / "run.json").read_text())
-    assert record["state"] == "failed"
-    assert record["reason"].startswith("SLURM ended job ")
-    assert ": NODE_FAIL" in record["reason"]
-    subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=True)
-    again = compare(out, *options)
-    assert again.end() == 0, again.said
-    assert states(out) == {"lora-seed1": "complete"}
-
-
-@real
-def test_a_partition_that_is_not_there_is_one_line(small: list[str], tmp_path: Path) -> None:
-    sweep = compare(tmp_path / "s", *small, "--partition", "nowhere")
-    assert sweep.end() == 2
-    assert sweep.said == "fvae-lora: --launcher slurm: sbatch: error: invalid partition specified: nowhere\n"
-    assert not states(tmp_path / "s")
-
-
-@real
-def test_sweeps_and_jobs_killed_ten_times_leave_what_an_undisturbed_sweep_does(
-    small: list[str], tmp_path: Path
-) -> None:
-    options = [*small, "train.epochs=6", "--methods", "fvae-lora,lora", "--seeds", "1,2", "--launcher", "slurm"]
-    assert_survives(10, tmp_path, options, lambda sweep: [job.kill for job in working(sweep.out)])
