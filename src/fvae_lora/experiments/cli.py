@@ -369,8 +369,10 @@ def hush() -> None:
     """A new head and a renamed option are no news to somebody who asked for a run."""
     import warnings
 
+    import datasets
     import transformers
 
+    datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -71,6 +71,19 @@ class ImageSettings(Section):
     """Height and width that the model is given, its position embeddings interpolated; None is its own size."""
 
 
+class CommonsenseSettings(Section):
+    """Questions with options, and the causal language model that answers them."""
+
+    template: Literal["alpaca", "chat"] = "alpaca"
+    """The text around a question: that on which the field trains base models, or the chat template of the tokenizer."""
+    test_sets: Annotated[list[str], Field(min_length=1)] | None = None
+    """Which of the data set's test sets are scored; None is all that are there."""
+    max_new_tokens: Count = 32
+    """The longest answer that is generated."""
+    load_in_4bit: bool = False
+    """Keeps the frozen weights in 4 bits (needs bitsandbytes)."""
+
+
 class TrainSettings(Section):
     """The optimisation."""
 
@@ -134,7 +147,7 @@ class FvaeSettings(Section):
 class Recipe(Section):
     """One run, completely: the same recipe on the same data and the same versions gives the same result."""
 
-    task: Literal["image"] = "image"
+    task: Literal["image", "commonsense"] = "image"
     method: MethodName = "fvae-lora"
     model: Annotated[str, Field(min_length=1)]
     dataset: Annotated[str, Field(min_length=1)]
@@ -143,6 +156,7 @@ class Recipe(Section):
     """`selection` is a point of a grid: it is scored on validation, and leaves the test split alone."""
     data: DataSettings = DataSettings()
     image: ImageSettings = ImageSettings()
+    commonsense: CommonsenseSettings = CommonsenseSettings()
     train: TrainSettings = TrainSettings()
     adapter: AdapterSettings = AdapterSettings()
     fvae: FvaeSettings = FvaeSettings()

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
@@ -322,7 +323,8 @@ def _model_fingerprint(model: nn.Module) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if not name.startswith(heads):
-            total.update(repr((name, tuple(tensor.shape))).encode() + tensor.cpu().contiguous().numpy().tobytes())
+            contents = tensor.cpu().flatten().view(torch.uint8)  # numpy does not know every dtype
+            total.update(repr((name, tuple(tensor.shape))).encode() + contents.numpy().tobytes())
     return total.hexdigest()
 
 

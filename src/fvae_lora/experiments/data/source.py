@@ -46,7 +46,7 @@ def open_source(name: str, settings: DataSettings) -> dict[str, Dataset]:
         splits = BUILT_IN[name]()
     elif is_local(name):
         splits = _from_folder(Path(name))
-    elif copy := _copy_of(name, settings.config):
+    elif copy := copy_of(name, settings.config):
         splits = _from_folder(copy)
     else:
         splits = _from_hub(name, settings.config)
@@ -120,7 +120,7 @@ def _from_class_folders(folder: Path) -> Dataset:
     return Dataset.from_dict({"image": files, "label": labels}, features=features)
 
 
-def _copy_of(name: str, config: str | None) -> Path | None:
+def copy_of(name: str, config: str | None) -> Path | None:
     """The local copy of a data set: `ROOT/owner/name` or `ROOT/name`, or its configuration's folder in that."""
     root = os.environ.get(DATA_ROOT)
     for copy in (Path(root) / name, Path(root) / Path(name).name) if root else ():

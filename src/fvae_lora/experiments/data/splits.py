@@ -63,11 +63,12 @@ def split(official: dict[str, Dataset], settings: DataSettings, seed: int) -> Sp
 
 def _clean(parts: dict[str, Dataset], settings: DataSettings, _: int) -> Splits:
     origin = {name: f"the official {name} split" for name in ("validation", "test")}
+    how = "stratified, " if class_names(parts["train"]) else ""
     for name, share in (("test", settings.test_share), ("validation", settings.validation_share)):
         if name not in parts:
             refusal = f"no {name} split, and none can be taken from train"
             parts["train"], parts[name] = _stratified(parts["train"], share, settings.split_seed, refusal)
-            origin[name] = f"{share:g} of train, stratified, split seed {settings.split_seed}"
+            origin[name] = f"{share:g} of train, {how}split seed {settings.split_seed}"
     return Splits(**parts, validation_from=origin["validation"], test_from=origin["test"])
 
 

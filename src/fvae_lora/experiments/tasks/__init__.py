@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from fvae_lora.experiments.recipe import Recipe
 
-TASKS = {"image": "image:ImageTask"}
+TASKS = {"image": "image:ImageTask", "commonsense": "commonsense.task:CommonsenseTask"}
 """The tasks by name: the module of this package, and the class in it."""
 
 
@@ -91,7 +91,7 @@ class Task(ABC):
 
     @abstractmethod
     def scores(self, outputs: np.ndarray, labels: np.ndarray, rows: Any) -> dict[str, float]:
-        """Scores of a whole split, `metric` among them.
+        """Scores of a whole split; `metric` is among them, unless `generated_scores` gives it.
 
         Args:
             outputs: what `outputs` made of each batch, in the order of the rows.
