@@ -208,6 +208,21 @@ def test_many_rows_share_charts_of_at_most_eight(tmp_path):
     assert page.count("svg", "swatch") == 20 + 20 + 20
 
 
+def test_the_whole_benchmark_stays_a_page(tmp_path):
+    for dataset in "abcdef":
+        for number in range(16):
+            for seed in (1, 2):
+                run = record(f"method-{number}", seed, dataset)
+                lines = metrics("fvae-lora" if number < 6 else "lora", seed, dataset, epochs=3)
+                write_run(tmp_path / "runs" / f"{dataset}-{number}-{seed}", run, lines)
+    out = write_page(tmp_path / "runs", tmp_path / "page.html")
+    assert out.stat().st_size < 4e6
+    page = Page(out.read_text(encoding="utf-8"))
+    assert page.count("section") == 7  # the overview and six data sets
+    assert page.count("svg", "strip") == 6 * 16
+    assert not any("open" in attributes for tag, attributes in page.elements if tag == "details")
+
+
 def test_200_runs_stay_a_page(tmp_path):
     write_many(tmp_path / "runs")
     out = write_page(tmp_path / "runs", tmp_path / "page.html")

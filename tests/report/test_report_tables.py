@@ -2,6 +2,9 @@
 
 import csv
 import io
+import re
+import shutil
+import subprocess
 
 import pytest
 from rich.console import Console
@@ -42,6 +45,17 @@ def test_the_terminal_table_fits_80_columns(demo):
         assert sum(line.startswith(f"{method} ") for line in text.splitlines()) == 2  # scores, costs
 
 
+def test_wide_tables_are_told_in_parts_that_fit(tmp_path):
+    scores = {f"group_{n}_accuracy": n / 100 for n in range(12)}
+    for method in ("fvae-lora-reference", "lora"):
+        run = record(method)
+        run["metrics"]["test"] |= scores
+        write_run(tmp_path / method, run)
+    text = printed(summary_rows(tmp_path))
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(f"{n}.00" in text.split() for n in range(12))
+
+
 def test_the_terminal_table_lists_what_it_does_not_count(demo):
     text = printed(summary_rows(demo), width=200)
     assert "Not counted: 3" in text
@@ -66,6 +80,7 @@ def test_csv_holds_the_unrounded_numbers(three_seeds, demo, tmp_path):
     assert float(row["score"]) == three_seeds[0].score
     assert float(row["score_std"]) == three_seeds[0].score_std
     assert (row["seeds"], row["scores"], row["missing_seeds"]) == ("1 2 42", "0.9 0.92 0.97", "")
+    assert float(row["score_half_width"]) == three_seeds[0].score_half_width
     write_csv(summary_rows(demo), tmp_path / "table.csv")
     states = [row["state"] for row in csv.DictReader((tmp_path / "table.csv").open(encoding="utf-8"))]
     assert states == ["complete"] * 4 + ["unreadable", "failed", "running"]
@@ -88,6 +103,50 @@ def test_latex_is_a_booktabs_table_with_escaped_names(tmp_path):
     for part in (r"\toprule", r"\midrule", r"\bottomrule", r"accuracy \%"):
         assert part in text
     assert r"50\%\_a\&b\textbackslash{}c\#\$ & " in text
+
+
+def test_latex_says_the_protocol_the_seeds_and_the_interval_where_a_paper_shows_them(tmp_path):
+    for method in ("lora", "full"):
+        for seed in (1, 2, 42):
+            write_run(tmp_path / f"{method}-{seed}", record(method, seed, dataset="50%_a&b"))
+    write_latex(summary_rows(tmp_path), tmp_path / "table.tex")
+    text = (tmp_path / "table.tex").read_text(encoding="utf-8")
+    caption = next(line for line in text.splitlines() if line.startswith(r"\caption{"))
+    for said in (
+        r"50\%\_a\&b",
+        "model tiny-vit",
+        "protocol clean",
+        "seeds 1, 2, 42",
+        r"95\% confidence interval",
+        "pairs",
+    ):
+        assert said in caption
+    assert r"method & accuracy \% & 95\% CI $\pm$ & seeds & vs lora $\pm$ 95\% CI & pairs \\" in text
+
+
+def test_latex_compiles_or_is_at_least_whole(tmp_path):
+    names = r"50%_a&b\c#$^~{}<>|"
+    for seed in (1, 2):
+        write_run(tmp_path / "runs" / str(seed), record("lora", seed, dataset="tanganke/dtd"))
+        write_run(tmp_path / "runs" / f"b{seed}", record(names, seed, dataset=names))
+    write_latex(summary_rows(tmp_path / "runs"), tmp_path / "table.tex")
+    text = (tmp_path / "table.tex").read_text(encoding="utf-8")
+    for table in text.split(r"\begin{tabular}{")[1:]:
+        columns, _, rest = table.partition("}")
+        body = re.sub(r"\\[&%$#_{}]", "", rest.partition(r"\end{tabular}")[0])
+        lines = [line for line in body.splitlines() if line.endswith(r"\\")]
+        assert {line.count("&") + 1 for line in lines} == {len(columns)}
+    for kind in ("table", "tabular"):
+        assert text.count(rf"\begin{{{kind}}}") == text.count(rf"\end{{{kind}}}") == text.count(r"\toprule")
+    plain = re.sub(r"\\[{}]", "", text)
+    assert plain.count("{") == plain.count("}")
+    assert all(ord(c) < 128 for c in text)
+    if compiler := shutil.which("pdflatex") or shutil.which("tectonic"):
+        document = r"\documentclass{article}\usepackage{booktabs}\begin{document}" + text + r"\end{document}"
+        (tmp_path / "paper.tex").write_text(document, encoding="utf-8")
+        options = ["-interaction=nonstopmode", "-halt-on-error"] if compiler.endswith("pdflatex") else []
+        done = subprocess.run([compiler, *options, "paper.tex"], cwd=tmp_path, capture_output=True, check=False)
+        assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_latex_runs_no_name_as_a_command(tmp_path):

@@ -20,7 +20,7 @@ def set_differences(groups: Sequence[Group], gridded: Collection[str]) -> None:
         gridded: the keys that a grid chose for each method.
 
     """
-    baselines = [group for group in groups if group.row.method == BASELINE]
+    baselines = [group for group in groups if group.row.method == BASELINE and not group.row.superseded]
     for group in groups:
         if group.row.method != BASELINE and (baseline := _baseline(group, baselines, gridded)):
             pairs = list(_pairs(group, baseline))

@@ -16,7 +16,8 @@ from fvae_lora.experiments.report.tables import Table, comparisons, left_out, ov
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Write every field of every row, unrounded: scores as recorded, the paper's in percent, seconds, MB.
 
-    Further test scores have a column each, and one for their standard deviation. Empty is unknown.
+    Further test scores have columns of their own: mean, standard deviation, and what the paper published. Empty is
+    unknown.
     """
     plain = [field.name for field in fields(Row) if field.name != "further"]
     lines = [{name: _csv(getattr(row, name)) for name in plain} | _further(row) for row in rows]
@@ -29,7 +30,11 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 def _further(row: Row) -> dict[str, float | None]:
     scores = row.further
-    return {f"test_{s.name}": s.mean for s in scores} | {f"test_{s.name}_std": s.std for s in scores}
+    return {
+        f"{name}{s.name}{end}": value
+        for s in scores
+        for name, end, value in (("test_", "", s.mean), ("test_", "_std", s.std), ("paper_", "", s.paper))
+    }
 
 
 def _csv(value: Any) -> Any:

@@ -80,9 +80,11 @@ class Row:
     point: tuple[tuple[str, Any], ...] = ()
     """For a point of a grid: the value of each key that the grid of its method varies."""
     chosen: bool = False
-    """Whether the final runs have the values of this point; without final runs, whether it is the best."""
+    """Whether this point of a grid has the best validation score."""
     edge: tuple[str, ...] = ()
     """The keys with more than two values on whose first or last value a chosen point lies."""
+    superseded: bool = False
+    """Whether these results are of an earlier choice: by now the grid chooses another point."""
     run: str = ""
     reason: str = ""
 
@@ -110,5 +112,5 @@ class Group:
 
 def differing(recipes: Iterable[Recipe]) -> set[str]:
     """Return the keys for which not all of `recipes` have the same value."""
-    first, *others = recipes
-    return {key for other in others for key in first.keys() | other.keys() if first.get(key) != other.get(key)}
+    known = list(recipes)
+    return {k for other in known for k in known[0].keys() | other.keys() if known[0].get(k) != other.get(k)}

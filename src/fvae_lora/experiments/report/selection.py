@@ -1,47 +1,62 @@
-"""Grids: which keys they vary, which point was chosen, and whether it lies on the edge."""
+"""Grids: which keys they vary, which points were chosen, and whether these lie on the edge."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import groupby
 
 from fvae_lora.experiments.report.records import is_number, printable
-from fvae_lora.experiments.report.rows import Group, Recipe, differing
+from fvae_lora.experiments.report.rows import Group, differing
 
 
-def gridded_keys(points: Sequence[Group]) -> set[str]:
-    """Return the keys in which the points of any one method differ."""
-    methods = {group.row.method for group in points}
-    return {key for method in methods for key in differing(g.recipe for g in points if g.row.method == method)}
+def mark_points(points: Sequence[Group], results: Sequence[Group]) -> set[str]:
+    """Set where in its method's grid each point lies, which ones are chosen, and on which edges those lie.
 
-
-def mark_points(points: Sequence[Group], results: Sequence[Group]) -> None:
-    """Set where in its method's grid each point lies, which one was chosen, and on which edges that lies.
+    A key whose every value has final runs was not chosen from but compared, beside the grid: there is a choice for
+    each of its values. Among equals the one with final runs is chosen. Final runs at a point that is not chosen, for
+    example because the grid has become wider since, are marked as superseded.
 
     Args:
-        points: the points of the grids of one comparison, failed ones among them.
+        points: the points of the grids of one comparison, with their validation scores; failed ones among them.
         results: the final runs of the same comparison, finished or not.
 
+    Returns:
+        The keys that the grids chose from.
+
     """
+    gridded = set()
     for method in dict.fromkeys(group.row.method for group in points):
         grid = [group for group in points if group.row.method == method]
+        finals = [group for group in results if group.row.method == method]
         keys = sorted(differing(group.recipe for group in grid))
-        finals = [group.recipe for group in results if group.row.method == method]
-        chosen = [g for g in grid if any(_at(g.recipe, keys) == _at(final, keys) for final in finals)]
-        best = chosen or _best(grid)
-        for group in grid:
-            is_chosen = any(group is other for other in best)
-            group.row = replace(
-                group.row,
-                point=tuple((key, _value(group.recipe, key)) for key in keys),
-                chosen=is_chosen,
-                edge=tuple(key for key in keys if is_chosen and _on_edge(group, grid, key)),
-            )
+        chosen_from = [key for key in keys if not set(_at(grid, [key])) <= set(_at(finals, [key]))]
+        gridded |= set(chosen_from)
+        compared = [key for key in keys if key not in chosen_from]
+        for group, point in zip(grid, _at(grid, keys), strict=True):
+            group.row = replace(group.row, point=tuple(zip(keys, point, strict=True)))
+
+        def part(group: Group, keys: Sequence[str] = compared) -> list[str]:
+            return [str(value) for key, value in group.row.point if key in keys]
+
+        for _, same in groupby(sorted(grid, key=part), key=part):
+            _choose(list(same), finals, chosen_from)
+        passed_over = {group.row.point for group in grid if not group.row.chosen}
+        for final in finals:
+            if tuple(zip(keys, _at([final], keys)[0], strict=True)) in passed_over:
+                final.row = replace(final.row, superseded=True)
+    return gridded
 
 
-def _best(grid: Sequence[Group]) -> list[Group]:
-    scored = [group for group in grid if group.row.validation_score is not None]
+def _choose(grid: Sequence[Group], finals: Sequence[Group], keys: Sequence[str]) -> None:
     sign = 1 if grid[0].row.greater_is_better else -1
-    return [max(scored, key=lambda group: sign * (group.row.validation_score or 0))] if scored else []
+    final_points = _at(finals, keys)
+    scored = [
+        (sign * group.row.validation_score, point in final_points, group)
+        for group, point in zip(grid, _at(grid, keys), strict=True)
+        if group.row.validation_score is not None
+    ]
+    if scored:
+        *_, best = max(scored, key=lambda entry: entry[:2])
+        best.row = replace(best.row, chosen=True, edge=tuple(key for key in keys if _on_edge(best, grid, key)))
 
 
 def _on_edge(group: Group, grid: Sequence[Group], key: str) -> bool:
@@ -49,10 +64,9 @@ def _on_edge(group: Group, grid: Sequence[Group], key: str) -> bool:
     return len(values) > 2 and group.recipe.get(key) in (values[0], values[-1])
 
 
-def _at(recipe: Recipe, keys: Sequence[str]) -> list[Any]:
-    return [recipe.get(key) for key in keys]
-
-
-def _value(recipe: Recipe, key: str) -> float | str:
-    value = recipe.get(key)
-    return value if is_number(value) else printable(value) or "none"
+def _at(groups: Sequence[Group], keys: Sequence[str]) -> list[tuple[float | str, ...]]:
+    """Return the values of `keys` of each group: numbers as they are, anything else as text."""
+    recipes = [group.recipe for group in groups]
+    return [
+        tuple(v if is_number(v := recipe.get(key)) else printable(v) or "none" for key in keys) for recipe in recipes
+    ]

@@ -14,7 +14,7 @@ from fvae_lora.experiments.report.baseline import set_differences
 from fvae_lora.experiments.report.intervals import half_width, spread
 from fvae_lora.experiments.report.records import Record, Run, Source, is_number, printable, read_runs
 from fvae_lora.experiments.report.rows import Further, Group, Row, differing
-from fvae_lora.experiments.report.selection import gridded_keys, mark_points
+from fvae_lora.experiments.report.selection import mark_points
 
 
 def summary_rows(runs: Path) -> list[Row]:
@@ -43,6 +43,7 @@ def _comparison(group: Group) -> tuple[str, ...]:
 
 def _grouped(runs: Sequence[Run]) -> tuple[list[Group], list[Group]]:
     """Collect the runs of each recipe, and those that are counted nowhere."""
+    runs = _identified(runs)
     records = [run.record for run in runs if run.record]
     models, datasets = _labels(r.model for r in records), _labels(map(_data, records))
     groups: dict[tuple[Row, frozenset[tuple[str, str]]], Group] = {}
@@ -83,6 +84,24 @@ def _grouped(runs: Sequence[Run]) -> tuple[list[Group], list[Group]]:
     return list(groups.values()), left_out
 
 
+def _identified(runs: Sequence[Run]) -> list[Run]:
+    """Say of a run that ended before it had opened model and data which ones its recipe means, if another run knows."""
+
+    def asked(record: Record) -> tuple[str, ...]:
+        return tuple(printable(record.recipe.get(key)) for key in ("task", "model", "dataset", "data"))
+
+    known = {asked(run.record): run.record for run in runs if run.record and run.record.dataset.fingerprint}
+    found = []
+    for run in runs:
+        record = run.record
+        opened = record is None or record.dataset.fingerprint or not record.recipe.get("dataset")
+        if record and not opened and (other := known.get(asked(record))):
+            same = {"model": other.model, "dataset": other.dataset, "metric": other.metric}
+            run = replace(run, record=record.model_copy(update=same))
+        found.append(run)
+    return found
+
+
 NAMED_ELSEWHERE = {"task", "method", "model", "dataset", "seed", "purpose"}
 """What rows of a comparison do not differ in by these names: model and data are known by their contents."""
 
@@ -94,16 +113,15 @@ def _compared(groups: Sequence[Group]) -> list[Group]:
     begun = [group.runs.keys() | group.unfinished.keys() for group in results]
     attempts = Counter(seed for seeds in begun for seed in seeds)
     expected = {seed for seed, rows in attempts.items() if 2 * rows >= len(results)}
-    for alike in (results, points):
-        for group, settings in zip(alike, _settings(alike), strict=True):
-            group.row = replace(group.row, settings=settings)
+    for group in points:
+        group.row = _point(group)
+    gridded = mark_points(points, results)
+    _set_settings(results)
+    _set_settings(points)
     finished = [group for group in results if group.runs]
     for group in finished:
         group.row = _averaged(group, expected)
-    set_differences(finished, gridded_keys(points))
-    for group in points:
-        group.row = _point(group)
-    mark_points(points, results)
+    set_differences(finished, gridded)
     sign = -1 if groups[0].row.greater_is_better else 1
     finished.sort(key=lambda g: (sign * (g.row.validation_score or 0), g.row.label))
     return finished + points
@@ -163,19 +181,20 @@ def _point(group: Group) -> Row:
     )
 
 
-def _settings(groups: Sequence[Group]) -> list[str]:
-    """Name, for each group, the entries in which its recipe differs from another of its method."""
-    varied = {
-        method: differing([g.recipe for g in groups if g.row.method == method])
-        for method in {group.row.method for group in groups}
-    }
-    return [
-        " ".join(
-            f"{key.rpartition('.')[2]}={printable(group.recipe.get(key, 'none'))}"
-            for key in sorted(varied[group.row.method])
-        )
-        for group in groups
-    ]
+def _set_settings(groups: Sequence[Group]) -> None:
+    """Name, for each row, the entries in which its recipe differs from another of its method.
+
+    What is superseded is told apart, and tells nothing apart.
+    """
+    for method in {group.row.method for group in groups}:
+        siblings = [group for group in groups if group.row.method == method]
+        standing = differing(group.recipe for group in siblings if not group.row.superseded)
+        every = differing(group.recipe for group in siblings)
+        for group in siblings:
+            keys = sorted(every if group.row.superseded else standing)
+            settings = " ".join(f"{k.rpartition('.')[2]}={printable(group.recipe.get(k, 'none'))}" for k in keys)
+            earlier = " (earlier choice)" * group.row.superseded
+            group.row = replace(group.row, settings=settings + earlier)
 
 
 def _data(record: Record) -> Source:
