@@ -15,11 +15,11 @@ from colours import write_pictures
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
-from fvae_lora.experiments.data import fingerprint, open_source, split
+from fvae_lora.experiments.data import fingerprint, open_images, split
 from fvae_lora.experiments.data.images import image_content, random_resized_crop
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.recipe import DataSettings, Recipe
-from fvae_lora.experiments.tasks.image import ImageTask, load_classifier
+from fvae_lora.experiments.tasks.image import ImageTask, load_image_classifier
 
 DEFAULT = DataSettings()
 
@@ -27,7 +27,7 @@ DEFAULT = DataSettings()
 def as_parquet(folder: Path, to: Path, features: Features | None = None) -> None:
     """The pictures of `folder` as parquet files, with names as labels unless `features` say otherwise."""
     to.mkdir()
-    for name, rows in open_source(str(folder), DEFAULT).items():
+    for name, rows in open_images(str(folder), DEFAULT).items():
         encoded = [{"bytes": image_content(row, ""), "path": None} for row in rows]
         labels = [rows.features["label"].int2str(row["label"]) for row in rows]
         columns = {"image": encoded, "label": labels}
@@ -35,7 +35,7 @@ def as_parquet(folder: Path, to: Path, features: Features | None = None) -> None
 
 
 def test_a_folder_of_pictures(pictures: Path) -> None:
-    splits = open_source(str(pictures), DEFAULT)
+    splits = open_images(str(pictures), DEFAULT)
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 30, "test": 12}
     assert splits["train"].features["label"].names == ["blue", "green", "red"]
     for row in splits["train"]:
@@ -43,7 +43,7 @@ def test_a_folder_of_pictures(pictures: Path) -> None:
 
 
 def test_one_folder_per_class_without_splits_is_all_train(pictures: Path) -> None:
-    assert {name: len(rows) for name, rows in open_source(str(pictures / "train"), DEFAULT).items()} == {"train": 30}
+    assert {name: len(rows) for name, rows in open_images(str(pictures / "train"), DEFAULT).items()} == {"train": 30}
 
 
 @pytest.mark.parametrize("typed", [True, False])
@@ -51,7 +51,7 @@ def test_parquet_holds_the_same_rows_as_the_folder_it_was_made_of(pictures: Path
     names = ["red", "green", "blue"]  # another order than the folder's
     features = Features({"image": datasets.Image(), "label": ClassLabel(names=names)}) if typed else None
     as_parquet(pictures, tmp_path / "p", features)
-    folder, parquet = (open_source(str(place), DEFAULT) for place in (pictures, tmp_path / "p"))
+    folder, parquet = (open_images(str(place), DEFAULT) for place in (pictures, tmp_path / "p"))
     assert parquet["train"].features["label"].names == (names if typed else sorted(names))
     for name in ("train", "test"):
         there, here = (
@@ -64,22 +64,22 @@ def test_parquet_holds_the_same_rows_as_the_folder_it_was_made_of(pictures: Path
 
 
 def test_columns_can_be_named(pictures: Path, tmp_path: Path) -> None:
-    rows = open_source(str(pictures), DEFAULT)["train"]
+    rows = open_images(str(pictures), DEFAULT)["train"]
     (tmp_path / "p").mkdir()
     rows.rename_columns({"image": "photo", "label": "colour"}).cast_column("colour", Value("int64")).to_parquet(
         tmp_path / "p" / "train.parquet"
     )
     with pytest.raises(UserError, match=r"no label column in split train; set data.label_column to one of"):
-        open_source(str(tmp_path / "p"), DEFAULT)
+        open_images(str(tmp_path / "p"), DEFAULT)
     settings = DataSettings(label_column="colour", image_column="photo")
-    opened = open_source(str(tmp_path / "p"), settings)["train"]
+    opened = open_images(str(tmp_path / "p"), settings)["train"]
     assert opened.features["label"].names == ["0", "1", "2"]
     assert opened["label"][:] == rows["label"][:]
 
 
 def test_the_fingerprint_is_of_the_content(pictures: Path, tmp_path: Path) -> None:
     def mark(folder: Path) -> str:
-        return fingerprint(open_source(str(folder), DEFAULT), image_content)
+        return fingerprint(open_images(str(folder), DEFAULT), image_content)
 
     copy = tmp_path / "elsewhere"
     shutil.copytree(pictures, copy)
@@ -99,7 +99,7 @@ def rows_of(part: Dataset) -> set[str]:
 
 
 def test_clean_takes_validation_from_train_and_leaves_test_whole(pictures: Path) -> None:
-    official = open_source(str(pictures), DEFAULT)
+    official = open_images(str(pictures), DEFAULT)
     first, second = (split(official, DEFAULT, seed) for seed in (1, 2))
     assert rows_of(first.validation) == rows_of(second.validation), "the split must not depend on the run's seed"
     assert rows_of(first.train) | rows_of(first.validation) == rows_of(official["train"])
@@ -114,20 +114,20 @@ def test_clean_takes_validation_from_train_and_leaves_test_whole(pictures: Path)
 def test_clean_uses_what_is_there(pictures: Path, tmp_path: Path) -> None:
     shutil.copytree(pictures, tmp_path / "d")
     write_pictures(tmp_path / "d" / "val", 2, seed=3)
-    splits = split(open_source(str(tmp_path / "d"), DEFAULT), DEFAULT, 1)
+    splits = split(open_images(str(tmp_path / "d"), DEFAULT), DEFAULT, 1)
     assert splits.sizes == {"train": 30, "validation": 6, "test": 12}
     assert splits.validation_from == "the official validation split"
 
 
 def test_clean_takes_a_missing_test_split_from_train(pictures: Path) -> None:
-    splits = split(open_source(str(pictures / "train"), DEFAULT), DataSettings(test_share=0.5, validation_share=0.2), 1)
+    splits = split(open_images(str(pictures / "train"), DEFAULT), DataSettings(test_share=0.5, validation_share=0.2), 1)
     assert splits.sizes == {"train": 12, "validation": 3, "test": 15}
     assert "of train" in splits.test_from
     assert len(rows_of(splits.train) | rows_of(splits.validation) | rows_of(splits.test)) == 30
 
 
 def test_the_references_protocol_halves_the_test_split_by_the_runs_seed(pictures: Path) -> None:
-    official = open_source(str(pictures), DEFAULT)
+    official = open_images(str(pictures), DEFAULT)
     first, second = (split(official, DataSettings(protocol="reference"), seed) for seed in (1, 2))
     assert first.sizes == {"train": 30, "validation": 6, "test": 6}
     assert rows_of(first.validation) | rows_of(first.test) == rows_of(official["test"])
@@ -137,7 +137,7 @@ def test_the_references_protocol_halves_the_test_split_by_the_runs_seed(pictures
 
 
 def test_the_digits_come_with_a_package() -> None:
-    splits = open_source("sklearn-digits", DEFAULT)
+    splits = open_images("sklearn-digits", DEFAULT)
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 1797}
     assert splits["train"].features["label"].names == [str(digit) for digit in range(10)]
 
@@ -145,8 +145,8 @@ def test_the_digits_come_with_a_package() -> None:
 def test_training_images_are_augmented_and_no_others(
     make_recipe: Callable[..., Recipe], pictures: Path, vit: Path
 ) -> None:
-    splits = split(open_source(str(pictures), DEFAULT), DEFAULT, 1)
-    model, processor = load_classifier(str(vit), splits.classes)
+    splits = split(open_images(str(pictures), DEFAULT), DEFAULT, 1)
+    model, processor = load_image_classifier(str(vit), splits.classes)
 
     def pixels(augmentation: list[str]) -> dict[str, torch.Tensor]:
         recipe = make_recipe(image={"augmentation": augmentation})
@@ -176,8 +176,8 @@ def test_training_images_are_augmented_and_no_others(
 
 
 def test_every_epoch_sees_other_crops(make_recipe: Callable[..., Recipe], pictures: Path, vit: Path) -> None:
-    splits = split(open_source(str(pictures), DEFAULT), DEFAULT, 1)
-    model, processor = load_classifier(str(vit), splits.classes)
+    splits = split(open_images(str(pictures), DEFAULT), DEFAULT, 1)
+    model, processor = load_image_classifier(str(vit), splits.classes)
     train = ImageTask(make_recipe(image={"augmentation": ["random_resized_crop"]})).datasets(splits, model, processor)[
         "train"
     ]
@@ -207,22 +207,22 @@ def test_every_kind_of_image_becomes_what_the_model_takes(
         (tmp_path / name).mkdir()
         for i in range(4):
             Image.new(mode, (9, 7)).save(tmp_path / name / f"{i}.tiff")
-    official = open_source(str(tmp_path), DataSettings(test_share=0.5, validation_share=0.5))
+    official = open_images(str(tmp_path), DataSettings(test_share=0.5, validation_share=0.5))
     splits = split(official, DataSettings(test_share=0.5, validation_share=0.5), 1)
-    model, processor = load_classifier(str(vit), splits.classes)
+    model, processor = load_image_classifier(str(vit), splits.classes)
     assert ImageTask(make_recipe()).datasets(splits, model, processor)["train"][0]["pixel_values"].shape == (3, 8, 8)
 
 
 def test_a_parquet_file_that_is_cut_off_is_one_line_that_names_the_folder(tmp_path: Path) -> None:
     (tmp_path / "train-0.parquet").write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(UserError, match="parquet files cannot be read") as caught:
-        open_source(str(tmp_path), DataSettings())
+    with pytest.raises(UserError, match="cannot be read as parquet") as caught:
+        open_images(str(tmp_path), DataSettings())
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
 
 
 def test_the_references_protocol_for_svhn_selects_on_the_whole_test_split(pictures: Path) -> None:
-    official = open_source(str(pictures), DataSettings())
+    official = open_images(str(pictures), DataSettings())
     settings = DataSettings(protocol="reference-on-test")
     parts = split(official, settings, 1)
     assert parts.validation["image"][:] == parts.test["image"][:] == official["test"]["image"][:]

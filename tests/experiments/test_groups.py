@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image as Pil
 
-from fvae_lora.experiments.data import accuracies, fingerprint, group_counts, open_source, split, unlike_published
+from fvae_lora.experiments.data import accuracies, fingerprint, group_counts, open_images, split, unlike_published
 from fvae_lora.experiments.data.groups import group_scores, weighted_as
 from fvae_lora.experiments.data.images import image_content
 from fvae_lora.experiments.data.published import CELEBA, SPUCO_ANIMALS, WATERBIRDS, Published
@@ -190,7 +190,7 @@ def test_the_order_of_rows_and_the_numbering_of_groups_do_not_matter(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_published_folder_is_known_by_its_files(layout: str, tmp_path: Path) -> None:
     write, published = LAYOUTS[layout]
-    splits = open_source(str(write(tmp_path / "data")), GROUPED)
+    splits = open_images(str(write(tmp_path / "data")), GROUPED)
     halves = len(published.groups) // 4
     assert list(splits) == list(ROWS)
     for part, data in splits.items():
@@ -207,7 +207,7 @@ def test_a_published_folder_is_known_by_its_files(layout: str, tmp_path: Path) -
 @pytest.mark.parametrize("images", ["img_align_celeba/img_align_celeba", "Img/img_align_celeba"])
 def test_celeba_as_csv_is_the_same_as_text(tmp_path: Path, images: str) -> None:
     text, csv = (write_celeba(tmp_path / "txt"), write_celeba(tmp_path / "csv", ".csv", images))
-    marks = [fingerprint(open_source(str(folder), GROUPED), image_content) for folder in (text, csv)]
+    marks = [fingerprint(open_images(str(folder), GROUPED), image_content) for folder in (text, csv)]
     assert marks[0] == marks[1]
 
 
@@ -256,7 +256,7 @@ def test_a_whole_copy_is_used_without_a_word_and_another_is_named(published: Pub
 def test_groups_are_called_by_their_names_or_numbers(
     tmp_path: Path, group: Callable[[int, int], Any], feature: Any, names: list[str]
 ) -> None:
-    splits = open_source(str(write_parquet(tmp_path / "p", group, feature)), GROUPED)
+    splits = open_images(str(write_parquet(tmp_path / "p", group, feature)), GROUPED)
     assert all(data.features["group"].names == names for data in splits.values())
     for row in splits["test"]:
         red, _, blue = np.asarray(Pil.open(str(tmp_path / "p" / _file_of(row, tmp_path / "p")))).mean((0, 1))
@@ -273,7 +273,7 @@ def test_the_fingerprint_tells_other_groups_apart(tmp_path: Path) -> None:
         folder = tmp_path / name
         if not folder.exists():
             write_parquet(folder, group, Value("int64"))
-        return fingerprint(open_source(str(folder), settings), image_content)
+        return fingerprint(open_images(str(folder), settings), image_content)
 
     ones, others = ("a", lambda a, b: 2 * a + b), ("b", lambda a, b: 2 * b + a)
     assert mark(*ones, GROUPED) != mark(*others, GROUPED)
@@ -436,7 +436,7 @@ def test_a_folder_that_cannot_be_used_is_named_in_one_line(
 def test_groups_that_cannot_be_used(tmp_path: Path, group: Callable[[int, int], Any], feature: Any, says: str) -> None:
     folder = write_parquet(tmp_path / "p", group, feature)
     with pytest.raises(UserError, match=says):
-        split(open_source(str(folder), GROUPED), GROUPED, 1)
+        split(open_images(str(folder), GROUPED), GROUPED, 1)
 
 
 def test_a_group_that_only_test_has_is_empty_in_train(tmp_path: Path) -> None:
@@ -444,12 +444,12 @@ def test_a_group_that_only_test_has_is_empty_in_train(tmp_path: Path) -> None:
     write_parquet(tmp_path / "q", lambda a, b: 2 * a, Value("int64"), parts=("test",))
     (tmp_path / "q" / "test-0.parquet").rename(folder / "test-0.parquet")
     with pytest.raises(UserError, match="no row of group 2 in split train"):
-        split(open_source(str(folder), GROUPED), GROUPED, 1)
+        split(open_images(str(folder), GROUPED), GROUPED, 1)
 
 
 def test_a_column_that_is_not_there(parquet: Path) -> None:
     with pytest.raises(UserError, match=r"no group column in split test; set data.group_column to one of image, label"):
-        open_source(str(parquet), DataSettings(group_column="place"))
+        open_images(str(parquet), DataSettings(group_column="place"))
 
 
 @pytest.mark.parametrize("override", ["data.average=train-weighted", "data.select_by=worst_group_accuracy"])

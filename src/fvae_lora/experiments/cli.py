@@ -306,7 +306,7 @@ def recipes_default(context: typer.Context) -> None:
 @recipes.command("list")
 def list_recipes() -> None:
     """The shipped recipes, the methods, and the models and data that need neither a folder nor a network."""
-    from fvae_lora.experiments.data.source import BUILT_IN as DATASETS
+    from fvae_lora.experiments.data.image_source import BUILT_IN as DATASETS
     from fvae_lora.experiments.methods import METHODS
     from fvae_lora.experiments.recipe import shipped
     from fvae_lora.experiments.tasks.image import BUILT_IN as MODELS

@@ -54,7 +54,7 @@ def use_cached_states(
         raise UserError("train.cache_frozen: every epoch sees other images; set image.augmentation=[]")
     blocks = frozen_blocks(model)
     identity = [record["model"]["fingerprint"], record["dataset"]["fingerprint"], blocks[-1], recipe.train.precision]
-    identity += [recipe.image.model_dump(), recipe.data.model_dump(), recipe.task]
+    identity += [recipe.image.model_dump(), recipe.text.model_dump(), recipe.data.model_dump(), recipe.task]
     identity += [recipe.seed] if recipe.data.protocol == "reference" else []
     files = {}
     for split in rows:

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from fvae_lora.experiments.errors import UserError
@@ -30,8 +30,11 @@ class Section(BaseModel):
 class DataSettings(Section):
     """Which rows are trained on, selected on and tested on."""
 
-    protocol: Literal["clean", "reference", "reference-on-test"] = "clean"
-    """`clean` takes a missing split from train, the same for every seed, and keeps the official test split whole.
+    protocol: Literal["clean", "reported-on-validation", "reference", "reference-on-test"] = "clean"
+    """`clean` takes a missing split from train, the same for every seed, and keeps the official test split whole;
+    where there is none with known labels (as in GLUE), the official validation split is the test.
+    `reported-on-validation` selects on the official validation split and reports its score there as the test's: common
+    practice for GLUE, and too good by what the selection gains.
     `reference` splits as the reference implementation does: anew for each seed, and it may halve the test split.
     `reference-on-test` selects on the test split itself, as the reference implementation does for SVHN."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -41,6 +44,8 @@ class DataSettings(Section):
     """Which configuration of a data set on the hub, where it has several."""
     image_column: str | None = None
     label_column: str | None = None
+    classes: Annotated[list[str], Field(min_length=2)] | None = None
+    """Names of the labels in the order of their numbers; None is those that the data declare, or that train has."""
     train_rows: Count | None = None
     """How many rows of the training split are used, drawn by class and group with the split seed; None is all."""
     validation_rows: Count | None = None
@@ -82,6 +87,30 @@ class CommonsenseSettings(Section):
     """The longest answer that is generated."""
     load_in_4bit: bool = False
     """Keeps the frozen weights in 4 bits (needs bitsandbytes)."""
+
+
+class TextSettings(Section):
+    """What is read of a row of text, and how it is judged."""
+
+    columns: Annotated[list[str], Field(min_length=1, max_length=2)] | None = None
+    """The text's column, or the two of a pair; None is `sentence` or `text`."""
+    max_length: Count = 128
+    """Tokens of a row, special ones included, beyond which it is cut."""
+    metrics: Annotated[list[Literal["accuracy", "f1", "matthews", "pearson", "spearman"]], Field(min_length=1)] = [
+        "accuracy"
+    ]
+    """What is measured; the first selects the epoch. The correlations are those of a regression on numbers."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if len({metric in ("pearson", "spearman") for metric in self.metrics}) > 1:
+            raise ValueError("classes have accuracy, f1 and matthews, numbers have pearson and spearman: not both")
+        return self
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether labels are numbers rather than classes."""
+        return self.metrics[0] in ("pearson", "spearman")
 
 
 class TrainSettings(Section):
@@ -147,7 +176,7 @@ class FvaeSettings(Section):
 class Recipe(Section):
     """One run, completely: the same recipe on the same data and the same versions gives the same result."""
 
-    task: Literal["image", "commonsense"] = "image"
+    task: Literal["image", "text", "commonsense"] = "image"
     method: MethodName = "fvae-lora"
     model: Annotated[str, Field(min_length=1)]
     dataset: Annotated[str, Field(min_length=1)]
@@ -156,6 +185,7 @@ class Recipe(Section):
     """`selection` is a point of a grid: it is scored on validation, and leaves the test split alone."""
     data: DataSettings = DataSettings()
     image: ImageSettings = ImageSettings()
+    text: TextSettings = TextSettings()
     commonsense: CommonsenseSettings = CommonsenseSettings()
     train: TrainSettings = TrainSettings()
     adapter: AdapterSettings = AdapterSettings()

@@ -14,12 +14,16 @@ def class_names(rows: Dataset, column: str = "label") -> list[str]:
 
 def names_in(rows: Dataset, column: str) -> list[str]:
     """Names in a column: those declared, or else the values that occur, in their order."""
-    return class_names(rows, column) or [str(value) for value in sorted(set(rows[column]))]
+    return class_names(rows, column) or [str(value) for value in sorted(set(rows[column]), key=_order)]
+
+
+def _order(value: Any) -> tuple[str, Any]:
+    return type(value).__name__, value
 
 
 def missing(value: Any) -> bool:
     """Whether a value of such a column says that there is none."""
-    return value is None or value == -1
+    return value is None or value in (-1, "")
 
 
 def as_classes(rows: Dataset, column: str, names: Sequence[str]) -> Dataset:

@@ -1,22 +1,22 @@
-"""Labelled images by name: a local folder, a data set on the hub, or the digits that ship with scikit-learn.
+"""Data sets by name, whatever is in their rows: where the splits come from, their columns and their classes.
 
 A data set on the hub is taken from the folder that the variable `FVAE_LORA_DATA_ROOT` names, if there is a copy of it.
-Whatever the source, a split has two columns: `image` (a file's path or its bytes, not decoded) and `label`; and
-`group`, if the recipe asks for groups.
 """
 
+import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Value
 
-from fvae_lora.experiments.data.celeba import read_celeba
-from fvae_lora.experiments.data.columns import as_classes, missing, names_in
+from fvae_lora.experiments.data.columns import as_classes, class_names, missing, names_in
 from fvae_lora.experiments.data.groups import with_groups
-from fvae_lora.experiments.data.spuco_animals import read_spuco_animals
-from fvae_lora.experiments.data.waterbirds import read_waterbirds
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.names import is_local
 from fvae_lora.experiments.recipe import DataSettings
@@ -32,73 +32,63 @@ SPLIT_NAMES = {
     "testing": "test",
 }
 DATA_ROOT = "FVAE_LORA_DATA_ROOT"
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+READERS: dict[str, Callable[..., Any]] = {
+    ".parquet": partial(datasets.load_dataset, "parquet"),
+    ".jsonl": partial(datasets.load_dataset, "json"),
+    ".csv": partial(datasets.load_dataset, "csv", keep_default_na=False),  # "NA" and "None" are texts
+}
+"""What reads a table, by its file's suffix. A folder's tables are those of the first suffix that it has any of."""
+
+FolderReader = Callable[[Path], dict[str, Dataset]]
 
 
-def open_source(name: str, settings: DataSettings) -> dict[str, Dataset]:
-    """The official splits of a data set, by their usual names: `train`, and `validation` and `test` where they exist.
+def official_splits(name: str, settings: DataSettings, read_folder: FolderReader) -> dict[str, Dataset]:
+    """The official splits of a data set with all their columns, by their usual names, `train` among them.
+
+    Args:
+        name: a local folder, or a name on the hub.
+        settings: its `config` says which configuration on the hub.
+        read_folder: gives the splits of a local folder.
 
     Raises:
-        UserError: no such data set; a split that is empty; one class only; labels that differ between splits; rows
-            without a group.
+        UserError: no such data set, or one without a train split.
     """
-    if name in BUILT_IN:
-        splits = BUILT_IN[name]()
-    elif is_local(name):
-        splits = _from_folder(Path(name))
-    elif copy := copy_of(name, settings.config):
-        splits = _from_folder(copy)
-    else:
-        splits = _from_hub(name, settings.config)
+    folder = _folder_of(name, settings.config)
+    splits = read_folder(folder) if folder else _from_hub(name, settings.config)
     if "train" not in splits:
         raise UserError(f"dataset {name}: no train split; it has {', '.join(splits) or 'nothing'}")
-    splits = _with_classes(name, {key: _own_columns(name, key, rows, settings) for key, rows in splits.items()})
-    return splits if settings.group_column is None else with_groups(name, splits)
+    return splits
 
 
-def _digits() -> dict[str, Dataset]:
-    from PIL import Image as Pil
-    from sklearn.datasets import load_digits
+def read_tables(folder: Path, suffixes: Iterable[str] = READERS) -> dict[str, Dataset]:
+    """The splits that the tables in `folder` and below it hold; none where there is no table with one of `suffixes`.
 
-    digits = load_digits()
-    images = [Pil.fromarray((image * 255 / 16).round().astype("uint8")) for image in digits.images]
-    labels = ClassLabel(names=[str(digit) for digit in digits.target_names])
-    features = Features({"image": Image(), "label": labels})
-    return {"train": Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)}
+    Raises:
+        UserError: a file that cannot be read, or files of a split that do not fit each other.
+    """
+    return {split: _joined(folder, files) for split, files in _tables(folder, suffixes).items()}
 
 
-BUILT_IN: dict[str, Callable[[], dict[str, Dataset]]] = {"sklearn-digits": _digits}
-"""Data sets that need neither a network nor a folder."""
+def _place(name: str, settings: DataSettings, split: str, index: int) -> str:
+    """Where row `index` of an official split is, for messages: its file in a local folder, its number from 1 on."""
+    folder = _folder_of(name, settings.config)
+    for file in _tables(folder).get(split, []) if folder else []:
+        if index < (rows := len(_read(file))):
+            return f"{file}, row {index + 1}"
+        index -= rows
+    return f"dataset {name}: split {split}, row {index + 1}"
 
 
-PUBLISHED_LAYOUTS: tuple[Callable[[Path], dict[str, Dataset] | None], ...] = (
-    read_waterbirds,
-    read_celeba,
-    read_spuco_animals,
-)
-"""Readers of data sets in the layout that they were published in; each gives None for other folders."""
-
-
-def _from_folder(folder: Path) -> dict[str, Dataset]:
-    if not folder.is_dir():
-        raise UserError(f"dataset {folder}: no such folder")
-    for read in PUBLISHED_LAYOUTS:
-        if (published := read(folder)) is not None:
-            return published
-    files = [(file, _split_of(file.relative_to(folder))) for file in sorted(folder.rglob("*.parquet"))]
-    if files:
-        named = any(split for _, split in files)
-        by_split: dict[str, list[str]] = {}
-        for file, split in files:
-            if split or not named:
-                by_split.setdefault(split or "train", []).append(str(file))
-        try:
-            return dict(datasets.load_dataset("parquet", data_files=by_split))
-        except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-            cause = str(error.__cause__ or error).strip().partition("\n")[0]
-            raise UserError(f"dataset {folder}: its parquet files cannot be read as one table: {cause}") from error
-    parts = {SPLIT_NAMES[p.name]: p for p in sorted(folder.iterdir()) if p.is_dir() and p.name in SPLIT_NAMES}
-    return {split: _from_class_folders(part) for split, part in (parts or {"train": folder}).items()}
+def _tables(folder: Path, suffixes: Iterable[str] = READERS) -> dict[str, list[Path]]:
+    """The files of each split, in order."""
+    found = (sorted(folder.rglob(f"*{suffix}")) for suffix in suffixes)
+    files = [(file, _split_of(file.relative_to(folder))) for file in next(filter(None, found), [])]
+    named = any(split for _, split in files)
+    by_split: dict[str, list[Path]] = {}
+    for file, split in files:
+        if split or not named:
+            by_split.setdefault(split or "train", []).append(file)
+    return by_split
 
 
 def _split_of(file: Path) -> str | None:
@@ -109,15 +99,40 @@ def _split_of(file: Path) -> str | None:
     return None
 
 
-def _from_class_folders(folder: Path) -> Dataset:
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        found = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        files += [str(file) for file in found]
-        labels += [label] * len(found)
-    features = Features({"image": Image(), "label": ClassLabel(names=classes)})
-    return Dataset.from_dict({"image": files, "label": labels}, features=features)
+def _joined(folder: Path, files: Sequence[Path]) -> Dataset:
+    try:
+        return datasets.concatenate_datasets([_read(file) for file in files])
+    except ValueError as error:
+        line = str(error).strip().partition("\n")[0]
+        raise UserError(f"dataset {folder}: its files cannot be read as one table: {line}") from error
+
+
+def _read(file: Path) -> Dataset:
+    try:
+        rows: Dataset = READERS[file.suffix](data_files=str(file), split="train")
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        if file.suffix == ".jsonl":
+            _refuse_lines(file)
+        cause = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise UserError(f"{file}: cannot be read as {file.suffix.removeprefix('.')}: {cause}") from error
+    return rows
+
+
+def _refuse_lines(file: Path) -> None:
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{file}, line {number}: not JSON: {error}") from error
+
+
+def _folder_of(name: str, config: str | None) -> Path | None:
+    """Where the data set lies on this machine; None if it has to come from the hub."""
+    if is_local(name):
+        if not Path(name).is_dir():
+            raise UserError(f"dataset {name}: no such folder")
+        return Path(name)
+    return copy_of(name, config)
 
 
 def copy_of(name: str, config: str | None) -> Path | None:
@@ -156,39 +171,121 @@ def _builder(name: str, config: str | None) -> datasets.DatasetBuilder:
         return datasets.load_dataset_builder(name, config)  # what another program fetched serves, too
 
 
-def _own_columns(name: str, split: str, rows: Dataset, settings: DataSettings) -> Dataset:
+def own_columns(
+    name: str, splits: Mapping[str, Dataset], settings: DataSettings, inputs: Mapping[str, tuple[str, Sequence[str]]]
+) -> dict[str, Dataset]:
+    """The splits with their `label`, their `group` if the recipe asks for groups, their inputs, and no other column.
+
+    Args:
+        name: the data set's, for messages.
+        splits: the official splits.
+        settings: says which columns are the label and the group.
+        inputs: what a further column is to be called, mapped to the recipe's key that says which it is, and to the
+            names that it may have, of which the first found is taken.
+
+    Raises:
+        UserError: an empty split, or one without a column.
+    """
+    return {split: _own_columns(name, split, rows, settings, inputs) for split, rows in splits.items()}
+
+
+def _own_columns(
+    name: str, split: str, rows: Dataset, settings: DataSettings, inputs: Mapping[str, tuple[str, Sequence[str]]]
+) -> Dataset:
     if not len(rows):
         raise UserError(f"dataset {name}: split {split} is empty")
-    typed = {kind: [c for c, f in rows.features.items() if isinstance(f, kind)] for kind in (Image, ClassLabel)}
-    columns = {}
-    wanted_columns = [
-        ("image", settings.image_column, [*typed[Image], "image", "img"]),
-        ("label", settings.label_column, [*typed[ClassLabel], "label", "labels"]),
-    ]
+    typed = [column for column, feature in rows.features.items() if isinstance(feature, ClassLabel)]
+    labels = [settings.label_column] if settings.label_column else [*typed, "label", "labels"]
+    wanted = dict(inputs) | {"label": ("data.label_column", labels)}
     if settings.group_column is not None:
-        wanted_columns.append(("group", settings.group_column, []))
-    for what, wanted, candidates in wanted_columns:
-        found = next((c for c in ([wanted] if wanted else candidates) if c in rows.column_names), None)
+        wanted["group"] = ("data.group_column", [settings.group_column])
+    columns = {}
+    for what, (key, candidates) in wanted.items():
+        found = next((c for c in candidates if c in rows.column_names), None)
         if found is None:
             raise UserError(
-                f"dataset {name}: no {what} column in split {split}; set data.{what}_column to one of "
-                f"{', '.join(rows.column_names)}"
+                f"dataset {name}: no {what} column in split {split}; set {key} to one of {', '.join(rows.column_names)}"
             )
         columns[found] = what
-    rows = rows.select_columns(list(columns)).rename_columns(columns)
-    return rows.cast_column("image", Image(decode=False))
+    return rows.select_columns(list(columns)).rename_columns(columns)
 
 
-def _with_classes(name: str, splits: dict[str, Dataset]) -> dict[str, Dataset]:
+def without_hidden(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
+    """The splits but those of which no label is known: some benchmarks keep the labels of their test split."""
+    hidden = {split for split, rows in splits.items() if split != "train" and all(map(missing, rows["label"]))}
+    return {split: rows for split, rows in splits.items() if split not in hidden}
+
+
+def refuse_values(
+    name: str, splits: Mapping[str, Dataset], settings: DataSettings, column: str, wrong: Callable[[Any], str | None]
+) -> None:
+    """Looks at every value of a column.
+
+    Args:
+        name: the data set's.
+        splits: the official splits, all of their rows in their order.
+        settings: with which the data set was opened.
+        column: of which the values are.
+        wrong: says what is wrong with a value, if anything.
+
+    Raises:
+        UserError: for the first value with which something is wrong; names its file and row.
+    """
     for split, rows in splits.items():
-        if any(map(missing, rows["label"])):
-            raise UserError(f"dataset {name}: split {split} has rows without a label")
-    classes = {split: names_in(rows, "label") for split, rows in splits.items()}
-    for split, found in classes.items():
-        if different := sorted(set(found) ^ set(classes["train"])):
+        for index, value in enumerate(rows[column]):
+            if reason := wrong(value):
+                raise UserError(f"{_place(name, settings, split, index)}: {reason}")
+
+
+def with_classes(name: str, splits: Mapping[str, Dataset], settings: DataSettings) -> dict[str, Dataset]:
+    """The splits with one set of classes: the recipe's, or those that train declares, or those that occur in train.
+
+    Groups, if the recipe asks for them, are numbered, too.
+
+    Raises:
+        UserError: a row without a label or group, or with a label outside the set; one class only; classes that are
+            declared differently for a split.
+    """
+    refuse_values(name, splits, settings, "label", lambda label: "no label" if missing(label) else None)
+    allowed = settings.classes or names_in(splits["train"], "label")
+    if len(allowed) < 2:
+        raise UserError(f"dataset {name}: split train has one class only: {allowed[0]}")
+    for split, rows in splits.items():
+        declared = class_names(rows)
+        if declared and (different := sorted(set(declared) ^ set(allowed))):
+            other = "data.classes" if settings.classes else "split train"
             raise UserError(
-                f"dataset {name}: split {split} and split train differ in their labels: {', '.join(different[:5])}"
+                f"dataset {name}: split {split} and {other} differ in their labels: {', '.join(different[:5])}"
             )
-    if len(classes["train"]) < 2:
-        raise UserError(f"dataset {name}: split train has one class only: {classes['train'][0]}")
-    return {split: as_classes(rows, "label", classes["train"]) for split, rows in splits.items()}
+        known = set(range(len(declared))) if declared else {*allowed}
+        refuse_values(name, {split: rows}, settings, "label", partial(_unknown, known, allowed))
+    splits = {split: as_classes(rows, "label", allowed) for split, rows in splits.items()}
+    return splits if settings.group_column is None else with_groups(name, splits)
+
+
+def _unknown(known: Collection[int] | Collection[str], allowed: Sequence[str], label: Any) -> str | None:
+    return None if label in known or str(label) in known else f"label {label!r} is not one of {', '.join(allowed[:9])}"
+
+
+def with_numbers(name: str, splits: Mapping[str, Dataset], settings: DataSettings) -> dict[str, Dataset]:
+    """The splits with labels that are finite numbers, for a regression.
+
+    Raises:
+        UserError: a label that is none; groups, of which each has an accuracy.
+    """
+    if settings.group_column is not None:
+        raise UserError("data.group_column: a regression has no accuracy of a group")
+    refuse_values(name, splits, settings, "label", _no_number)
+    return {split: _with_numbers(rows) for split, rows in splits.items()}
+
+
+def _no_number(label: Any) -> str | None:
+    with suppress(TypeError, ValueError):
+        if math.isfinite(float(label)):
+            return None
+    return f"label {label!r} is not a number"
+
+
+def _with_numbers(rows: Dataset) -> Dataset:
+    numbers = [float(label) for label in rows["label"]]
+    return rows.remove_columns("label").add_column("label", numbers).cast_column("label", Value("float32"))

@@ -44,7 +44,12 @@ def split(official: dict[str, Dataset], settings: DataSettings, seed: int) -> Sp
     Raises:
         UserError: if a split cannot be taken from another because a class has too few rows; if a group is empty.
     """
-    protocols = {"clean": _clean, "reference": _reference, "reference-on-test": _reference_on_test}
+    protocols = {
+        "clean": _clean,
+        "reported-on-validation": _reported_on_validation,
+        "reference": _reference,
+        "reference-on-test": _reference_on_test,
+    }
     parts = protocols[settings.protocol](dict(official), settings, seed)
     for name, wanted in (("train", settings.train_rows), ("validation", settings.validation_rows)):
         rows = getattr(parts, name)
@@ -63,6 +68,8 @@ def split(official: dict[str, Dataset], settings: DataSettings, seed: int) -> Sp
 
 def _clean(parts: dict[str, Dataset], settings: DataSettings, _: int) -> Splits:
     origin = {name: f"the official {name} split" for name in ("validation", "test")}
+    if "test" not in parts and "validation" in parts:
+        parts["test"], origin["test"] = parts.pop("validation"), origin["validation"]
     how = "stratified, " if class_names(parts["train"]) else ""
     for name, share in (("test", settings.test_share), ("validation", settings.validation_share)):
         if name not in parts:
@@ -111,3 +118,10 @@ def _reference_on_test(parts: dict[str, Dataset], _: DataSettings, __: int) -> S
         raise UserError("dataset: no test split, and data.protocol reference-on-test selects on it")
     origin = "the official test split"
     return Splits(parts["train"], parts["test"], parts["test"], validation_from=origin, test_from=origin)
+
+
+def _reported_on_validation(parts: dict[str, Dataset], _: DataSettings, __: int) -> Splits:
+    if "validation" not in parts:
+        raise UserError("dataset: no validation split, and data.protocol reported-on-validation selects on it")
+    origin = "the official validation split"
+    return Splits(parts["train"], parts["validation"], parts["validation"], validation_from=origin, test_from=origin)

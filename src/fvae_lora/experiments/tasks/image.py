@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
-from fvae_lora.experiments.data import Splits, accuracies, open_source
+from fvae_lora.experiments.classifiers import load_classifier, loading
+from fvae_lora.experiments.data import Splits, accuracies, open_images
 from fvae_lora.experiments.data.images import Images, augmentation, image_content, process
-from fvae_lora.experiments.errors import UserError
-from fvae_lora.experiments.heads import draw_new_head
-from fvae_lora.experiments.names import is_local
 from fvae_lora.experiments.tasks import Task
 
 BUILT_IN = {"vit-fashion-mnist": Path(str(files("fvae_lora.experiments"))) / "assets" / "vit-fashion-mnist"}
@@ -26,8 +23,8 @@ class ImageTask(Task):
     """Images and their classes; judged by accuracy or by that of the worst group, a fraction."""
 
     def open_source(self) -> dict[str, Dataset]:
-        """As `data.source.open_source`."""
-        return open_source(self.recipe.dataset, self.recipe.data)
+        """As `data.image_source.open_images`."""
+        return open_images(self.recipe.dataset, self.recipe.data)
 
     def content(self, row: dict[str, Any], where: str) -> bytes:
         """The encoded image."""
@@ -41,7 +38,7 @@ class ImageTask(Task):
         Raises:
             UserError: no such model, or not one that classifies images.
         """
-        model, processor = load_classifier(self.recipe.model, classes)
+        model, processor = load_image_classifier(self.recipe.model, classes)
         if self.recipe.image.size is not None:
             _resize(model, processor, self.recipe.image.size)
         return model, processor
@@ -62,27 +59,12 @@ class ImageTask(Task):
         return accuracies(outputs == labels, rows.rows)
 
 
-def load_classifier(name: str, classes: list[str]) -> tuple[PreTrainedModel, Any]:
+def load_image_classifier(name: str, classes: list[str]) -> tuple[PreTrainedModel, Any]:
     """The image classifier of that name and its processor, see `ImageTask.load_model`."""
     source = str(BUILT_IN.get(name, name))
-    if is_local(source) and not Path(source).is_dir():
-        raise UserError(f"model {name}: no such folder")
-    try:
-        trained_on = list(AutoConfig.from_pretrained(source).id2label.values())
-        model = AutoModelForImageClassification.from_pretrained(
-            source,
-            id2label=dict(enumerate(classes)),
-            label2id={c: i for i, c in enumerate(classes)},
-            ignore_mismatched_sizes=True,
-            dtype=torch.float32,
-        )
-        processor = AutoImageProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        line = str(error).strip().partition("\n")[0]
-        raise UserError(f"model {name}: not to be loaded for image classification: {line}") from error
-    if trained_on != classes:
-        draw_new_head(model)
-    return model, processor
+    with loading(source, "image classification"):
+        model, _ = load_classifier(source, AutoModelForImageClassification, classes)
+        return model, AutoImageProcessor.from_pretrained(source)
 
 
 def _resize(model: PreTrainedModel, processor: Any, side: int) -> None:
