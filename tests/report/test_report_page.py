@@ -208,6 +208,7 @@ def test_many_rows_share_charts_of_at_most_eight(tmp_path):
     assert page.count("svg", "swatch") == 20 + 20 + 20
 
 
+@pytest.mark.slow
 def test_the_whole_benchmark_stays_a_page(tmp_path):
     for dataset in "abcdef":
         for number in range(16):

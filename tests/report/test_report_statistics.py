@@ -7,8 +7,8 @@ import pytest
 import scipy.stats
 from synthetic_runs import record, write_run
 
-from fvae_lora.experiments.report import summary_rows
-from fvae_lora.experiments.report.columns import difference, results, score, seeds
+from fvae_lora.experiments.report import summary_rows, write_markdown
+from fvae_lora.experiments.report.columns import difference, further, results, score, seeds
 from fvae_lora.experiments.report.intervals import half_width
 
 
@@ -205,3 +205,17 @@ def test_further_scores_are_averaged_over_seeds(tmp_path):
     (worst,) = row.further
     assert (worst.name, worst.mean) == ("worst_group_accuracy", pytest.approx(0.6))
     assert worst.std == pytest.approx(0.1 * math.sqrt(2))
+
+
+def test_counts_are_no_percentages(tmp_path):
+    write_run(tmp_path / "a", record("lora", 1, **judged_by("choice_accuracy", True, 0.5, piqa_unparsable=3.0)))
+    rows = summary_rows(tmp_path)
+    assert {name: cell(rows[0]) for name, cell in further(rows).items()} == {"piqa unparsable": "3.00"}
+
+
+def test_a_copy_of_the_data_that_is_not_the_published_one_is_said(tmp_path):
+    run = record("lora")
+    run["dataset"]["note"] = "not the published Waterbirds: rows per group are train 1/2/3/4"
+    write_run(tmp_path / "runs" / "a", run)
+    write_markdown(summary_rows(tmp_path / "runs"), tmp_path / "table.md")
+    assert "Warning: not the published Waterbirds: rows" in (tmp_path / "table.md").read_text(encoding="utf-8")

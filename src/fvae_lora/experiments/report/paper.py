@@ -34,18 +34,19 @@ def paper() -> tuple[str, Sequence[Published]]:
     return content["source"], [Published(**table) for table in content["tables"]]
 
 
-def published(dataset: str, score: str) -> Published | None:
-    """Return the table that has this score on this data set, or None."""
-    return next((table for table in paper()[1] if table.score == score and dataset in table.datasets), None)
+def published(dataset: str, score: str) -> tuple[Published, str] | None:
+    """Return the table that has this score on this data set, and the data set's name there, or None.
+
+    A run that is tested on several data sets names them in its scores: `piqa_generated_accuracy` is one on piqa.
+    """
+    for table in paper()[1]:
+        for name in table.datasets:
+            if (dataset, score) == (name, table.score) or score == f"{name}_{table.score}":
+                return table, name
+    return None
 
 
 def figure(method: str, dataset: str, score: str) -> float | None:
-    """Return the published figure in percent where method, data set and score match one, or None.
-
-    A run that is tested on several data sets has scores like `piqa_generated`: the accuracy on piqa, of the answers
-    that the model generated, which is how the paper counts.
-    """
-    if score.endswith("_generated"):
-        dataset, score = score.removesuffix("_generated"), "accuracy"
-    table = published(dataset, score)
-    return table.figure(method, dataset) if table else None
+    """Return the published figure in percent where method, data set and score match one, or None."""
+    found = published(dataset, score)
+    return found[0].figure(method, found[1]) if found else None

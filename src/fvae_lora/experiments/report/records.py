@@ -50,6 +50,11 @@ class Dataset(Source):
     classes: list[Any] = []
     validation_from: Name = ""
     test_from: Name = ""
+    groups: dict[str, Any] = {}
+    average: Name = ""
+    """How the groups are weighted in an average over them."""
+    note: Name = ""
+    """How it differs from the published data set that it looks like."""
 
 
 class Parameters(BaseModel):

@@ -36,6 +36,8 @@ class Row:
     """Its name, with the configuration, and with the fingerprint where two things share a name."""
     hub_name: str = ""
     """Its name alone."""
+    data_note: str = ""
+    """How the data differ from the published ones that they look like."""
     protocol: str = ""
     model: str = ""
     metric: str = "accuracy"

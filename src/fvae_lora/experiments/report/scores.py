@@ -1,12 +1,12 @@
 """What a score is called and how it is written for people: fractions in percent, everything else as it is."""
 
-NO_FRACTIONS = ("loss", "perplexity", "count")
-"""How the names of scores end that are no fractions; all others are shares, error rates and correlations."""
+NO_FRACTIONS = {"loss", "perplexity", "count", "unparsable"}
+"""The last words of names of scores that are no fractions; all others are shares, error rates and correlations."""
 
 
 def factor(score: str) -> int:
     """Return what the score of that name is multiplied with to be shown: 100 for a fraction."""
-    return 1 if score.endswith(NO_FRACTIONS) else 100
+    return 1 if score.rpartition("_")[2] in NO_FRACTIONS else 100
 
 
 def title(score: str) -> str:

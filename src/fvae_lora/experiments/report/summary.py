@@ -59,6 +59,7 @@ def _grouped(runs: Sequence[Run]) -> tuple[list[Group], list[Group]]:
             task=record.task,
             dataset=datasets[_identity(_data(record))],
             hub_name=record.dataset.name,
+            data_note=record.dataset.note,
             protocol=record.dataset.protocol,
             model=models[_identity(record.model)],
             metric=record.metric.name,

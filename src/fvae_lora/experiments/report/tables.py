@@ -170,8 +170,11 @@ def _overview(rows: Sequence[Row], datasets: Sequence[str]) -> Table:
 
 def _published(row: Row, datasets: dict[str, str]) -> list[Table]:
     """The paper's figures for the data sets of an overview, where one of its tables has them all."""
-    table = published(row.hub_name, row.metric)
-    if table is None or not set(datasets.values()) <= set(table.datasets):
+    found = published(row.hub_name, row.metric)
+    if found is None:
+        return []
+    table, _ = found
+    if not set(datasets.values()) <= set(table.datasets):
         return []
     means = table.means if set(datasets.values()) == set(table.datasets) else {}
     lines = []
@@ -202,6 +205,7 @@ def _result_notes(rows: Sequence[Row]) -> list[str]:
         )
     if any(row.missing_seeds for row in rows):
         said.append("incomplete: a seed is missing that began and did not finish, or that other rows have.")
+    said += [f"Warning: {note}." for note in dict.fromkeys(row.data_note for row in rows) if note]
     return said + (_paper_note(rows) if any(row.paper is not None for row in rows) else [])
 
 
@@ -209,12 +213,12 @@ def _paper_note(rows: Sequence[Row]) -> list[str]:
     if all(row.paper is None and all(score.paper is None for score in row.further) for row in rows):
         return []
     row, (source, _) = rows[0], paper()
-    table = published(row.hub_name, row.metric)
-    setting = f" ({table.setting})" if table else ""
+    scores = [row.metric, *(score.name for row in rows for score in row.further)]
+    settings = dict.fromkeys(found[0].setting for score in scores if (found := published(row.hub_name, score)))
     return [
-        f"paper: as published in {source}{setting}, measured by its authors under their own protocol. Here: model "
-        f"{row.model}, protocol {row.protocol or 'not recorded'}. Where model, protocol or settings differ, it is not "
-        "the same measurement."
+        f"paper: as published in {source} ({'; '.join(settings)}), measured by its authors under their own protocol. "
+        f"Here: model {row.model}, protocol {row.protocol or 'not recorded'}. Where model, protocol or settings "
+        "differ, it is not the same measurement."
     ]
 
 
