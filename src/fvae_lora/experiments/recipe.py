@@ -176,7 +176,7 @@ class FvaeSettings(Section):
 class Recipe(Section):
     """One run, completely: the same recipe on the same data and the same versions gives the same result."""
 
-    task: Literal["image", "text", "commonsense"] = "image"
+    task: Literal["image", "text", "commonsense", "phonemes"] = "image"
     method: MethodName = "fvae-lora"
     model: Annotated[str, Field(min_length=1)]
     dataset: Annotated[str, Field(min_length=1)]

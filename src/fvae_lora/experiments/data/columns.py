@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, List
 
 
 def class_names(rows: Dataset, column: str = "label") -> list[str]:
-    """Names of the classes of a column, in the order of their numbers; none where it has no classes."""
+    """Names of the classes of a column, or of its lists of classes, in the order of their numbers; none without."""
     feature = rows.features.get(column)
+    feature = feature.feature if isinstance(feature, List) else feature
     return list(feature.names) if isinstance(feature, ClassLabel) else []
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from sklearn.model_selection import train_test_split
 
 from fvae_lora.experiments.data.columns import class_names
@@ -92,9 +92,9 @@ def _strata(rows: Dataset) -> np.ndarray | None:
     """A number (rows,) for each class, or for each class and group; none where the rows have neither."""
     strata = None
     for column in ("label", "group"):
-        if names := class_names(rows, column):
+        if isinstance(feature := rows.features.get(column), ClassLabel):  # and not lists of them
             numbers = np.array(rows[column])
-            strata = numbers if strata is None else strata * len(names) + numbers
+            strata = numbers if strata is None else strata * feature.num_classes + numbers
     return strata
 
 

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
     from fvae_lora.experiments.recipe import Recipe
 
-TASKS = {"image": "image:ImageTask", "text": "text:TextTask", "commonsense": "commonsense.task:CommonsenseTask"}
+TASKS = {
+    "image": "image:ImageTask",
+    "text": "text:TextTask",
+    "commonsense": "commonsense.task:CommonsenseTask",
+    "phonemes": "phonemes:PhonemeTask",
+}
 """The tasks by name: the module of this package, and the class in it."""
 
 

@@ -1,0 +1,62 @@
+"""From encoded sound to samples at a model's rate."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+
+from fvae_lora.experiments.errors import UserError
+
+
+def read_sound(row: dict[str, Any], rate: int, where: str) -> np.ndarray:
+    """A row's `audio`, its channels averaged and resampled.
+
+    Args:
+        row: has `audio`: a file's path or its bytes, in any format that libsndfile reads (RIFF, NIST sphere, FLAC ...).
+        rate: samples per second that are wanted.
+        where: where the row is, for the message about one that has no file.
+
+    Returns:
+        (samples,) of float32, 1 being full scale.
+
+    Raises:
+        UserError: not readable, or without a single sample.
+    """
+    samples, found = _decoded(row, where)
+    return soxr.resample(samples.mean(axis=1), found, rate)
+
+
+def sound_content(row: dict[str, Any], where: str) -> bytes:
+    """A row's sound, encoded, after decoding it once.
+
+    Raises:
+        UserError: as `read_sound`.
+    """
+    _decoded(row, where)
+    return _encoded(row)
+
+
+def file_of(row: dict[str, Any], where: str) -> str:
+    """What a message calls a row: its file, or else `where` it is."""
+    return str((row["audio"] and row["audio"]["path"]) or where)
+
+
+def _decoded(row: dict[str, Any], where: str) -> tuple[np.ndarray, int]:
+    """Samples, (samples, channels), and how many there are in a second."""
+    try:
+        samples, rate = soundfile.read(io.BytesIO(_encoded(row)), dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError, TypeError) as error:
+        cause = getattr(error, "error_string", None) or getattr(error, "strerror", None) or "no sound in this row"
+        raise UserError(f"{file_of(row, where)}: not a readable sound file: {cause}") from error
+    if not len(samples):
+        raise UserError(f"{file_of(row, where)}: a sound file without a single sample")
+    return samples, rate
+
+
+def _encoded(row: dict[str, Any]) -> bytes:
+    audio = row["audio"]
+    encoded: bytes = audio["bytes"] if audio["bytes"] is not None else Path(audio["path"]).read_bytes()
+    return encoded
