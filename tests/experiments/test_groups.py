@@ -330,6 +330,11 @@ def test_from_recipe_to_report(cli: Cli, tmp_path: Path, vit: Path, layout: str)
         assert again == recorded == f"{record['metrics']['test'][name]:.6f}"
     code, _, err = cli("report", tmp_path)
     assert code == 0, err
+    table = (tmp_path / "report.md").read_text()
+    for name in ("worst_group_accuracy", "accuracy", "gap", *names):
+        assert f"| {name.replace('_', ' ')} % |" in table
+    assert f"Warning: {dataset['note']}." in table
+    assert ("(train-weighted)" in table) == (dataset["average"] == "train-weighted")
 
 
 @pytest.mark.parametrize("select_by", ["accuracy", "worst_group_accuracy"])

@@ -38,6 +38,8 @@ class Row:
     """Its name alone."""
     data_note: str = ""
     """How the data differ from the published ones that they look like."""
+    average: str = ""
+    """How rows count in the accuracy, where the data have groups: plain or train-weighted."""
     protocol: str = ""
     model: str = ""
     metric: str = "accuracy"

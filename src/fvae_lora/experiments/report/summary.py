@@ -60,6 +60,7 @@ def _grouped(runs: Sequence[Run]) -> tuple[list[Group], list[Group]]:
             dataset=datasets[_identity(_data(record))],
             hub_name=record.dataset.name,
             data_note=record.dataset.note,
+            average=record.dataset.average,
             protocol=record.dataset.protocol,
             model=models[_identity(record.model)],
             metric=record.metric.name,

@@ -191,6 +191,13 @@ COST_NOTE = (
 )
 
 
+GROUP_NOTES = {
+    "plain": "Groups: accuracy counts every row alike; gap is this average minus the accuracy of the worst group.",
+    "train-weighted": "Groups: accuracy weights each group by its share of train (train-weighted); gap is this average "
+    "minus the accuracy of the worst group.",
+}
+
+
 def _result_notes(rows: Sequence[Row]) -> list[str]:
     better = "higher" if rows[0].greater_is_better else "lower"
     metric = rows[0].metric.replace("_", " ")
@@ -205,6 +212,7 @@ def _result_notes(rows: Sequence[Row]) -> list[str]:
         )
     if any(row.missing_seeds for row in rows):
         said.append("incomplete: a seed is missing that began and did not finish, or that other rows have.")
+    said += [note for average, note in GROUP_NOTES.items() if any(row.average == average for row in rows)]
     said += [f"Warning: {note}." for note in dict.fromkeys(row.data_note for row in rows) if note]
     return said + (_paper_note(rows) if any(row.paper is not None for row in rows) else [])
 
