@@ -5,6 +5,10 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +18,7 @@ import pytest
 import torch
 from chatter import CHAT, REAL, make_llama, make_tokenizer, rows_of, write_questions
 from datasets import Dataset
+from hub import Hub
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -112,6 +117,41 @@ def test_a_folder_of_parquet_files_runs(make: Callable[..., Recipe], tmp_path: P
     record = run(recipe, tmp_path / "run", quiet=True)
     assert record["dataset"]["splits"] == {"train": 8, "validation": 8, "test": 8}
     assert record["metrics"]["test"].keys() == {"loss", *SCORES}
+
+
+def test_a_local_copy_takes_the_place_of_a_name_on_the_hub(
+    make: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_questions(tmp_path / "owner" / "questions")
+    monkeypatch.setenv("FVAE_LORA_DATA_ROOT", str(tmp_path))
+    splits = load_task(make(dataset="owner/questions")).open_source()
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 32, "test": 17}
+
+
+@pytest.mark.slow
+def test_model_and_questions_by_their_names_on_the_hub(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "hub" / "models" / "owner" / "tiny-llama")
+    data = tmp_path / "hub" / "datasets" / "owner" / "questions"
+    data.mkdir(parents=True)
+    files = "".join(f"    - split: {split}\n      path: {split}.json\n" for split in ("train", "boolq", "notes"))
+    (data / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n")
+    for split, rows in (("train", rows_of("openbookqa.train.jsonl.gz")[:16]), ("boolq", rows_of("boolq/test.json"))):
+        (data / f"{split}.json").write_text(json.dumps(rows))
+    (data / "notes.json").write_text(json.dumps([GOOD]))
+    with Hub(tmp_path / "hub").serving() as hub:
+        options = ["train.epochs=1", "commonsense.max_new_tokens=2", "--method", "lora", "--out", tmp_path / "run"]
+        places = ["--model", "owner/tiny-llama", "--dataset", "owner/questions", "--quiet"]
+        program = "import sys; from fvae_lora.experiments.cli import main; sys.argv[0] = 'fvae-lora'; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", program, "train", "commonsense/default", *map(str, options), *places],
+            env=os.environ | hub.environment(tmp_path / "home"),
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["dataset"]["splits"] == {"train": 14, "validation": 2, "test": 6}
 
 
 # What is trained on.
@@ -358,6 +398,7 @@ PLAIN = {"question": "Is it so?", "choices": ["yes", "no"], "answer": 0}
             "train.jsonl, line 2: instruction: expected a text that is not empty",
         ),
         (json.dumps(GOOD | {"answer": 1}), "train.jsonl, line 2: answer: expected a text that is not empty, got 1"),
+        (json.dumps(GOOD | {"input": 7}), "train.jsonl, line 2: input: expected a text, got 7"),
         (json.dumps(GOOD | {"answer": "maybe"}), "train.jsonl, line 2: answer 'maybe' is none of true, false"),
         (json.dumps(GOOD | {"output": "yes"}), "train.jsonl, line 2: output 'yes' does not name the answer true"),
         (

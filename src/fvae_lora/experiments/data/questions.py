@@ -190,12 +190,15 @@ def _instruction(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(f"{where}: {said}; allowed at its end is `Answer format: ...` with {KNOWN_FORMATS}")
     if answer not in options:
         raise UserError(f"{where}: answer {answer!r:.60} is none of {', '.join(options)}")
+    more = row.get("input") or ""
+    if not isinstance(more, str):
+        raise UserError(f"{where}: input: expected a text, got {more!r:.40}")
     before, named, after = output.rpartition(answer)
     if not named:
         raise UserError(f"{where}: output {output!r:.60} does not name the answer {answer}")
     return {
         "instruction": instruction,
-        "input": row.get("input") or "",
+        "input": more,
         "options": options,
         "answers": [f"{before}{option}{after}" for option in options],
         "answer": options.index(answer),
