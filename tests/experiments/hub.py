@@ -133,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
             deep = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() in ("true", "1")
             found = [_entry(p, repository) for p in sorted(under.rglob("*") if deep else under.glob("*"))]
             if not found:
-                return self._answer(404, b"[]", {"X-Error-Code": "EntryNotFound"})
+                return self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
             return self._answer(200, json.dumps(found).encode())
         if rest and rest[0] not in ("revision",):
             return self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
