@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -132,3 +133,17 @@ def test_what_a_user_asks_for_is_what_sbatch_is_told(
         assert f"#SBATCH --{flag}" in script
     assert "export OMP_NUM_THREADS=4" in script
     assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_a_job_that_waits_to_do_another_recipe_in_a_runs_folder_is_named(
+    run: Planned, tmp_path: Path, programs: Callable[[str, str], None]
+) -> None:
+    array = tmp_path / "runs" / ".slurm" / "fvae-lora-x"
+    array.mkdir(parents=True)
+    (array / "7_1_submitted.pkl").touch()
+    other = run.recipe.model_copy(update={"seed": 2}).model_dump_json()
+    (array / "runs.json").write_text(json.dumps([["elsewhere", ""], [str(run.folder.path), other]]))
+    programs("sbatch", "exit 1")
+    programs("squeue", "echo '7_1|fvae-lora-x|PENDING|0|'")
+    with pytest.raises(UserError, match=r"lora-seed1: job 7_1 does another recipe there; `scancel 7_1` ends it"):
+        sweep([run], SlurmLauncher(array.parent, 1), quiet())

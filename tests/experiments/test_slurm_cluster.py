@@ -93,7 +93,7 @@ def test_a_sweep_killed_between_sbatch_and_its_notes_submits_again(small: list[s
     out, options = tmp_path / "s", [*small, "--methods", "linear-probe", "--seeds", "1"]
     half = out / ".slurm" / "fvae-lora-half"
     half.mkdir(parents=True)
-    (half / "runs.json").write_text(json.dumps([str(out / "linear-probe-seed1")]))
+    (half / "runs.json").write_text(json.dumps([[str(out / "linear-probe-seed1"), ""]]))
     subprocess.run(["sbatch", f"--job-name={half.name}", "--output=/dev/null", "--wrap=sleep 600"], check=True)
     again = compare(out, *options)
     assert again.end() == 0, again.said

@@ -10,7 +10,7 @@ from fvae_lora.experiments.cli import exit_code, hush
 from fvae_lora.experiments.recipe import Recipe
 
 
-def work(recipe: str, folder: str) -> NoReturn:
+def work(folder: str, recipe: str) -> NoReturn:
     """Runs a recipe, given as JSON, in the folder, and ends the process: see `cli.exit_code`."""
     sys.exit(exit_code(lambda: _run(Recipe.model_validate_json(recipe), Path(folder))))
 
@@ -31,4 +31,4 @@ def _die_with_the_sweep() -> None:
 if __name__ == "__main__":
     recipe_line = sys.stdin.readline()
     threading.Thread(target=_die_with_the_sweep, daemon=True).start()
-    work(recipe_line, sys.argv[1])
+    work(sys.argv[1], recipe_line)

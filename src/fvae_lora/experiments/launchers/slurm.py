@@ -2,8 +2,8 @@
 
 A sweep's jobs are one array. They belong to SLURM, not to the process that submitted them: when that is stopped or
 killed they go on, and the same command finds them again. What it needs for that is written before they are submitted:
-the array's name is the name of a folder, and `runs.json` in that folder says which run each of its jobs does. What
-submitit pickles there, a recipe and a folder as text, is read by the job alone; results are the runs' records.
+the array's name is the name of a folder, and `runs.json` in that folder says which folder and recipe each job is for.
+What submitit pickles beside it, the same two as text, is read by the job alone; results are the runs' records.
 """
 
 import json
@@ -104,7 +104,10 @@ class SlurmLauncher:
 
     def launch(self, runs: Sequence[Planned]) -> Generator[News, None, None]:
         """See `Launcher`. Runs that jobs of an earlier sweep are on are not submitted again but waited for."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder}: not a folder that can be written to: {error.strerror}") from error
         with FileLock(self.folder / ".lock"):  # of two sweeps, the second is to see the first one's jobs
             self.jobs = self._under_way(runs)
             under_way = {run.folder.path for run in self.jobs.values()}
@@ -128,16 +131,20 @@ class SlurmLauncher:
 
     def _under_way(self, runs: Sequence[Planned]) -> dict[str, Planned]:
         """The jobs of earlier sweeps that are not over."""
-        by_path = {str(run.folder.path.resolve()): run for run in runs}
+        by_path = {_path(run): run for run in runs}
         jobs = {}
         for job in _squeue():
             folder = self.folder / job.name
             if job.state in OVER or not job.name.startswith(NAME) or not (folder / "runs.json").exists():
                 continue
-            run = by_path.get(json.loads((folder / "runs.json").read_text(encoding="utf-8"))[job.index])
+            path, recipe = json.loads((folder / "runs.json").read_text(encoding="utf-8"))[job.index]
             if not (folder / f"{job.number}_submitted.pkl").exists():  # its sweep was killed in the act of submitting
                 _call("scancel", job.number)
-            elif run is not None:
+            elif (run := by_path.get(path)) is not None:
+                if recipe != run.recipe.model_dump_json():
+                    raise UserError(
+                        f"{path}: job {job.number} does another recipe there; `scancel {job.number}` ends it"
+                    )
                 jobs[job.number] = run
         return jobs
 
@@ -148,12 +155,12 @@ class SlurmLauncher:
 
         folder = self.folder / f"{NAME}{uuid.uuid4().hex[:8]}"
         folder.mkdir()
-        paths = [str(run.folder.path.resolve()) for run in runs]
-        write_atomically(folder / "runs.json", json.dumps(paths))
+        work = [(_path(run), run.recipe.model_dump_json()) for run in runs]
+        write_atomically(folder / "runs.json", json.dumps(work))
         executor = submitit.SlurmExecutor(folder)
         executor.update_parameters(job_name=folder.name, **self.options)
         try:
-            jobs = executor.map_array(do_job, [run.recipe.model_dump_json() for run in runs], paths)
+            jobs = executor.map_array(do_job, *zip(*work, strict=True))
         except submitit.core.utils.FailedJobError as error:  # of sbatch
             shutil.rmtree(folder)
             raise UserError(f"--launcher slurm: {_first_line(str(error))}") from error
@@ -172,13 +179,17 @@ class SlurmLauncher:
         return Ended(run, None, f"SLURM ended job {number}: {job.state}", output)
 
 
-def do_job(recipe: str, folder: str) -> None:
+def do_job(folder: str, recipe: str) -> None:
     """What a job does: the same as a local process. Arguments as for `worker.work`."""
     from fvae_lora.experiments.worker import work
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it; a cancelled job is to go at once
     one_device()
-    work(recipe, folder)
+    work(folder, recipe)
+
+
+def _path(run: Planned) -> str:
+    return str(run.folder.path.resolve())
 
 
 def _squeue() -> list[_Job]:
