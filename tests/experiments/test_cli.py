@@ -62,3 +62,11 @@ def test_recipes_are_listed_shown_and_copied(
     assert (tmp_path / "runs" / "linear-probe-seed5").exists()
     code, _, err = cli("recipes", "copy", "image/default", "mine.yaml")
     assert (code, err) == (2, "fvae-lora: mine.yaml: exists already\n")
+
+
+def test_ctrl_c_ends_a_command_with_one_line_and_130(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fvae_lora.experiments.demo.demo", interrupted)
+    assert cli("demo") == (130, "", "fvae-lora: stopped; the same command goes on where it was\n")

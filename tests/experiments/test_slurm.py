@@ -118,7 +118,7 @@ def test_a_slurm_that_falls_silent_is_waited_for_but_not_for_ever(
 
 
 def test_what_a_user_asks_for_is_what_sbatch_is_told(
-    run: Planned, tmp_path: Path, programs: Callable[[str, str], None]
+    run: Planned, tmp_path: Path, programs: Callable[[str, str], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
     programs("srun", "exit 1")
     programs("squeue", "exit 0")
@@ -128,6 +128,7 @@ def test_what_a_user_asks_for_is_what_sbatch_is_told(
     second = Planned(run.recipe.model_copy(update={"seed": 2}), type(run.folder)(tmp_path / "runs" / "2"), "2")
     with pytest.raises(UserError, match=r"^--launcher slurm: sbatch: error: invalid account$"):
         sweep([run, second], launcher, quiet())
+    assert capfd.readouterr() == ("", "")
     script = (tmp_path / "script").read_text().splitlines()
     for flag in ("partition=gpu", "account=us", "time=1-02:00:00", "gpus-per-node=1", "cpus-per-task=4", "array=0-1%2"):
         assert f"#SBATCH --{flag}" in script

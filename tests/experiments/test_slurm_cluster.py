@@ -112,7 +112,7 @@ def test_a_lost_node_is_a_failed_run_that_the_same_command_takes_up(small: list[
     assert record["state"] == "failed"
     assert record["reason"].startswith("SLURM ended job ")
     assert ": NODE_FAIL" in record["reason"]
-    subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=True)
+    subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"])  # or it is back already
     again = compare(out, *options)
     assert again.end() == 0, again.said
     assert states(out) == {"lora-seed1": "complete"}

@@ -25,6 +25,8 @@ app = typer.Typer(
 recipes = typer.Typer(help="Lists, shows and copies recipes.", invoke_without_command=True)
 app.add_typer(recipes, name="recipes")
 console = Console()
+INTERRUPTED = 130
+"""The exit code after Ctrl-C."""
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (image/default) or a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.epochs=3.")]
@@ -388,7 +390,7 @@ def exit_code(command: Callable[[], Any]) -> int:
     try:
         result = command()
     except KeyboardInterrupt:
-        return _say("stopped; the same command goes on where it was", 130)
+        result = INTERRUPTED
     except (UserError, RunError) as error:
         return _say(str(error), 2 if isinstance(error, UserError) else 1)
     except OSError as error:
@@ -397,6 +399,8 @@ def exit_code(command: Callable[[], Any]) -> int:
         if hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong type
             return _say(error.format_message(), 2)
         raise
+    if result == INTERRUPTED:  # typer, too, makes that of Ctrl-C
+        return _say("stopped; the same command goes on where it was", INTERRUPTED)
     return result if isinstance(result, int) else 0
 
 

@@ -6,6 +6,7 @@ the array's name is the name of a folder, and `runs.json` in that folder says wh
 What submitit pickles beside it, the same two as text, is read by the job alone; results are the runs' records.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -160,7 +161,8 @@ class SlurmLauncher:
         executor = submitit.SlurmExecutor(folder)
         executor.update_parameters(job_name=folder.name, **self.options)
         try:
-            jobs = executor.map_array(do_job, *zip(*work, strict=True))
+            with contextlib.redirect_stderr(None):  # submitit prints what sbatch says, and raises it too
+                jobs = executor.map_array(do_job, *zip(*work, strict=True))
         except submitit.core.utils.FailedJobError as error:  # of sbatch
             shutil.rmtree(folder)
             raise UserError(f"--launcher slurm: {_first_line(str(error))}") from error
