@@ -7,6 +7,7 @@ What submitit pickles beside it, the same two as text, is read by the job alone;
 """
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -161,7 +162,7 @@ class SlurmLauncher:
         executor = submitit.SlurmExecutor(folder)
         executor.update_parameters(job_name=folder.name, **self.options)
         try:
-            with contextlib.redirect_stderr(None):  # submitit prints what sbatch says, and raises it too
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what sbatch says, and raises it too
                 jobs = executor.map_array(do_job, *zip(*work, strict=True))
         except submitit.core.utils.FailedJobError as error:  # of sbatch
             shutil.rmtree(folder)
