@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -14,6 +11,7 @@ from torch import Tensor
 
 import distributed_worker
 from by_hand import Batch, Gradients, assert_same, collated, elbo_by_hand, gradients, labels_in, loss_by_hand
+from torchrun import torchrun
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_noise")]
 
@@ -22,15 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_noise")]
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """Gradients by case and parameter, from one launch for all cases."""
     target = tmp_path_factory.mktemp("distributed") / "gradients.safetensors"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = subprocess.run(
-        [*torchrun, distributed_worker.__file__, str(target)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    run = torchrun(distributed_worker.__file__, str(target))
     assert run.returncode == 0, run.stderr[-3000:]
     return load_file(target)
 

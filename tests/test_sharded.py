@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from safetensors.torch import load_file
 import sharded_worker
 from by_hand import adapted, assert_same, collated, gradients, loss_by_hand
 from tiny import batch_for, tiny_bert
+from torchrun import torchrun
 
 pytestmark = pytest.mark.usefixtures("without_noise")
 WAYS = ["fsdp2", "accelerate"]
@@ -24,15 +22,7 @@ WAYS = ["fsdp2", "accelerate"]
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one launch of two processes wrote."""
     folder = tmp_path_factory.mktemp("sharded")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = subprocess.run(
-        [*torchrun, sharded_worker.__file__, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    run = torchrun(sharded_worker.__file__, str(folder))
     assert run.returncode == 0, run.stderr[-3000:]
     return folder
 

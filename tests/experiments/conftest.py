@@ -53,7 +53,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_recipe(vit: Path, pictures: Path) -> Callable[..., Recipe]:
     """A recipe of two epochs of four steps; keyword arguments are sections or values that differ."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -19,6 +20,13 @@ from fvae_lora.experiments.record import RunFolder
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["fvae_lora.experiments.runner", "fvae_lora.experiments.tasks.image", "sklearn"])
+
+LIVELY: dict[str, Any] = {
+    "method": "fvae-lora",
+    "image": {"augmentation": ["random_resized_crop", "horizontal_flip"]},
+    "adapter": {"dropout": 0.2},
+    "train": {"epochs": 4, "log_every": 3},
+}
 
 PLACES = {
     "append": (RunFolder, "append"),
@@ -61,3 +69,13 @@ def attempt(recipe: Recipe, folder: Path, seconds: float | None = None, die: tup
         process.kill()
         process.join()
     return process.exitcode == 0
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """All that a run leaves, but what it cost and which commit it ran on."""
+    record = json.loads((folder / "run.json").read_text())
+    for key in ("time", "memory", "git_commit"):
+        del record[key]
+    files = {file.name: file.read_bytes() for file in sorted((folder / "adapter").iterdir())}
+    names = sorted(p.name for p in folder.iterdir() if p.name != ".lock")
+    return {"record": record, "curve": (folder / "metrics.jsonl").read_text(), "adapter": files, "names": names}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import CONTEXT, attempt
+from processes import CONTEXT, LIVELY, attempt, result
 
 from fvae_lora.experiments import cli
 from fvae_lora.experiments.errors import RunError
@@ -21,24 +21,7 @@ from fvae_lora.experiments.record import RunFolder
 from fvae_lora.experiments.runner import run
 from fvae_lora.experiments.training import FolderCallback
 
-LIVELY: dict[str, Any] = {
-    "method": "fvae-lora",
-    "image": {"augmentation": ["random_resized_crop", "horizontal_flip"]},
-    "adapter": {"dropout": 0.2},
-    "train": {"epochs": 4, "log_every": 3},
-}
-
 IMPATIENT = LIVELY | {"train": {"epochs": 30, "learning_rate": 1e-9, "patience": 4}}
-
-
-def result(folder: Path) -> dict[str, Any]:
-    """All that a run leaves, but what it cost and which commit it ran on."""
-    record = json.loads((folder / "run.json").read_text())
-    for key in ("time", "memory", "git_commit"):
-        del record[key]
-    files = {file.name: file.read_bytes() for file in sorted((folder / "adapter").iterdir())}
-    names = sorted(p.name for p in folder.iterdir() if p.name != ".lock")
-    return {"record": record, "curve": (folder / "metrics.jsonl").read_text(), "adapter": files, "names": names}
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fvae_lora.experiments import processes
 from fvae_lora.experiments.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -52,6 +53,17 @@ DataRoot = Annotated[
 ]
 
 
+@app.callback()
+def refuse_what_is_no_run(context: typer.Context) -> None:
+    """Each of the processes that torchrun starts would do the whole command.
+
+    Raises:
+        UserError: there are several, and the command is not `train`.
+    """
+    if processes.count() > 1 and context.invoked_subcommand != "train":
+        raise UserError(f"{context.invoked_subcommand}: not for several processes; torchrun is for train")
+
+
 @app.command()
 def train(
     recipe: RecipeName,
@@ -64,7 +76,11 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/METHOD-seedN).")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:
-    """Trains one run and scores it. A run that was stopped goes on where it was."""
+    """Trains one run and scores it. A run that was stopped goes on where it was.
+
+    On several GPUs: torchrun --nproc-per-node 2 --no-python fvae-lora train RECIPE, or accelerate launch. The recipe's
+    batch is shared out among them.
+    """
     from fvae_lora.experiments.recipe import load_recipe
 
     options = _given(model=model, dataset=dataset, method=method, seed=seed)
@@ -77,8 +93,10 @@ def train(
 
     hush()
     run(chosen, folder, quiet)
-    print_table(summary_rows(folder), console)
-    console.print(f"The run is in {folder}", highlight=False)
+    processes.leave()
+    if processes.is_main():
+        print_table(summary_rows(folder), console)
+        console.print(f"The run is in {folder}", highlight=False)
 
 
 class Where(StrEnum):
@@ -363,8 +381,9 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def one_device() -> None:
-    """One run is one process on one device; of several GPUs the Trainer would silently take all, and grow the batch."""
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    """A process has one device; the Trainer would silently give all GPUs to a lone process, and grow the batch."""
+    if processes.count() == 1:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
 
 def hush() -> None:
@@ -398,6 +417,8 @@ def exit_code(command: Callable[[], Any]) -> int:
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong type
             return _say(error.format_message(), 2)
+        if not processes.first_to_fail():
+            return 1
         raise
     if result == INTERRUPTED:  # typer, too, makes that of Ctrl-C
         return _say("stopped; the same command goes on where it was", INTERRUPTED)
@@ -405,5 +426,6 @@ def exit_code(command: Callable[[], Any]) -> int:
 
 
 def _say(line: str, code: int) -> int:
-    print(f"fvae-lora: {line}", file=sys.stderr)
+    if processes.first_to_fail():
+        print(f"fvae-lora: {line}", file=sys.stderr)
     return code

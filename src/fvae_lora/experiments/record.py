@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.names import portable, short
+from fvae_lora.experiments.processes import main_only
 from fvae_lora.experiments.recipe import Recipe, check_recipe, flatten
 
 SCHEMA = 1
@@ -40,7 +41,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 class RunFolder:
-    """One run's folder.
+    """One run's folder. Of several processes that do the run, the main one alone changes it.
 
     Args:
         path: the folder; it is made when the run is locked.
@@ -131,12 +132,15 @@ class RunFolder:
                     )
         return record
 
+    @main_only
     def write(self, record: Record) -> None:
         """Replaces the record."""
-        write_atomically(self.record_file, json.dumps(record, indent=1) + "\n")
+        self._replace(record)
 
     def close_as_failed(self, reason: str, opening: Record | None = None) -> None:
         """Closes the record of a run that had begun; on a full disk a half-written checkpoint makes room for that.
+
+        Whichever process failed may do that: the main one may hang, waiting for it.
 
         Args:
             reason: why.
@@ -145,8 +149,12 @@ class RunFolder:
         with contextlib.suppress(OSError):
             self.drop_unfinished_checkpoints()
             if record := self.read() or opening:
-                self.write(record | {"state": "failed", "reason": reason})
+                self._replace(record | {"state": "failed", "reason": reason})
 
+    def _replace(self, record: Record) -> None:
+        write_atomically(self.record_file, json.dumps(record, indent=1) + "\n")
+
+    @main_only
     def append(self, event: dict[str, Any]) -> None:
         """Adds one line to the learning curve."""
         with self.metrics_file.open("a", encoding="utf-8") as file:
@@ -164,6 +172,7 @@ class RunFolder:
                 events.append(json.loads(line))
         return events
 
+    @main_only
     def rewind(self, step: int) -> None:
         """Forgets what the learning curve tells about steps after `step`: they will be done again."""
         kept = [e for e in self.events() if e["step"] <= step and e["event"] != "test"]
@@ -174,6 +183,7 @@ class RunFolder:
         whole = [c for c in self.checkpoints.glob("checkpoint-*") if (c / ".whole").exists()]
         return max(whole, key=checkpoint_step, default=None)
 
+    @main_only
     def keep_checkpoints(self, *keep: int) -> None:
         """Marks the checkpoints of these steps as whole and removes all others."""
         for step in keep:
@@ -183,12 +193,14 @@ class RunFolder:
                 (checkpoint / ".whole").unlink(missing_ok=True)
                 shutil.rmtree(checkpoint)
 
+    @main_only
     def drop_unfinished_checkpoints(self) -> None:
         """Removes checkpoints whose writing was interrupted."""
         for checkpoint in self.checkpoints.glob("checkpoint-*"):
             if not (checkpoint / ".whole").exists():
                 shutil.rmtree(checkpoint)
 
+    @main_only
     def save_adapter(self, checkpoint: Path, base: str) -> None:
         """Makes what a checkpoint holds of the model the run's result.
 

@@ -1,4 +1,7 @@
-"""One run: from a recipe to a scored adapter and its record. Started again, it goes on where it was stopped."""
+"""One run: from a recipe to a scored adapter and its record. Started again, it goes on where it was stopped.
+
+Several processes (see `processes`) may do it together: all go through the same steps.
+"""
 
 import contextlib
 import hashlib
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
@@ -21,9 +25,9 @@ from transformers import (
     PreTrainedModel,
     TrainerState,
     TrainingArguments,
-    set_seed,
 )
 
+from fvae_lora.experiments import processes
 from fvae_lora.experiments.cost import inference_flops, training_flops
 from fvae_lora.experiments.data import Splits, fingerprint, group_counts, unlike_published
 from fvae_lora.experiments.errors import RunError, UserError
@@ -65,7 +69,9 @@ def run(recipe: Recipe, path: Path, quiet: bool = False) -> Record:
         RunError: the run failed. Its record says why, and its last checkpoint is kept.
     """
     folder = RunFolder(path)
-    with folder.locked():
+    quiet = quiet or not processes.is_main()
+    with folder.locked() if processes.is_main() else contextlib.nullcontext():
+        processes.wait()
         earlier = folder.read_for(recipe)
         if earlier is None or earlier["state"] != "complete":
             prepared = _prepare(recipe, folder, (earlier or {}) | folder.opening(recipe), quiet)
@@ -73,11 +79,13 @@ def run(recipe: Recipe, path: Path, quiet: bool = False) -> Record:
                 earlier = _complete(prepared, folder, quiet)
             except Exception as error:
                 reason = _in_one_line(error, recipe, path)
-                folder.close_as_failed(reason)
+                if processes.first_to_fail():
+                    folder.close_as_failed(reason)
                 if isinstance(error, EXPECTED):
                     raise RunError(f"{path}: {reason}") from error
                 raise
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)  # a complete run resumes from nothing
+        if processes.is_main():
+            shutil.rmtree(folder.checkpoints, ignore_errors=True)  # a complete run resumes from nothing
         return earlier
 
 
@@ -151,7 +159,9 @@ def scorer(model: nn.Module, recipe: Recipe, quiet: bool = False) -> Iterator[Ru
     with tempfile.TemporaryDirectory() as scratch:
         arguments = trainer_arguments(recipe, Path(scratch), task.metric, quiet)
         arguments.eval_strategy = IntervalStrategy.NO
-        yield RunTrainer(task, quiet, model=model, args=arguments)
+        trainer = RunTrainer(task, quiet, model=model, args=arguments)
+        trainer.accelerator.prepare_model(model, evaluation_mode=True)
+        yield trainer
 
 
 @dataclass
@@ -174,12 +184,13 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool) -> 
     set_seed(recipe.seed)
     task = load_task(recipe)
     arguments = trainer_arguments(recipe, folder.checkpoints, task.metric, quiet)
-    official = task.open_source()
-    splits = task.split(official)
+    with processes.main_first():  # what has to be downloaded is there when the others begin
+        official = task.open_source()
+        splits = task.split(official)
+        model, processor = task.load_model(splits.classes)
     note = unlike_published(official)
-    if note is not None:
+    if note is not None and processes.is_main():
         print(f"fvae-lora: warning: dataset {recipe.dataset}: {note}", file=sys.stderr)
-    model, processor = task.load_model(splits.classes)
     data = {"name": short(recipe.dataset), "fingerprint": fingerprint(official, task.content)}
     base = {"name": short(recipe.model), "fingerprint": _model_fingerprint(model)}
     for what, contents in (("model", base), ("dataset", data)):
@@ -241,10 +252,12 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
     train_s = record["time"]["train_s"]
 
     folder.save_adapter(folder.checkpoints / f"checkpoint-{state.best_global_step}", prepared.model.name_or_path)
+    processes.wait()
     best = next(e for e in folder.events() if e["event"] == "validation" and e["step"] == state.best_global_step)
     scores = {key: value for key, value in best.items() if key not in ("event", "step", "epoch")}
     micro_batches = state.global_step * recipe.train.gradient_accumulation
-    step_flops = training_flops(prepared.model, _batch(prepared.task, rows["train"], recipe))
+    share = _batch(prepared.task, rows["train"], prepared.arguments.per_device_train_batch_size)
+    step_flops = training_flops(prepared.model, share) * processes.count()
     record["flops"] = {"train_step": step_flops, "train_total": step_flops * micro_batches}
     record["metrics"] = {"validation": scores | {"best_epoch": round(best["epoch"])}}
     if recipe.purpose == "result":
@@ -262,14 +275,18 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
 
 def _train(trainer: RunTrainer, recipe: Recipe, folder: RunFolder) -> TrainerState:
     """Trains to the end, from the last whole checkpoint if there is one; what the Trainer knew at the end."""
-    folder.drop_unfinished_checkpoints()
-    last = folder.last_checkpoint()
-    if last is not None and not METHODS[recipe.method].resumable and not finished(checkpoint_state(last), recipe):
-        shutil.rmtree(folder.checkpoints)
-        last = None
-    folder.rewind(checkpoint_step(last) if last else 0)
+    with processes.main_first():
+        folder.drop_unfinished_checkpoints()
+        last = folder.last_checkpoint()
+        if last is not None and not METHODS[recipe.method].resumable and not finished(checkpoint_state(last), recipe):
+            shutil.rmtree(folder.checkpoints)
+            last = None
+        folder.rewind(checkpoint_step(last) if last else 0)
     if last is None or not finished(checkpoint_state(last), recipe):
+        if not processes.is_main():
+            set_seed(recipe.seed, device_specific=True)  # noise and augmentation of their own
         trainer.train(resume_from_checkpoint=str(last) if last else None)
+        processes.wait()
     return checkpoint_state(folder.last_checkpoint())
 
 
@@ -285,11 +302,11 @@ def _score(
         if recipe.train.cache_frozen:
             rows = use_cached_states(model, {"test": rows}, task, record, trainer.args.device, quiet)["test"]
         scores = trainer.score(rows)
-    return scores, inference_flops(model, _batch(task, rows, recipe)), model
+    return scores, inference_flops(model, _batch(task, rows, recipe.train.batch_size)), model
 
 
-def _batch(task: Task, rows: Any, recipe: Recipe) -> dict[str, Any]:
-    return task.collate([rows[i] for i in range(min(recipe.train.batch_size, len(rows)))])
+def _batch(task: Task, rows: Any, size: int) -> dict[str, Any]:
+    return task.collate([rows[i] for i in range(min(size, len(rows)))])
 
 
 def _with_adapter(base: PreTrainedModel, adapter: Path, is_trainable: bool) -> nn.Module:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fvae_lora.experiments import processes
+
 PACKAGES = ("fvae-lora", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "pillow")
 
 
@@ -42,10 +44,11 @@ def git_commit() -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """The device that trains, and the machine around it."""
+    """The device that trains, how many of them (one for each process), and the machine around it."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "device": device,
+        "processes": processes.count(),
         "cpu": _cpu_name(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
@@ -69,7 +72,7 @@ def _cpu_name() -> str:
 
 
 def peak_memory_mb() -> float:
-    """The most memory that was in use at once, in MB: the GPU's where there is one, else this process's."""
+    """The most memory that this process had in use at once, in MB: of its GPU where there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     status = Path("/proc/self/status")

@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from peft import AdaLoraModel, PeftModel
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -16,9 +20,11 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalPrediction
+from transformers.trainer_pt_utils import EvalLoopContainer
+from transformers.trainer_utils import EvalLoopOutput
 
 from fvae_lora import FVAELoraTrainer, elbo_terms
+from fvae_lora.experiments import processes
 from fvae_lora.experiments.adalora import RankSchedule, orthogonality
 from fvae_lora.experiments.errors import RunError, UserError
 from fvae_lora.experiments.recipe import Recipe
@@ -26,8 +32,11 @@ from fvae_lora.experiments.record import RunFolder
 from fvae_lora.experiments.surroundings import cores
 from fvae_lora.experiments.tasks import Metric, Task
 
-TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+TIMINGS = ("runtime", "samples_per_second", "steps_per_second")
 """What a Trainer puts among the scores."""
+
+Scored = tuple[float, torch.Tensor, torch.Tensor]
+"""A batch's loss, the task's outputs and the labels."""
 
 
 class RunTrainer(FVAELoraTrainer):
@@ -40,13 +49,8 @@ class RunTrainer(FVAELoraTrainer):
     """
 
     def __init__(self, task: Task, quiet: bool, **kwargs: Any):
-        super().__init__(
-            data_collator=task.collate,
-            preprocess_logits_for_metrics=task.outputs,
-            compute_metrics=self._scores,
-            **kwargs,
-        )
-        self.task, self.quiet, self.scored_rows = task, quiet, None
+        super().__init__(data_collator=task.collate, **kwargs)
+        self.task, self.quiet = task, quiet
         if quiet:
             self.remove_callback(PrinterCallback)
         self.is_adalora = isinstance(getattr(self.model, "base_model", None), AdaLoraModel)
@@ -64,20 +68,63 @@ class RunTrainer(FVAELoraTrainer):
             loss = loss + regulariser.detach()
         return loss
 
-    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Scores a split: what its batches' outputs say, and what the task generates from it."""
-        self.scored_rows = dataloader.dataset
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        more = self.task.generated_scores(self.model, dataloader.dataset, progress=not self.quiet)
-        output.metrics.update({f"{metric_key_prefix}_{name}": score for name, score in more.items()})
-        return output
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Every n-th batch of a split, n being the number of processes.
+
+        They are the batches of a single process. The Trainer's own would be filled up with rows that were scored
+        already where the processes cannot have equally many.
+        """
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        size = self.args.per_device_eval_batch_size
+        batches = [list(range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
+        return DataLoader(
+            rows,
+            batch_sampler=batches[self.args.process_index :: self.args.world_size],
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def evaluation_loop(
+        self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Scores a split: its mean loss, what its batches' outputs say, and what the task generates from it.
+
+        The main process puts together what all have found, and tells the others.
+        """
+        self.callback_handler.eval_dataloader = dataloader  # for the progress bar
+        self.model.eval()
+        found: list[Scored] = []
+        for batch in dataloader:
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad():
+                output = self.model(**inputs)
+            labels = inputs["labels"]
+            found.append((output.loss.item(), self.task.outputs(output.logits, labels).cpu(), labels.cpu()))
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        turns = zip_longest(*gather_object([found]))
+        batches = [batch for turn in turns for batch in turn if batch is not None]
+        rows: Any = dataloader.dataset
+        scores = [self._scores(batches, rows) if self.is_world_process_zero() else {}]
+        broadcast_object_list(scores)
+        metrics = {f"{metric_key_prefix}_{name}": score for name, score in scores[0].items()}
+        return EvalLoopOutput(None, None, metrics, len(rows))
+
+    def _scores(self, batches: list[Scored], rows: Any) -> dict[str, float]:
+        outputs, labels = EvalLoopContainer(), EvalLoopContainer()
+        for _, batch_outputs, batch_labels in batches:
+            outputs.add(batch_outputs)
+            labels.add(batch_labels)
+        loss = np.average([loss for loss, _, _ in batches], weights=[len(labels) for _, _, labels in batches])
+        return {
+            "loss": float(loss),
+            **self.task.scores(outputs.get_arrays(), labels.get_arrays(), rows),
+            **self.task.generated_scores(self.model, rows, progress=not self.quiet),
+        }
 
     def score(self, rows: Any) -> dict[str, float]:
         """`loss` and the task's scores of `rows`, one of its data sets."""
         return scores_among(self.evaluate(rows, metric_key_prefix="scored"), "scored")
-
-    def _scores(self, prediction: EvalPrediction) -> dict[str, float]:
-        return self.task.scores(prediction.predictions, prediction.label_ids, self.scored_rows)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if isinstance(self.model, PeftModel):
@@ -130,6 +177,7 @@ class FolderCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The checkpoint is whole now: it and the best one stay."""
+        processes.wait()  # each adds its random state to a checkpoint
         self.folder.keep_checkpoints(state.global_step, state.best_global_step)
         self.on_checkpoint()
         control.should_training_stop = finished(state, self.recipe)
@@ -140,7 +188,7 @@ def reading_processes() -> int:
 
     Without one there are none: they would take the cores that train.
     """
-    return min(8, max(1, cores() - 1)) if torch.accelerator.is_available() else 0
+    return min(8, max(1, cores() // processes.count() - 1)) if torch.accelerator.is_available() else 0
 
 
 def scores_among(logs: Mapping[str, float], prefix: str) -> dict[str, float]:
@@ -170,16 +218,21 @@ def trainer_arguments(recipe: Recipe, output: Path, metric: Metric, quiet: bool)
     """The recipe in transformers' words.
 
     Raises:
-        UserError: if this machine cannot train in the recipe's precision.
+        UserError: if this machine cannot train in the recipe's precision, or these processes with its batches.
     """
     train = recipe.train
     if train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision: fp16 needs a GPU; fp32 and bf16 are allowed here")
+    if train.batch_size % processes.count():
+        raise UserError(
+            f"train.batch_size: {train.batch_size} rows do not share out evenly among {processes.count()} processes; "
+            f"multiples of {processes.count()} are allowed"
+        )
     workers = reading_processes() if train.workers is None else train.workers
     return TrainingArguments(
         output_dir=str(output),
         num_train_epochs=train.epochs,
-        per_device_train_batch_size=train.batch_size,
+        per_device_train_batch_size=train.batch_size // processes.count(),
         per_device_eval_batch_size=train.batch_size,
         gradient_accumulation_steps=train.gradient_accumulation,
         learning_rate=train.learning_rate,
@@ -206,4 +259,5 @@ def trainer_arguments(recipe: Recipe, output: Path, metric: Metric, quiet: bool)
         label_names=["labels"],
         report_to="none",
         disable_tqdm=quiet,
+        log_level_replica="error",
     )

@@ -1,0 +1,25 @@
+"""One of the processes that torchrun starts for ``test_torchrun``: does the runs of a file, one after the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from processes import do_run
+
+from fvae_lora.experiments.processes import leave
+from fvae_lora.experiments.recipe import Recipe
+
+
+def main(jobs: Path) -> None:
+    """Each run has a recipe, a folder and, for the second process, a place to die at."""
+    for job in json.loads(jobs.read_text()):
+        die = tuple(job["die"]) if job["die"] and os.environ["RANK"] == "1" else None
+        do_run(Recipe.model_validate(job["recipe"]), Path(job["folder"]), die)
+    leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
