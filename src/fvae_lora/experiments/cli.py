@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -401,7 +402,7 @@ def hush() -> None:
 
 def main() -> None:
     """Runs the command line: one line and exit code 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C."""
-    sys.exit(exit_code(lambda: app(standalone_mode=False)))
+    processes.end(exit_code(lambda: app(standalone_mode=False)))
 
 
 def exit_code(command: Callable[[], Any]) -> int:
@@ -417,9 +418,9 @@ def exit_code(command: Callable[[], Any]) -> int:
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong type
             return _say(error.format_message(), 2)
-        if not processes.first_to_fail():
-            return 1
-        raise
+        if processes.first_to_fail():
+            traceback.print_exc()
+        return 1
     if result == INTERRUPTED:  # typer, too, makes that of Ctrl-C
         return _say("stopped; the same command goes on where it was", INTERRUPTED)
     return result if isinstance(result, int) else 0

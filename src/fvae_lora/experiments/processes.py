@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import TYPE_CHECKING, ParamSpec
+from typing import TYPE_CHECKING, NoReturn, ParamSpec
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -71,6 +72,15 @@ def first_to_fail() -> bool:
         return store.add(f"fvae_lora/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
     except RuntimeError:  # the main process held the store, and is gone or was never that far
         return is_main()
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process; of several, one that failed at once: an orderly end would wait for the others."""
+    if code and count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _state() -> PartialState:

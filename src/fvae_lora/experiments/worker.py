@@ -6,13 +6,14 @@ import threading
 from pathlib import Path
 from typing import NoReturn
 
+from fvae_lora.experiments import processes
 from fvae_lora.experiments.cli import exit_code, hush
 from fvae_lora.experiments.recipe import Recipe
 
 
 def work(folder: str, recipe: str) -> NoReturn:
     """Runs a recipe, given as JSON, in the folder, and ends the process: see `cli.exit_code`."""
-    sys.exit(exit_code(lambda: _run(Recipe.model_validate_json(recipe), Path(folder))))
+    processes.end(exit_code(lambda: _run(Recipe.model_validate_json(recipe), Path(folder))))
 
 
 def _run(recipe: Recipe, folder: Path) -> None:
