@@ -1,4 +1,4 @@
-"""Writes the README's tables from the records in docs/results, so that no number there is typed by hand.
+"""Writes the tables of README.md and docs/results/README.md from the records in docs/results: none is typed by hand.
 
 fvae-lora demo --out runs/demo                    # its run.json and metrics.jsonl are kept in docs/results/demo
 python benchmarks/cost.py --repeats 9 --json > docs/results/cost.json
@@ -8,8 +8,8 @@ python benchmarks/readme.py
 from __future__ import annotations
 
 import json
-import re
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from fvae_lora.experiments.record import write_atomically
@@ -19,11 +19,11 @@ PROJECT = Path(__file__).parents[1]
 RESULTS = PROJECT / "docs" / "results"
 
 
-def demo_table() -> str:
-    """The table that the demo prints."""
+def report_of(name: str) -> str:
+    """The tables that `fvae-lora report docs/results/NAME` writes."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "demo.md")
-        write_markdown(summary_rows(RESULTS / "demo"), file)
+        file = Path(folder, "report.md")
+        write_markdown(summary_rows(RESULTS / name), file)
         return file.read_text(encoding="utf-8").strip()
 
 
@@ -46,19 +46,26 @@ def cost_table() -> str:
     return "\n".join(lines)
 
 
-BLOCKS = {"demo": demo_table, "cost": cost_table}
+PAGES = {
+    PROJECT / "README.md": {"demo": lambda: report_of("demo"), "cost": cost_table},
+    RESULTS / "README.md": {name: partial(report_of, name) for name in ("clip", "clip-fashion-mnist")},
+}
+"""The pages, and what makes each of their blocks."""
 
 
-def filled(readme: str) -> str:
-    """The README with its blocks written anew."""
-    for name, table in BLOCKS.items():
+def filled(page: Path) -> str:
+    """The page with its blocks written anew."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in PAGES[page].items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        readme = re.sub(
-            f"{begin}.*?{end}", lambda _, t=table, b=begin, e=end: f"{b}\n{t()}\n{e}", readme, flags=re.DOTALL
-        )
-    return readme
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise SystemExit(f"{page}: no block {begin} ... {end}")
+        text = f"{before}{begin}\n{table()}\n{end}{after}"
+    return text
 
 
 if __name__ == "__main__":
-    path = PROJECT / "README.md"
-    write_atomically(path, filled(path.read_text(encoding="utf-8")))
+    for page in PAGES:
+        write_atomically(page, filled(page))
