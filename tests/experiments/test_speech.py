@@ -1,4 +1,4 @@
-"""Speech: phonemes on a corpus in TIMIT's layout."""
+"""Speech: phonemes on a corpus in TIMIT's layout, and words in recordings."""
 
 from __future__ import annotations
 
@@ -15,8 +15,21 @@ import pytest
 import soundfile
 import timit_corpus
 import torch
+from datasets import Dataset
 from timit_corpus import RATE, Voice, hum, speak, write_corpus
-from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    GenerationConfig,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizer,
+)
+from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from by_hand import adapted
 from fvae_lora import elbo_loss
@@ -33,6 +46,7 @@ from fvae_lora.experiments.recipe import Recipe, load_recipe
 from fvae_lora.experiments.runner import evaluate
 from fvae_lora.experiments.tasks import load_task
 from fvae_lora.experiments.tasks.phonemes import PhonemeTask, Sentences
+from fvae_lora.experiments.tasks.transcription import word_error_rate
 
 Cli = Callable[..., tuple[int, str, str]]
 needs_espeak = pytest.mark.skipif(
@@ -156,7 +170,7 @@ def test_sound_is_brought_to_the_rate_of_the_model() -> None:
 
 @pytest.mark.parametrize(
     ("say", "methods"),
-    [(hum, ["fvae-lora", "full"]), pytest.param(speak, ["fvae-lora", "lora", "linear-probe"], marks=needs_espeak)],
+    [(hum, ["lora", "full"]), pytest.param(speak, ["fvae-lora", "linear-probe"], marks=needs_espeak)],
     ids=["hummed", "espeak"],
 )
 def test_phonemes_from_recipe_to_report(
@@ -359,8 +373,211 @@ def test_a_protocol_that_the_corpus_has_no_use_for_is_refused(
     train: Callable[..., tuple[int, str, str]], corpus: Path
 ) -> None:
     assert_refused(train(corpus, "data.protocol=reference"), "data.protocol: TIMIT's speakers are split already")
+    assert_refused(
+        train(corpus, "train.cache_frozen=true", "adapter.layers=[1]"), "train.cache_frozen: not for sentences"
+    )
 
 
 def test_a_model_that_does_not_read_samples_is_refused(cli: Cli, vit: Path, hummed: Path, tmp_path: Path) -> None:
     result = cli("train", "speech/timit", "--model", vit, "--dataset", hummed, "--out", tmp_path / "run", "--quiet")
     assert_refused(result, "not to be loaded for phoneme recognition: vit is not of the kind of wav2vec2")
+
+
+# --- Words ----------------------------------------------------------------------------------------------------------
+
+WORDS = [
+    "yes",
+    "no",
+    "two times",
+    "Mister Mars, stir!",
+    "roses",
+    "a meteor",
+    "sit",
+    "tours",
+    "must it rain?",
+    "some ants",
+]
+
+
+def whisper(folder: Path, multilingual: bool = False) -> Path:
+    """A tiny one that hears two seconds and writes letter by letter."""
+    torch.manual_seed(0)
+    tokenizer = WhisperTokenizer(vocab={c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, merges=[])
+    names = ["startoftranscript", "en", "zh", "de", "translate", "transcribe", "notimestamps"]
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in names]})
+    number = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in [*names, "endoftext"]}
+    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    size |= {
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "num_mel_bins": 8,
+    }
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), number["endoftext"])
+    ends |= {"decoder_start_token_id": number["startoftranscript"]}
+    model = WhisperForConditionalGeneration(
+        WhisperConfig(
+            **size, **ends, vocab_size=len(tokenizer), max_source_positions=100, max_target_positions=32, init_std=0.2
+        )
+    )
+    languages = {"lang_to_id": {"<|en|>": number["en"], "<|de|>": number["de"]}}
+    languages |= {"task_to_id": {task: number[task] for task in ("translate", "transcribe")}}
+    model.generation_config = GenerationConfig(
+        **ends,
+        is_multilingual=multilingual,
+        no_timestamps_token_id=number["notimestamps"],
+        max_length=32,
+        **(languages if multilingual else {}),
+    )
+    model.save_pretrained(folder)
+    WhisperProcessor(WhisperFeatureExtractor(feature_size=8, chunk_length=2), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def recorded(text: str, seconds: float = 0.0) -> dict[str, Any]:
+    samples, _ = hum(text, "FAKS0")
+    buffer = io.BytesIO()
+    longer = np.pad(samples, (0, max(0, int(seconds * RATE) - len(samples))))
+    soundfile.write(buffer, longer, RATE, format="WAV", subtype="PCM_16")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def write_recordings(folder: Path, rows: dict[str, list[tuple[dict[str, Any], str | None]]]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, pairs in rows.items():
+        table = {"audio": [audio for audio, _ in pairs], "text": [text for _, text in pairs]}
+        Dataset.from_dict(table).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def said(*texts: str) -> list[tuple[dict[str, Any], str | None]]:
+    return [(recorded(text), text) for text in texts]
+
+
+@pytest.fixture(scope="session")
+def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return whisper(tmp_path_factory.mktemp("models") / "tiny-whisper")
+
+
+@pytest.fixture(scope="session")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    splits = {"train": said(*WORDS[:6]), "validation": said(*WORDS[6:8]), "test": said(*WORDS[8:])}
+    return write_recordings(tmp_path_factory.mktemp("data") / "words", splits)
+
+
+@pytest.fixture
+def transcribe(cli: Cli, writer: Path, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    def run(dataset: Path, *more: str | Path) -> tuple[int, str, str]:
+        small = ["train.epochs=2", "train.batch_size=4", "adapter.r=4", "speech.max_new_tokens=20", "--quiet"]
+        places = [] if "--out" in more else ["--out", tmp_path / "run"]
+        places += [] if "--model" in more else ["--model", writer]
+        return cli("train", "speech/whisper", *small, *places, "--dataset", dataset, *more)
+
+    return run
+
+
+def test_words_from_recipe_to_report(
+    transcribe: Callable[..., tuple[int, str, str]], cli: Cli, recordings: Path, tmp_path: Path
+) -> None:
+    for method in ("fvae-lora", "full"):
+        folder = tmp_path / "runs" / f"{method}-seed1"
+        code, _, err = transcribe(recordings, "--method", method, "--out", folder)
+        assert code == 0, err
+        record = json.loads((folder / "run.json").read_text())
+        assert record["metric"] == {"name": "wer", "greater_is_better": False}
+        assert record["dataset"]["splits"] == {"train": 6, "validation": 2, "test": 2}
+        assert record["metrics"]["validation"].keys() == {"loss", "wer", "best_epoch"}
+        assert record["metrics"]["test"].keys() == {"loss", "wer"}
+        assert evaluate(folder, quiet=True) == record["metrics"]["test"]
+    code, _, err = cli("report", tmp_path / "runs")
+    assert code == 0, err
+    assert "fvae-lora" in (tmp_path / "runs" / "report.md").read_text()
+
+
+def test_a_model_of_many_languages_is_told_which_one(
+    transcribe: Callable[..., tuple[int, str, str]], recordings: Path, tmp_path: Path
+) -> None:
+    model = whisper(tmp_path / "many", multilingual=True)
+    options = {"model": str(model), "dataset": str(recordings), "speech.max_new_tokens": 20, "speech.language": "de"}
+    loaded, processor = load_task(load_recipe("speech/whisper", [], options)).load_model([])
+    assert processor.tokenizer.decode(processor.tokenizer("ja").input_ids) == (
+        "<|startoftranscript|><|de|><|transcribe|><|notimestamps|>ja<|endoftext|>"
+    )
+    assert (loaded.generation_config.language, loaded.generation_config.task) == ("de", "transcribe")
+    assert_refused(transcribe(recordings, "--model", model, "speech.language=klingon"), "Unsupported language: klingon")
+    assert transcribe(recordings, "--model", model, "--method", "lora")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("spoken", "written", "wer"),
+    [
+        (["folder seven"], ["Folder 7."], 0),
+        (["three d audio enabled"], ["3D audio is able"], 2 / 4),
+        (["folder box", "a b c"], ["", "a b c d"], 3 / 5),  # of all words, and not the mean over recordings
+    ],
+)
+def test_the_word_error_rate(spoken: list[str], written: list[str], wer: float) -> None:
+    assert word_error_rate(spoken, written, EnglishTextNormalizer({})) == pytest.approx(wer)
+
+
+@pytest.mark.usefixtures("without_noise")
+def test_the_silence_that_whisper_adds_is_not_in_the_elbo(writer: Path, recordings: Path) -> None:
+    """Only the frames of the recordings count, however long the others of the batch are."""
+    options = {"model": str(writer), "dataset": str(recordings), "speech.max_new_tokens": 20}
+    task = load_task(load_recipe("speech/whisper", [], options))
+    base, processor = task.load_model([])
+    rows = task.datasets(task.split(task.open_source()), base, processor)["train"]
+    lengths = [(int(rows[i]["attention_mask"].sum()) + 1) // 2 for i in range(3)]
+    assert len(set(lengths)) == 3
+    model = adapted(base.double(), target_modules=r".*\.encoder\..*\.(q_proj|k_proj)", lora_dropout=0.0)
+
+    def elbo(*numbers: int) -> float:
+        batch = task.collate([rows[i] for i in numbers])
+        with torch.no_grad():
+            model(**batch | {"input_features": batch["input_features"].double()})
+            return float(elbo_loss(model))
+
+    alone = sum(elbo(i) * n for i, n in enumerate(lengths)) / sum(lengths)
+    assert elbo(0, 1, 2) == pytest.approx(alone, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ((recorded("sit"), ""), "train.parquet, row 2: text is ''"),
+        ((recorded("sit"), None), "train.parquet, row 2: text is None"),
+        ((recorded("sit"), "!?"), "split train, row 1: nothing is left of its text '!?' once it is normalised"),
+        ((recorded("sit"), "sit " * 9), "split train, row 1: its text has 38 tokens; the model reads 32 at most"),
+        ((recorded("sit", seconds=2.5), "sit"), "split train, row 1: 2.5 s long; the model hears 2 s at most"),
+        (({"bytes": b"no sound", "path": None}, "sit"), "split train, row 1: not a readable sound file"),
+        (({"bytes": None, "path": "/nowhere/a.wav"}, "sit"), "/nowhere/a.wav: not a readable sound file: No such file"),
+    ],
+)
+def test_a_recording_that_cannot_be_used_is_named(
+    transcribe: Callable[..., tuple[int, str, str]], tmp_path: Path, row: tuple[dict[str, Any], str | None], says: str
+) -> None:
+    splits = {"train": [*said("yes"), row], "validation": said("no"), "test": said("sit")}
+    assert_refused(transcribe(write_recordings(tmp_path / "words", splits)), says)
+    assert not (tmp_path / "run").exists()
+
+
+def test_paths_in_a_table_are_relative_to_its_folder(
+    transcribe: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "words"
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.wav").write_bytes(recorded("sit")["bytes"])
+        (folder / f"{split}.csv").write_text(f"audio,text\n{split}.wav,sit\n")
+    code, _, err = transcribe(folder, "--method", "lora")
+    assert code == 0, err
+
+
+def test_what_does_not_transcribe_is_refused(
+    transcribe: Callable[..., tuple[int, str, str]], recordings: Path, vit: Path, pictures: Path
+) -> None:
+    assert_refused(transcribe(recordings, "--model", vit), "not to be loaded for transcription")
+    assert_refused(transcribe(recordings, "--method", "linear-probe"), "has no head that a task adds")
+    assert_refused(
+        transcribe(recordings, "speech.max_new_tokens=31"), "speech.max_new_tokens: model", "30 at most, got 31"
+    )
+    assert_refused(transcribe(recordings, "train.cache_frozen=true"), "train.cache_frozen: not for models")

@@ -113,6 +113,15 @@ class TextSettings(Section):
         return self.metrics[0] in ("pearson", "spearman")
 
 
+class SpeechSettings(Section):
+    """What is transcribed, and how much is written."""
+
+    language: str = "en"
+    """The language of the recordings, for models that know several; `en` or `english`."""
+    max_new_tokens: Count = 225
+    """The longest transcription that is generated."""
+
+
 class TrainSettings(Section):
     """The optimisation."""
 
@@ -176,7 +185,7 @@ class FvaeSettings(Section):
 class Recipe(Section):
     """One run, completely: the same recipe on the same data and the same versions gives the same result."""
 
-    task: Literal["image", "text", "commonsense", "phonemes"] = "image"
+    task: Literal["image", "text", "commonsense", "phonemes", "transcription"] = "image"
     method: MethodName = "fvae-lora"
     model: Annotated[str, Field(min_length=1)]
     dataset: Annotated[str, Field(min_length=1)]
@@ -187,6 +196,7 @@ class Recipe(Section):
     image: ImageSettings = ImageSettings()
     text: TextSettings = TextSettings()
     commonsense: CommonsenseSettings = CommonsenseSettings()
+    speech: SpeechSettings = SpeechSettings()
     train: TrainSettings = TrainSettings()
     adapter: AdapterSettings = AdapterSettings()
     fvae: FvaeSettings = FvaeSettings()

@@ -7,8 +7,12 @@ from typing import Any
 import numpy as np
 import soundfile
 import soxr
+from datasets import Value
 
 from fvae_lora.experiments.errors import UserError
+
+SOUND = {"bytes": Value("binary"), "path": Value("string")}
+"""The feature of a sound that is not decoded; datasets' own cannot be made of paths without torchcodec."""
 
 
 def read_sound(row: dict[str, Any], rate: int, where: str) -> np.ndarray:

@@ -10,6 +10,7 @@ from pathlib import Path
 import soundfile
 from datasets import ClassLabel, Dataset, Features, List, Value
 
+from fvae_lora.experiments.data.audio import SOUND
 from fvae_lora.experiments.errors import UserError
 
 _KEPT = [
@@ -45,13 +46,7 @@ DEVELOPMENT_SPEAKERS = frozenset([
 ])  # fmt: skip
 """Of the rest of TEST; the list is the one that Kaldi's recipe uses."""
 
-FEATURES = Features(
-    {
-        "audio": {"bytes": Value("binary"), "path": Value("string")},  # datasets' own Audio wants torchcodec to be made
-        "label": List(ClassLabel(names=PHONES)),
-        "speaker": Value("string"),
-    }
-)
+FEATURES = Features({"audio": SOUND, "label": List(ClassLabel(names=PHONES)), "speaker": Value("string")})
 
 
 def open_timit(name: str) -> dict[str, Dataset]:

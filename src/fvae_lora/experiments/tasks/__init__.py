@@ -25,6 +25,7 @@ TASKS = {
     "text": "text:TextTask",
     "commonsense": "commonsense.task:CommonsenseTask",
     "phonemes": "phonemes:PhonemeTask",
+    "transcription": "transcription:TranscriptionTask",
 }
 """The tasks by name: the module of this package, and the class in it."""
 

@@ -1,0 +1,65 @@
+"""Recordings and what is said in them: tables, or a data set on the hub, with the columns `audio` and `text`."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Audio, Dataset, Features, Value
+
+from fvae_lora.experiments.data.audio import SOUND, sound_content
+from fvae_lora.experiments.data.source import official_splits, read_tables, refuse_values
+from fvae_lora.experiments.errors import UserError
+from fvae_lora.experiments.names import is_local
+from fvae_lora.experiments.recipe import DataSettings
+
+COLUMNS = ["audio", "text"]
+
+
+def open_recordings(name: str, settings: DataSettings) -> dict[str, Dataset]:
+    """The official splits of a data set: rows of `audio` (a file's path or its bytes, not decoded) and `text`.
+
+    Args:
+        name: a folder of tables, or a name on the hub. Paths in a folder's tables are relative to it.
+        settings: with which it is opened.
+
+    Raises:
+        UserError: no such data set, one without these columns, or a row without text.
+    """
+    splits = {
+        split: _columns(name, split, rows) for split, rows in official_splits(name, settings, read_tables).items()
+    }
+    refuse_values(name, splits, settings, "text", _no_text)
+    return splits
+
+
+def _columns(name: str, split: str, rows: Dataset) -> Dataset:
+    for column in COLUMNS:
+        if column not in rows.column_names:
+            raise UserError(
+                f"dataset {name}: no {column} column in split {split}; it has {', '.join(rows.column_names)}"
+            )
+    if not len(rows):
+        raise UserError(f"dataset {name}: split {split} is empty")
+    rows = rows.select_columns(COLUMNS)
+    if isinstance(rows.features["audio"], Value):
+        folder = Path(name) if is_local(name) else Path()
+        features = Features({"audio": SOUND, "text": rows.features["text"]})
+        return rows.map(
+            lambda row: {"audio": {"bytes": None, "path": str(folder / str(row["audio"]))}}, features=features
+        )
+    try:
+        return rows.cast_column("audio", Audio(decode=False))
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise UserError(f"dataset {name}: split {split}: its audio column holds neither sounds nor paths") from error
+
+
+def _no_text(text: Any) -> str | None:
+    return None if isinstance(text, str) and text.strip() else f"text is {text!r}; expected what is said"
+
+
+def recording_content(row: dict[str, Any], where: str) -> bytes:
+    """A row's sound, encoded, and its text.
+
+    Raises:
+        UserError: a sound that cannot be read.
+    """
+    return sound_content(row, where) + b"\0" + str(row["text"]).encode()

@@ -1,0 +1,164 @@
+"""Word recognition with Whisper: what is said, written down."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jiwer
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, PreTrainedModel
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+from fvae_lora.experiments.classifiers import loading
+from fvae_lora.experiments.data import Splits
+from fvae_lora.experiments.data.audio import file_of, read_sound
+from fvae_lora.experiments.data.recordings import open_recordings, recording_content
+from fvae_lora.experiments.errors import UserError
+from fvae_lora.experiments.tasks import Metric, Task
+from fvae_lora.masks import IGNORED_LABEL
+
+
+class TranscriptionTask(Task):
+    """Recordings and their texts; judged by the word error rate of what the model writes, greedily.
+
+    That is measured on validation after each epoch, too. Both texts are normalised first, as is customary for Whisper:
+    in English by `EnglishTextNormalizer` (case, punctuation, numbers, contractions, and spelling where the model comes
+    with a table of it), in other languages by `BasicTextNormalizer` (case and punctuation).
+    """
+
+    metric = Metric("wer", greater_is_better=False)
+
+    def open_source(self) -> dict[str, Dataset]:
+        """As `data.recordings.open_recordings`."""
+        return open_recordings(self.recipe.dataset, self.recipe.data)
+
+    def content(self, row: dict[str, Any], where: str) -> bytes:
+        """The encoded sound and the text."""
+        return recording_content(row, where)
+
+    def load_model(self, classes: list[str]) -> tuple[PreTrainedModel, Any]:
+        """The model in float32, and its processor, for the recipe's language if it knows several.
+
+        Raises:
+            UserError: no such model, or no Whisper; a language or a length of answer that is not for it.
+        """
+        name, speech = self.recipe.model, self.recipe.speech
+        with loading(name, "transcription"):
+            model = AutoModelForSpeechSeq2Seq.from_pretrained(name, dtype=torch.float32)
+            if model.config.model_type != "whisper":
+                raise ValueError(f"{model.config.model_type} is not Whisper")
+            processor = AutoProcessor.from_pretrained(name)
+            if model.generation_config.is_multilingual:
+                processor.tokenizer.set_prefix_tokens(language=speech.language, task="transcribe")
+                model.generation_config.language, model.generation_config.task = speech.language, "transcribe"
+            prefix = len(processor.tokenizer.prefix_tokens)
+        if prefix + speech.max_new_tokens > model.config.max_target_positions:
+            limit = model.config.max_target_positions - prefix
+            raise UserError(f"speech.max_new_tokens: model {name} writes {limit} at most, got {speech.max_new_tokens}")
+        model.generation_config.max_length = None
+        model.generation_config.max_new_tokens = speech.max_new_tokens
+        return model, processor
+
+    def datasets(self, splits: Splits, model: PreTrainedModel, processor: Any) -> dict[str, Any]:
+        """The three splits as spectrograms and tokens.
+
+        Raises:
+            UserError: a recording or a text that is too long for the model; a text of which the normaliser leaves
+                nothing; frozen blocks that are to be cached.
+        """
+        if self.recipe.train.cache_frozen:
+            raise UserError("train.cache_frozen: not for models with an encoder and a decoder")
+        is_english = not model.generation_config.is_multilingual or self.recipe.speech.language in ("en", "english")
+        spelling = getattr(processor.tokenizer, "english_spelling_normalizer", None) or {}
+        normalise = EnglishTextNormalizer(spelling) if is_english else BasicTextNormalizer()
+        return {name: Recordings(rows, name, model, processor, normalise) for name, rows in splits.by_name.items()}
+
+    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A batch: `input_features` (batch, bands, frames), `attention_mask` (batch, frames), `labels` (batch, tokens).
+
+        Whisper is given 30 seconds however short a recording is, and attends to all of them. The mask leaves the
+        silence that was added out of the ELBO, and out of nothing else.
+        """
+        labels = pad_sequence([item["labels"] for item in items], batch_first=True, padding_value=IGNORED_LABEL)
+        together = {key: torch.stack([item[key] for item in items]) for key in ("input_features", "attention_mask")}
+        return together | {"labels": labels}
+
+    def outputs(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
+        """Nothing: the score is made by `generated_scores`."""
+        return labels.new_empty(len(labels))
+
+    def scores(self, outputs: np.ndarray, labels: np.ndarray, rows: Any) -> dict[str, float]:
+        """None: see `generated_scores`."""
+        return {}
+
+    @torch.no_grad()
+    def generated_scores(self, model: PreTrainedModel, rows: "Recordings", progress: bool) -> dict[str, float]:
+        """The word error rate: insertions, deletions and substitutions, over the number of spoken words."""
+        model.eval()
+        device = next(model.parameters()).device
+        size, written = self.recipe.train.batch_size, list[str]()
+        for begin in tqdm(range(0, len(rows), size), desc="transcribing", disable=not progress, leave=False):
+            batch = self.collate([rows[i] for i in range(begin, min(begin + size, len(rows)))])
+            heard = {key: batch[key].to(device) for key in ("input_features", "attention_mask")}
+            written += rows.processor.batch_decode(model.generate(**heard), skip_special_tokens=True)
+        return {self.metric.name: word_error_rate(rows.rows["text"], written, rows.normalise)}
+
+
+def word_error_rate(spoken: Sequence[str], written: Sequence[str], normalise: Callable[[str], str]) -> float:
+    """Wrong words over spoken words, both as `normalise` leaves them."""
+    return float(jiwer.wer([normalise(text) for text in spoken], [normalise(text) for text in written]))
+
+
+class Recordings(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """A split as Whisper takes it: `input_features` (bands, frames), `attention_mask` (frames,), `labels` (tokens,).
+
+    Args:
+        rows: the split: `audio`, not decoded, and `text`.
+        split: its name, for messages.
+        model: says what is too long.
+        processor: the model's.
+        normalise: what is done to a text before it is scored.
+
+    Raises:
+        UserError: a recording or a text that is too long, or a text of which `normalise` leaves nothing.
+    """
+
+    def __init__(
+        self, rows: Dataset, split: str, model: PreTrainedModel, processor: Any, normalise: Callable[[str], str]
+    ):
+        self.rows, self.split, self.processor, self.normalise = rows, split, processor, normalise
+        extractor, limit = processor.feature_extractor, model.config.max_target_positions
+        for i, row in enumerate(rows):
+            file = file_of(row, self._where(i))
+            if not normalise(row["text"]):
+                raise UserError(f"{file}: nothing is left of its text {row['text']!r} once it is normalised")
+            if (tokens := len(self._labels(row))) > limit:
+                raise UserError(f"{file}: its text has {tokens} tokens; the model reads {limit} at most")
+            if (samples := len(self._sound(i))) > extractor.n_samples:
+                seconds = samples / extractor.sampling_rate
+                raise UserError(f"{file}: {seconds:.1f} s long; the model hears {extractor.chunk_length} s at most")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        extractor = self.processor.feature_extractor
+        rate = extractor.sampling_rate
+        heard = extractor(self._sound(index), sampling_rate=rate, return_attention_mask=True, return_tensors="pt")
+        item = {key: heard[key][0] for key in ("input_features", "attention_mask")}
+        return item | {"labels": torch.tensor(self._labels(self.rows[index]))}
+
+    def _labels(self, row: dict[str, Any]) -> list[int]:
+        """The text's tokens but the first, which the model puts before the labels by itself."""
+        ids: list[int] = self.processor.tokenizer(row["text"]).input_ids
+        return ids[1:]
+
+    def _sound(self, index: int) -> np.ndarray:
+        rate = self.processor.feature_extractor.sampling_rate
+        return read_sound(self.rows[index], rate, self._where(index))
+
+    def _where(self, index: int) -> str:
+        return f"split {self.split}, row {index}"
