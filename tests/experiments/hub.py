@@ -14,8 +14,9 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pil
+from sentences import sentences
 
 SIDE = 8
 MODEL = "google/vit-base-patch16-224-in21k"
@@ -35,6 +36,18 @@ SPLITS = dict.fromkeys(CLASSES, ("train", "test")) | {
     "ufldl-stanford/svhn": ("train", "test", "extra"),
 }
 PER_CLASS = {"train": 10, "test": 4}
+
+ENCODER = "FacebookAI/roberta-base"
+GLUE = {
+    "cola": (("sentence",), ("unacceptable", "acceptable")),
+    "mrpc": (("sentence1", "sentence2"), ("not_equivalent", "equivalent")),
+    "qnli": (("question", "sentence"), ("entailment", "not_entailment")),
+    "rte": (("sentence1", "sentence2"), ("entailment", "not_entailment")),
+    "sst2": (("sentence",), ("negative", "positive")),
+    "stsb": (("sentence1", "sentence2"), ()),
+    "wnli": (("sentence1", "sentence2"), ("not_entailment", "entailment")),
+}
+"""Columns and classes of each configuration; STS-B has numbers instead."""
 
 
 class Hub:
@@ -82,6 +95,35 @@ def write_data_sets(folder: Path) -> None:
         f"configs:\n- config_name: cropped_digits\n  data_files:\n{files}---\n"
     )
     (folder / "datasets/ufldl-stanford/svhn/README.md").write_text(card)
+
+
+def write_glue(folder: Path) -> None:
+    """GLUE, tiny, under its name, with the columns, splits and absent test labels of its real tables."""
+    place = folder / "datasets" / "nyu-mll" / "glue"
+    configs, infos = "", ""
+    for config, (columns, classes) in GLUE.items():
+        (place / config).mkdir(parents=True)
+        configs += f"- config_name: {config}\n  data_files:\n"
+        infos += f"- config_name: {config}\n  splits:\n"
+        for seed, (split, per_class) in enumerate({"train": 20, "validation": 6, "test": 3}.items()):
+            rows = _texts(columns, classes, per_class, seed, known=split != "test")
+            rows.to_parquet(place / config / f"{split}-00000-of-00001.parquet")
+            configs += f"  - split: {split}\n    path: {config}/{split}-*\n"
+            infos += f"  - name: {split}\n    num_bytes: 1\n    num_examples: {len(rows)}\n"
+    (place / "README.md").write_text(f"---\ndataset_info:\n{infos}configs:\n{configs}---\n")
+
+
+def _texts(columns: tuple[str, ...], classes: tuple[str, ...], per_class: int, seed: int, known: bool) -> Dataset:
+    """The first text tells the label: its class, or a number below or above the middle."""
+    labels = np.repeat([0, 1], per_class)
+    first = [*sentences(0, per_class, seed), *sentences(1, per_class, seed)]
+    texts = [first, sentences(0, 2 * per_class, seed + 10)][: len(columns)]
+    numbers = labels if classes else 1.0 + 2.5 * labels + np.random.default_rng(seed).random(len(labels))
+    features = {column: Value("string") for column in columns}
+    features |= {"label": ClassLabel(names=list(classes)) if classes else Value("float32"), "idx": Value("int32")}
+    answers = (numbers if known else np.full(len(labels), -1)).tolist()
+    rows = dict(zip(columns, texts, strict=True)) | {"label": answers, "idx": list(range(len(labels)))}
+    return Dataset.from_dict(rows, features=Features(features))
 
 
 def _pictures(classes: list[str], split: str, seed: int) -> Dataset:

@@ -108,6 +108,8 @@ def _joined(folder: Path, files: Sequence[Path]) -> Dataset:
 
 
 def _read(file: Path) -> Dataset:
+    if not file.stat().st_size:
+        raise UserError(f"{file}: the file is empty")
     try:
         rows: Dataset = READERS[file.suffix](data_files=str(file), split="train")
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
