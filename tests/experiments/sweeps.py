@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -51,7 +52,8 @@ class Compare:
     def kill(self, number: int = signal.SIGKILL) -> int | None:
         """Sends it a signal, and waits for its end; its exit code."""
         assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+            os.kill(self.process.pid, number)
         return self.end()
 
 
@@ -111,15 +113,16 @@ def assert_survives(
     while kills > 0:
         out = folder / f"{kills}-kills-left"
         while (sweep := Compare(out, options)).lasts(random.uniform(0, 0.7) * duration if kills > 0 else None):
-            kills -= 1
             if random.random() < 0.5 and (alive := workers(sweep)):
-                random.choice(alive)()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    random.choice(alive)()
+                    kills -= 1
                 for _ in range(40):
                     if "killed by SIGKILL" in sweep.said:
                         break
                     time.sleep(0.1)
                 sweep.kill(signal.SIGINT)
             else:
-                sweep.kill()
+                kills -= sweep.kill() == -signal.SIGKILL
         assert sweep.end() == 0, sweep.said
         assert_same(expected, left(out))
