@@ -71,8 +71,9 @@ def left(out: Path) -> dict[str, Any]:
         record = json.loads((folder / "run.json").read_text())
         for key in ("time", "memory", "git_commit"):
             record.pop(key, None)
-        adapter = {file.name: file.read_bytes() for file in sorted((folder / "adapter").glob("*"))}
-        files = {"curve": (folder / "metrics.jsonl").read_text(), "adapter": adapter}
+        # not the adapter's configuration: peft writes the target modules, a set, in any order
+        weights = {file.name: file.read_bytes() for file in sorted((folder / "adapter").glob("*.safetensors"))}
+        files = {"curve": (folder / "metrics.jsonl").read_text(), "weights": weights}
         names = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
         runs[str(folder.relative_to(out))] = {"record": record, "names": names, **files}
     return runs
