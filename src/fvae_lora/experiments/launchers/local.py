@@ -1,11 +1,13 @@
 """Runs as processes of this machine, which is shared out among them."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Generator, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import wait
 from typing import IO
 
 import torch
@@ -34,52 +36,68 @@ class LocalLauncher:
         """See `Launcher`."""
         refuse_folders_in_use(runs)
         waiting = list(runs)
-        processes: dict[int, _Process] = {}
+        workers = [_Worker(_share(slot, self.jobs)) for slot in range(self.jobs)]
         try:
-            while waiting or processes:
-                for slot in range(self.jobs):
-                    if waiting and slot not in processes:
-                        processes[slot] = _Process(waiting.pop(0), _share(slot, self.jobs))
-                time.sleep(POLL_S)
-                ended = {slot: end for slot, process in processes.items() if (end := process.ended())}
-                for slot in ended:
-                    del processes[slot]
-                yield News([process.run for process in processes.values()], list(ended.values()))
+            while waiting or any(worker.run for worker in workers):
+                for worker in workers:
+                    if waiting and worker.run is None:
+                        worker.begin(waiting.pop(0))
+                wait([worker.channel for worker in workers if worker.run], POLL_S)
+                ended = [end for worker in workers if (end := worker.ended())]
+                yield News([worker.run for worker in workers if worker.run], ended)
         finally:
-            for process in processes.values():
-                process.end()
+            for worker in workers:
+                worker.end()
 
 
-class _Process:
-    """A run in a process of its own (`worker`)."""
+class _Worker:
+    """A share of the machine, and the process (`worker`) that does one run after the other there."""
 
-    def __init__(self, run: Planned, share: dict[str, str]):
-        self.run = run
+    def __init__(self, share: dict[str, str]):
+        self.share = share
+        self.run: Planned | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        self.process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "fvae_lora.experiments.worker", str(run.folder.path)],
-            stdin=subprocess.PIPE,
-            stdout=self.output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | share,
-        )
-        assert self.process.stdin is not None
-        self.process.stdin.write(run.recipe.model_dump_json().encode() + b"\n")
-        self.process.stdin.flush()
+
+    def begin(self, run: Planned) -> None:
+        """Asks for a run."""
+        if self.process is None or self.process.poll() is not None:
+            self.channel, theirs = Pipe()
+            with theirs:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "fvae_lora.experiments.worker"],
+                    stdin=theirs.fileno(),
+                    stdout=self.output,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | self.share,
+                )
+        self.run, self.said_before = run, self._said()
+        with contextlib.suppress(ConnectionError):  # it has ended: `ended` tells
+            self.channel.send((str(run.folder.path), run.recipe.model_dump_json()))
 
     def ended(self) -> Ended | None:
-        """How it ended, or None if it has not."""
+        """How its run ended, or None if it has not, or there is none."""
+        if self.run is None or self.process is None:
+            return None
         code = self.process.poll()
         if code is None:
+            with contextlib.suppress(EOFError, ConnectionError):  # it is about to end
+                code = self.channel.recv() if self.channel.poll() else None
+        if code is None:
             return None
-        self.output.seek(max(0, self.output.seek(0, os.SEEK_END) - OUTPUT_BYTES))
-        return Ended(self.run, code, ending(code), self.output.read().decode(errors="replace"))
+        run, self.run = self.run, None
+        begin = max(self.said_before, self._said() - OUTPUT_BYTES)
+        said = os.pread(self.output.fileno(), OUTPUT_BYTES, begin)  # the place in the file is the process's
+        return Ended(run, code, ending(code), said.decode(errors="replace"))
+
+    def _said(self) -> int:
+        return os.fstat(self.output.fileno()).st_size
 
     def end(self) -> None:
-        """Lets the process go: it notices that its standard input is closed."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        """Lets the process go: it notices that its channel is closed."""
+        if self.process is not None:
+            self.channel.close()
+            self.process.wait()
 
 
 def _share(slot: int, jobs: int) -> dict[str, str]:
