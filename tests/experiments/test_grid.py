@@ -218,9 +218,9 @@ def test_results_are_run_at_the_chosen_point_with_fresh_seeds(
             assert "accuracy" in result["metrics"]["test"]
     assert len(list(out.glob("*/run.json"))) == 4
 
-    # what is done is not done again; a wider grid adds its points alone
+    # what is done is not done again, nor what diverged; a wider grid adds its points alone
     started.clear()
-    again = cli(*compare, "train.max_grad_norm=0", "--grid", "train.learning_rate=1e-5,1e-2")
+    again = cli(*compare, "train.max_grad_norm=0", "--grid", "train.learning_rate=1e-5,1e-2,1e30")
     assert (again[0], started) == (0, [])
     cli(*compare, "train.max_grad_norm=0", "--grid", "train.learning_rate=1e-5,1e-2,3e-2", "--methods", "lora")
     assert started[0] == "selection/lora-learning_rate=0.03-seed0"
@@ -243,3 +243,28 @@ def test_a_method_that_fails_everywhere_has_no_result_and_does_not_block_the_oth
     code, _, error = cli(*compare, "--grid", "train.learning_rate=1e-3,1e-2")
     assert (code, error) == (1, "fvae-lora: lora: failed at every point of the grid, so without a result\n")
     assert [name.partition("-learning_rate")[0] for name in started if "/" not in name] == ["linear-probe"]
+
+
+def test_a_point_that_failed_by_accident_is_told_and_tried_again(
+    cli: Cli, small: list[str], started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runner.run
+
+    def failing(recipe: Any, path: Path, quiet: bool) -> Any:
+        if recipe.train.learning_rate == 1e-2:
+            raise RunError("the disk is full")
+        return run(recipe, path, quiet)
+
+    out = tmp_path / "runs"
+    compare = ("compare", "image/default", *small, "--methods", "linear-probe", "--seeds", "1", "--out", out)
+    point = "selection/linear-probe-learning_rate=0.01-seed0"
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "run", failing)
+        code, said, error = cli(*compare, "--grid", "train.learning_rate=1e-3,1e-2")
+    assert (code, error) == (
+        1, f"fvae-lora: 1 runs of the grid failed; the same command tries them again; the first: {point}\n"
+    )  # fmt: skip
+    assert "failed: learning_rate=0.01" in said
+    started.clear()
+    assert cli(*compare, "--grid", "train.learning_rate=1e-3,1e-2")[0] == 0
+    assert started[0] == point

@@ -162,11 +162,12 @@ def compare(
         parse_values("--vary", vary or []),
     )
     result_seeds = parse_list("--seeds", seeds)
-    lost: list[str] = []
+    tried, lost = [], []
     if grid:
         choosing = parse_list("--selection-seeds", selection_seeds or "0")
         points = Grid(compared, parse_values("--grid", grid), choosing, result_seeds)
-        sweep(points.runs(), launch, console)
+        tried = points.runs()
+        sweep(tried, launch, console)
         choices = points.choices()
         print_choices(choices, console)
         compared = [choice.best.contender for choice in choices if choice.best]
@@ -177,11 +178,15 @@ def compare(
     failures = sweep(runs, launch, console)
     if any(out.rglob("run.json")):
         print_table(summary_rows(out), console)
-    if lost:
-        raise RunError(f"{', '.join(lost)}: failed at every point of the grid, so without a result")
     if failures:
         raise RunError(
             f"{len(failures)} of {len(runs)} runs failed; the same command tries them again; the first: {failures[0]}"
+        )
+    if lost:
+        raise RunError(f"{', '.join(lost)}: failed at every point of the grid, so without a result")
+    if again := [run.name for run in tried if not run.is_done()]:
+        raise RunError(
+            f"{len(again)} runs of the grid failed; the same command tries them again; the first: {again[0]}"
         )
 
 

@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class RunError(Exception):
     """The run itself failed; its record says why. Exit code 1."""
+
+
+class DivergenceError(RunError):
+    """A number of the run was none any more: the same recipe would end there again."""

@@ -28,13 +28,16 @@ class Planned:
     """The run's folder, seen from the sweep's."""
 
     def is_done(self) -> bool:
-        """Whether a finished run of this recipe is there.
+        """Whether there is a finished run of this recipe, or a point of a grid that diverged and would do so again.
 
         Raises:
             UserError: the folder holds another recipe's run, or no whole record.
         """
         record = self.folder.read_for(self.recipe)
-        return record is not None and record["state"] == "complete"
+        if record is None:
+            return False
+        hopeless = self.recipe.purpose == "selection" and record.get("diverged", False)
+        return record["state"] == "complete" or bool(hopeless)
 
     def epochs_done(self) -> int:
         """How many epochs its learning curve, read from its end, tells of."""

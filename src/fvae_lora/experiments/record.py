@@ -106,6 +106,7 @@ class RunFolder:
             "schema": SCHEMA,
             "state": "running",
             "reason": None,
+            "diverged": False,
             "task": recipe.task,
             "method": recipe.method,
             "seed": recipe.seed,
@@ -137,7 +138,7 @@ class RunFolder:
         """Replaces the record."""
         self._replace(record)
 
-    def close_as_failed(self, reason: str, opening: Record | None = None) -> None:
+    def close_as_failed(self, reason: str, opening: Record | None = None, diverged: bool = False) -> None:
         """Closes the record of a run that had begun; on a full disk a half-written checkpoint makes room for that.
 
         Whichever process failed may do that: the main one may hang, waiting for it.
@@ -145,11 +146,12 @@ class RunFolder:
         Args:
             reason: why.
             opening: what to begin the record with where there is none yet; without it, none is written then.
+            diverged: whether it would end like this again.
         """
         with contextlib.suppress(OSError):
             self.drop_unfinished_checkpoints()
             if record := self.read() or opening:
-                self._replace(record | {"state": "failed", "reason": reason})
+                self._replace(record | {"state": "failed", "reason": reason, "diverged": diverged})
 
     def _replace(self, record: Record) -> None:
         write_atomically(self.record_file, json.dumps(record, indent=1) + "\n")

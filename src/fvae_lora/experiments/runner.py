@@ -30,7 +30,7 @@ from transformers import (
 from fvae_lora.experiments import processes
 from fvae_lora.experiments.cost import inference_flops, training_flops
 from fvae_lora.experiments.data import Splits, fingerprint, group_counts, unlike_published
-from fvae_lora.experiments.errors import RunError, UserError
+from fvae_lora.experiments.errors import DivergenceError, RunError, UserError
 from fvae_lora.experiments.frozen import use_cached_states
 from fvae_lora.experiments.heads import head_modules
 from fvae_lora.experiments.methods import METHODS
@@ -80,7 +80,7 @@ def run(recipe: Recipe, path: Path, quiet: bool = False) -> Record:
             except Exception as error:
                 reason = _in_one_line(error, recipe, path)
                 if processes.first_to_fail():
-                    folder.close_as_failed(reason)
+                    folder.close_as_failed(reason, diverged=isinstance(error, DivergenceError))
                 if isinstance(error, EXPECTED):
                     raise RunError(f"{path}: {reason}") from error
                 raise

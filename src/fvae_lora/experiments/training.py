@@ -26,7 +26,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from fvae_lora import FVAELoraTrainer, elbo_terms
 from fvae_lora.experiments import processes
 from fvae_lora.experiments.adalora import RankSchedule, orthogonality
-from fvae_lora.experiments.errors import RunError, UserError
+from fvae_lora.experiments.errors import DivergenceError, UserError
 from fvae_lora.experiments.recipe import Recipe
 from fvae_lora.experiments.record import RunFolder
 from fvae_lora.experiments.surroundings import cores
@@ -40,7 +40,7 @@ Scored = tuple[float, torch.Tensor, torch.Tensor]
 
 
 class RunTrainer(FVAELoraTrainer):
-    """A Trainer for a task. A loss that is NaN or infinite raises `RunError` before it reaches a parameter.
+    """A Trainer for a task. A loss that is NaN or infinite raises `DivergenceError` before it reaches a parameter.
 
     Args:
         task: collates, and scores what the model puts out.
@@ -61,7 +61,9 @@ class RunTrainer(FVAELoraTrainer):
         """One micro-batch, forward and backward; the loss that it adds."""
         loss = super().training_step(model, *args, **kwargs)
         if not torch.isfinite(loss):
-            raise RunError(f"the loss is {loss.item()} at step {self.state.global_step + 1}: {blame(self.model)}")
+            raise DivergenceError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}: {blame(self.model)}"
+            )
         if self.is_adalora and self.accelerator.sync_gradients:  # once a step, however many micro-batches it has
             regulariser = orthogonality(self.model)
             self.accelerator.backward(regulariser * self.accelerator.gradient_accumulation_steps)
@@ -168,7 +170,7 @@ class FolderCallback(TrainerCallback):
         if "loss" in logs:
             line = {"event": "train", **where, **{k: logs.get(k) for k in ("loss", "learning_rate", "grad_norm")}}
             if line["grad_norm"] is not None and not math.isfinite(line["grad_norm"]):
-                raise RunError(f"the gradient's norm is {line['grad_norm']} at step {state.global_step}")
+                raise DivergenceError(f"the gradient's norm is {line['grad_norm']} at step {state.global_step}")
             if terms := elbo_terms(kwargs["model"]):
                 line["elbo"] = terms
             self.folder.append(line)
