@@ -29,7 +29,7 @@ test: setup
 
 test-slow: $(VENV)/.integrations
 	@echo "== the slow tests, and those with other libraries"
-	@$(BIN)/python -m pytest -n 2 -m slow $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest -n 2 -m "slow and not hour" $(PYTEST_FLAGS)
 	@$(BIN)/python -m pytest -n 2 $(INTEGRATION_TESTS) $(PYTEST_FLAGS)
 
 check: setup

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +15,13 @@ import pytest
 import torch
 import transformers
 from colours import SIDE, write_pictures
+from hub import MODEL, Hub, write_data_sets
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from fvae_lora.experiments.cli import app, exit_code, hush
 from fvae_lora.experiments.recipe import Recipe, check_recipe
+
+SCRIPT = Path(__file__).parents[1] / "slurm" / "local-slurm.sh"
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +92,32 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
         return code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory, vit: Path) -> Iterator[Hub]:
+    """A stand-in for the hub that serves the benchmark's data sets and its model, tiny."""
+    folder = tmp_path_factory.mktemp("hub")
+    write_data_sets(folder)
+    shutil.copytree(vit, folder / "models" / MODEL)
+    with Hub(folder).serving() as serving:
+        yield serving
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """SLURM on this machine, where it is installed."""
+    if os.geteuid() or not all(map(shutil.which, ("slurmctld", "slurmd", "munged", "sbatch"))):
+        pytest.skip("a real SLURM needs root and its packages: apt-get install slurm-wlm munge")
+    folder = Path(tempfile.mkdtemp(prefix="slurm"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+        try:
+            subprocess.run([SCRIPT, "start", folder, str(port)], check=True)
+            yield
+        finally:
+            subprocess.run([SCRIPT, "stop", folder], check=True)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -7,37 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hub import CLASSES, MODEL, Hub, write_data_sets
+from hub import CLASSES, MODEL, SMALL, Hub, command_line
 
 from fvae_lora.experiments.data import fingerprint, open_images
 from fvae_lora.experiments.data.images import image_content
 from fvae_lora.experiments.recipe import DataSettings
-
-PROGRAM = "import sys; from fvae_lora.experiments.cli import main; sys.argv[0] = 'fvae-lora'; main()"
-SMALL = ("train.epochs=1", "train.batch_size=8", "train.precision=fp32", "adapter.r=4")
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory, vit: Path) -> Iterator[Hub]:
-    folder = tmp_path_factory.mktemp("hub")
-    write_data_sets(folder)
-    shutil.copytree(vit, folder / "models" / MODEL)
-    with Hub(folder).serving() as serving:
-        yield serving
-
-
-def command_line(environment: dict[str, str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM, *map(str, arguments)],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
 
 
 @pytest.mark.slow

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -17,25 +15,6 @@ import pytest
 from sweeps import Compare, assert_same, assert_survives, left, states
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("cluster")]
-SCRIPT = Path(__file__).parents[1] / "slurm" / "local-slurm.sh"
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    if os.geteuid() or not all(map(shutil.which, ("slurmctld", "slurmd", "munged", "sbatch"))):
-        pytest.skip("a real SLURM needs root and its packages: apt-get install slurm-wlm munge")
-    folder = Path(tempfile.mkdtemp(prefix="slurm"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-        try:
-            subprocess.run([SCRIPT, "start", folder, str(port)], check=True)
-            yield
-        finally:
-            subprocess.run([SCRIPT, "stop", folder], check=True)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def wait_for(sweep: Compare, what: Callable[[], object]) -> None:

@@ -126,7 +126,7 @@ def test_a_run_whose_process_is_killed_has_failed_and_its_record_says_how(small:
     assert "lora-seed1: failed: killed by SIGKILL" in sweep.said
     assert "(0/1 done, 0 running, 1 failed, 0 waiting)" in sweep.said
     (row,) = summary_rows(out)
-    assert (row.state, row.accuracy) == ("failed", None)
+    assert (row.state, row.score) == ("failed", None)
     assert row.reason.startswith("killed by SIGKILL")
 
 

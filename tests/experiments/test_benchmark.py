@@ -1,0 +1,59 @@
+"""The benchmark of the paper as a whole, at a tiny size: by names on the hub, on this machine and through SLURM."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub import CLASSES, SMALL, Hub, command_line
+from sweeps import left, states
+
+from fvae_lora.experiments.methods import METHODS
+from fvae_lora.experiments.report import summary_rows
+
+DATA_SETS = ("dtd", "eurosat", "gtsrb", "resisc45", "sun397", "svhn")
+MANY_S = 3600
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * MANY_S)]
+
+
+def compare(
+    hub: Hub, out: Path, data_sets: Sequence[str], methods: Sequence[str], seeds: str, *launcher: str
+) -> dict[str, Any]:
+    """What `fvae-lora compare` leaves in `out`, by the run's name."""
+    what = (",".join(f"image/{name}" for name in data_sets), *SMALL, "--methods", ",".join(methods), "--seeds", seeds)
+    home = hub.environment(out.parent / "home")
+    done = command_line(home, "compare", *what, "--jobs", "2", *launcher, "--out", out, timeout_s=MANY_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return left(out)
+
+
+def test_six_data_sets_and_every_method_complete_and_the_report_shows_them(hub: Hub, tmp_path: Path) -> None:
+    runs = compare(hub, tmp_path / "runs", DATA_SETS, list(METHODS), "1,2")
+    assert runs.keys() == {f"{name}/{method}-seed{seed}" for name in DATA_SETS for method in METHODS for seed in (1, 2)}
+    assert len(runs) == 192
+    assert {run["record"]["state"] for run in runs.values()} == {"complete"}
+
+    rows = {(row.dataset.partition(" ")[0], row.method): row for row in summary_rows(tmp_path / "runs")}
+    assert rows.keys() == {(name, method) for name in CLASSES for method in METHODS}
+    assert {(row.state, row.seeds, row.missing_seeds) for row in rows.values()} == {("complete", (1, 2), ())}
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize(
+    ("data_sets", "seeds"),
+    [(["dtd"], "1"), pytest.param(DATA_SETS, "1,2", marks=pytest.mark.hour)],
+    ids=["one data set", "all"],
+)
+def test_slurm_leaves_what_this_machine_does(hub: Hub, tmp_path: Path, data_sets: Sequence[str], seeds: str) -> None:
+    cores = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    here = compare(hub, tmp_path / "here", data_sets, list(METHODS), seeds)
+    there = compare(hub, tmp_path / "there", data_sets, list(METHODS), seeds, "--launcher", "slurm", "--cpus", cores)
+    assert len(there) == len(data_sets) * len(METHODS) * len(seeds.split(","))
+    assert set(states(tmp_path / "there").values()) == {"complete"}
+    for name, run in here.items():
+        assert there[name]["record"] == run["record"]
+        assert there[name]["curve"] == run["curve"]
