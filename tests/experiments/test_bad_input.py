@@ -159,8 +159,10 @@ def test_a_bug_is_shown_and_marks_the_run_as_failed(
         raise KeyError("a bug")
 
     monkeypatch.setattr("fvae_lora.experiments.training.FolderCallback.on_log", bug)
-    with pytest.raises(KeyError, match="a bug"):
-        train(data)
+    code, _, err = train(data)
+    assert code == 1
+    assert err.startswith("Traceback")
+    assert err.endswith("KeyError: 'a bug'\n")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "failed"
 
 
