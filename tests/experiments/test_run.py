@@ -148,11 +148,11 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(
 
 
 def test_a_head_for_other_classes_is_not_taken_over(tmp_path: Path, vit: Path) -> None:
-    from fvae_lora.experiments.tasks.image import load_classifier
+    from fvae_lora.experiments.classifiers import load_classifier
 
     pretrained = AutoModelForImageClassification.from_pretrained(vit).classifier.weight
-    same, _ = load_classifier(str(vit), ["LABEL_0", "LABEL_1"])
-    other, _ = load_classifier(str(vit), ["cat", "dog"])
+    same, _ = load_classifier(str(vit), AutoModelForImageClassification, ["LABEL_0", "LABEL_1"])
+    other, _ = load_classifier(str(vit), AutoModelForImageClassification, ["cat", "dog"])
     assert torch.equal(same.classifier.weight, pretrained)
     assert not torch.equal(other.classifier.weight, pretrained)
     assert other.config.id2label == {0: "cat", 1: "dog"}
