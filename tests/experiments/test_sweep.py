@@ -193,5 +193,5 @@ def test_a_read_only_folder_is_refused_in_one_line(small: list[str], cli: Cli, s
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_sweeps_killed_ten_times_leave_what_an_undisturbed_one_does(small: list[str], tmp_path: Path) -> None:
-    options = [*small, "train.epochs=6", "--methods", "fvae-lora,lora", "--seeds", "1,2"]
+    options = [*small, "train.epochs=6", "--methods", "fvae-lora,lora,linear-probe", "--seeds", "1"]
     assert_survives(10, tmp_path, options, lambda sweep: [worker.kill for worker in sweep.workers()])
