@@ -107,16 +107,6 @@ def test_a_partition_that_is_not_there_is_one_line(small: list[str], tmp_path: P
 def test_sweeps_and_jobs_killed_ten_times_leave_what_an_undisturbed_sweep_does(
     small: list[str], tmp_path: Path
 ) -> None:
-    options = [
-        *small,
-        "train.epochs=6",
-        "--methods",
-        "fvae-lora,lora,linear-probe",
-        "--seeds",
-        "1",
-        "--launcher",
-        "slurm",
-    ]
-    assert_survives(
-        10, tmp_path, [*small, "train.epochs=6", *runs], lambda sweep: [job.kill for job in working(sweep.out)]
-    )
+    what = ["train.epochs=6", "--methods", "fvae-lora,lora,linear-probe", "--seeds", "1"]
+    options = [*small, *what, "--launcher", "slurm"]
+    assert_survives(10, tmp_path, options, lambda sweep: [job.kill for job in working(sweep.out)])
