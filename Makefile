@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow check test-oldest test-peft benchmark setup clean python-is-new-enough
+.PHONY: demo test test-slow test-hour check test-oldest test-peft benchmark setup clean python-is-new-enough
 
 setup: $(VENV)/.ready
 
@@ -31,6 +31,10 @@ test-slow: $(VENV)/.integrations
 	@echo "== the slow tests, and those with other libraries"
 	@$(BIN)/python -m pytest -n 2 -m "slow and not hour" $(PYTEST_FLAGS)
 	@$(BIN)/python -m pytest -n 2 $(INTEGRATION_TESTS) $(PYTEST_FLAGS)
+
+test-hour: setup
+	@echo "== six data sets, every method, two seeds, at a tiny size, on this machine and through SLURM"
+	@$(BIN)/python -m pytest -m hour tests/experiments/test_benchmark.py $(PYTEST_FLAGS)
 
 check: setup
 	@echo "== lint, format, types"
