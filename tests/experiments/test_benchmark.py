@@ -42,17 +42,13 @@ def test_six_data_sets_and_every_method_complete_and_the_report_shows_them(hub: 
     assert {(row.state, row.seeds, row.missing_seeds) for row in rows.values()} == {("complete", (1, 2), ())}
 
 
+@pytest.mark.hour
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize(
-    ("data_sets", "seeds"),
-    [(["dtd"], "1"), pytest.param(DATA_SETS, "1,2", marks=pytest.mark.hour)],
-    ids=["one data set", "all"],
-)
-def test_slurm_leaves_what_this_machine_does(hub: Hub, tmp_path: Path, data_sets: Sequence[str], seeds: str) -> None:
+def test_slurm_leaves_what_this_machine_does(hub: Hub, tmp_path: Path) -> None:
     cores = str(max(1, len(os.sched_getaffinity(0)) // 2))
-    here = compare(hub, tmp_path / "here", data_sets, list(METHODS), seeds)
-    there = compare(hub, tmp_path / "there", data_sets, list(METHODS), seeds, "--launcher", "slurm", "--cpus", cores)
-    assert len(there) == len(data_sets) * len(METHODS) * len(seeds.split(","))
+    here = compare(hub, tmp_path / "here", DATA_SETS, list(METHODS), "1,2")
+    there = compare(hub, tmp_path / "there", DATA_SETS, list(METHODS), "1,2", "--launcher", "slurm", "--cpus", cores)
+    assert len(there) == 192
     assert set(states(tmp_path / "there").values()) == {"complete"}
     for name, run in here.items():
         assert there[name]["record"] == run["record"]
