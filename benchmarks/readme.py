@@ -48,7 +48,7 @@ def cost_table() -> str:
 
 PAGES = {
     PROJECT / "README.md": {"demo": lambda: report_of("demo"), "cost": cost_table},
-    RESULTS / "README.md": {name: partial(report_of, name) for name in ("clip",)},
+    RESULTS / "README.md": {name: partial(report_of, name) for name in ("clip", "clip-fashion-mnist")},
 }
 """The pages, and what makes each of their blocks."""
 
