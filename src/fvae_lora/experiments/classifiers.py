@@ -14,11 +14,11 @@ from fvae_lora.experiments.names import is_local
 
 
 @contextmanager
-def loading(name: str, purpose: str) -> Iterator[None]:
+def loading(name: str, role: str) -> Iterator[None]:
     """What goes wrong when a model or its processor is loaded is the user's mistake.
 
     Raises:
-        UserError: in one line that names the model and its `purpose`.
+        UserError: in one line that names the model and its `role`, as "for transcription".
     """
     if is_local(name) and not Path(name).is_dir():
         raise UserError(f"model {name}: no such folder")
@@ -26,7 +26,7 @@ def loading(name: str, purpose: str) -> Iterator[None]:
         yield
     except (ImportError, OSError, ValueError) as error:
         line = str(error).strip().partition("\n")[0]
-        raise UserError(f"model {name}: not to be loaded for {purpose}: {line}") from error
+        raise UserError(f"model {name}: not to be loaded {role}: {line}") from error
 
 
 def load_classifier(source: str, kind: Any, classes: list[str]) -> tuple[PreTrainedModel, set[str]]:

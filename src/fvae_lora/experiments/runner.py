@@ -105,7 +105,9 @@ def evaluate(path: Path, model: str | None = None, dataset: str | None = None, q
         UserError: no finished run there; another model or other data than the run had.
     """
     recipe, record = finished_run(path, model, dataset)
-    return _score(recipe, RunFolder(path), open_data(recipe, record), record, quiet)[0]
+    task, splits = load_task(recipe), open_data(recipe, record)
+    base, processor = open_base(recipe, record)
+    return _score(task, base, task.datasets(splits, base, processor)["test"], RunFolder(path), record, quiet)[0]
 
 
 def finished_run(path: Path, model: str | None = None, dataset: str | None = None) -> tuple[Recipe, Record]:
@@ -171,7 +173,6 @@ class _Prepared:
     recipe: Recipe
     task: Task
     arguments: TrainingArguments
-    splits: Splits
     rows: dict[str, Any]
     model: PreTrainedModel | PeftModel
     record: Record
@@ -216,8 +217,8 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool) -> 
     }
     if recipe.train.cache_frozen:
         trained_on = {name: rows[name] for name in ("train", "validation")}
-        rows = use_cached_states(adapted, trained_on, task, record, arguments.device, quiet)
-    return _Prepared(recipe, task, arguments, splits, rows, adapted, record, began)
+        rows |= use_cached_states(adapted, trained_on, task, record, arguments.device, quiet)
+    return _Prepared(recipe, task, arguments, rows, adapted, record, began)
 
 
 def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
@@ -261,7 +262,8 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
     record["flops"] = {"train_step": step_flops, "train_total": step_flops * micro_batches}
     record["metrics"] = {"validation": scores | {"best_epoch": round(best["epoch"])}}
     if recipe.purpose == "result":
-        test, record["flops"]["eval_batch"], scored = _score(recipe, folder, prepared.splits, record, quiet)
+        base, _ = open_base(recipe, record)
+        test, record["flops"]["eval_batch"], scored = _score(prepared.task, base, rows["test"], folder, record, quiet)
         trained = {name for name, p in prepared.model.named_parameters() if p.requires_grad}
         record["parameters"]["inference"] = METHODS[recipe.method].inference_parameters(scored, trained)
         folder.append({"event": "test", "step": state.global_step, "epoch": state.epoch, **test})
@@ -291,12 +293,10 @@ def _train(trainer: RunTrainer, recipe: Recipe, folder: RunFolder) -> TrainerSta
 
 
 def _score(
-    recipe: Recipe, folder: RunFolder, splits: Splits, record: Record, quiet: bool
+    task: Task, base: PreTrainedModel, rows: Any, folder: RunFolder, record: Record, quiet: bool
 ) -> tuple[dict[str, float], int, nn.Module]:
-    """Scores on test of the model as `adapter/` holds it, the cost of a batch, and that model."""
-    task = load_task(recipe)
-    base, processor = open_base(recipe, record)
-    rows = task.datasets(splits, base, processor)["test"]
+    """Scores on the test split's `rows` of `base` with what `adapter/` holds, the cost of a batch, and that model."""
+    recipe = task.recipe
     model = _with_adapter(base, folder.adapter, recipe.train.cache_frozen)
     with scorer(model, recipe, quiet) as trainer:
         if recipe.train.cache_frozen:

@@ -62,7 +62,7 @@ class ImageTask(Task):
 def load_image_classifier(name: str, classes: list[str]) -> tuple[PreTrainedModel, Any]:
     """The image classifier of that name and its processor, see `ImageTask.load_model`."""
     source = str(BUILT_IN.get(name, name))
-    with loading(source, "image classification"):
+    with loading(source, "for image classification"):
         model, _ = load_classifier(source, AutoModelForImageClassification, classes)
         return model, AutoImageProcessor.from_pretrained(source)
 

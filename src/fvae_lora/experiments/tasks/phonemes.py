@@ -63,7 +63,7 @@ class PhonemeTask(Task):
             UserError: no such model, or not one that reads samples.
         """
         name = self.recipe.model
-        with loading(name, "phoneme recognition"):
+        with loading(name, "for phoneme recognition"):
             config = AutoConfig.from_pretrained(name)
             if not hasattr(config, "conv_stride"):
                 raise ValueError(f"{config.model_type} is not of the kind of wav2vec2, HuBERT and WavLM")

@@ -25,7 +25,7 @@ from fvae_lora.experiments.heads import head_modules
 from fvae_lora.experiments.recipe import Recipe
 from fvae_lora.experiments.tasks import Metric, Task
 
-PURPOSE = "text classification"
+ROLE = "for text classification"
 
 
 def f1(predicted: np.ndarray, labels: np.ndarray) -> float:
@@ -62,7 +62,7 @@ class TextTask(Task):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's own."""
-        with loading(self.recipe.model, PURPOSE):
+        with loading(self.recipe.model, ROLE):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.recipe.model)
         if tokenizer.pad_token is None:
             raise UserError(f"model {self.recipe.model}: its tokenizer has no token to pad a batch with")
@@ -92,7 +92,7 @@ class TextTask(Task):
             UserError: no such model, one that does not classify texts, lacks weights, or cannot read so many tokens.
         """
         name, text = self.recipe.model, self.recipe.text
-        with loading(name, PURPOSE):
+        with loading(name, ROLE):
             model, missing = load_classifier(name, AutoModelForSequenceClassification, classes)
         heads = tuple(f"{head}." for head in head_modules(model))
         if lacking := sorted(key for key in missing if not key.startswith(heads)):

@@ -46,7 +46,7 @@ class TranscriptionTask(Task):
             UserError: no such model, or no Whisper; a language or a length of answer that is not for it.
         """
         name, speech = self.recipe.model, self.recipe.speech
-        with loading(name, "transcription"):
+        with loading(name, "for transcription"):
             model = AutoModelForSpeechSeq2Seq.from_pretrained(name, dtype=torch.float32)
             if model.config.model_type != "whisper":
                 raise ValueError(f"{model.config.model_type} is not Whisper")

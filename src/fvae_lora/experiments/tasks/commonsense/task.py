@@ -4,7 +4,6 @@ import importlib.util
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +18,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from fvae_lora.experiments.classifiers import loading
 from fvae_lora.experiments.data import Splits
 from fvae_lora.experiments.data.questions import open_questions
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.methods import METHODS
-from fvae_lora.experiments.names import is_local
 from fvae_lora.experiments.tasks import Metric, Task
 from fvae_lora.experiments.tasks.commonsense.answers import parse, write_answers
 from fvae_lora.experiments.tasks.commonsense.batches import by_length, padded
@@ -84,14 +83,9 @@ class CommonsenseTask(Task):
         options: dict[str, Any] = {"dtype": dtype}
         if settings.load_in_4bit:
             options["quantization_config"] = _four_bits(dtype, frozen)
-        if is_local(name) and not Path(name).is_dir():
-            raise UserError(f"model {name}: no such folder")
-        try:
+        with loading(name, "as a causal language model"):
             tokenizer = AutoTokenizer.from_pretrained(name)
             model = AutoModelForCausalLM.from_pretrained(name, **options)
-        except (OSError, ValueError) as error:
-            line = str(error).strip().partition("\n")[0]
-            raise UserError(f"model {name}: not to be loaded as a causal language model: {line}") from error
         if tokenizer.eos_token_id is None:
             raise UserError(f"model {name}: its tokenizer has no token for the end of a text, which ends every answer")
         if tokenizer.pad_token_id is None:
