@@ -16,6 +16,7 @@ import soundfile
 import timit_corpus
 import torch
 from datasets import Dataset
+from saved import assert_saved
 from timit_corpus import RATE, Voice, hum, speak, write_corpus
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
@@ -42,8 +43,9 @@ from fvae_lora.experiments.data.timit import (
     open_timit,
     read_phones,
 )
+from fvae_lora.experiments.methods import METHODS
 from fvae_lora.experiments.recipe import Recipe, load_recipe
-from fvae_lora.experiments.runner import evaluate
+from fvae_lora.experiments.runner import evaluate, run
 from fvae_lora.experiments.tasks import load_task
 from fvae_lora.experiments.tasks.phonemes import PhonemeTask, Sentences
 from fvae_lora.experiments.tasks.transcription import word_error_rate
@@ -58,6 +60,7 @@ def wav2vec2(folder: Path, norm: str = "layer") -> Path:
     """A tiny one, of 50 frames a second as the real ones."""
     torch.manual_seed(0)
     size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    size |= {"initializer_range": 0.2}  # so that the frames differ
     convolutions = {"conv_dim": (8, 8, 8), "conv_kernel": (10, 8, 8), "conv_stride": (5, 8, 8)}
     position = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
     Wav2Vec2ForCTC(
@@ -196,6 +199,16 @@ def test_phonemes_from_recipe_to_report(
     assert all(method in table for method in methods), table
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_method_learns_of_phonemes_is_saved(
+    phonemes: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr("fvae_lora.experiments.data.timit.DEVELOPMENT_SPEAKERS", CORE_TEST_SPEAKERS)
+    recipe = phonemes(method=method, train__batch_size=6, train__learning_rate=0.2, adapter__r=4)
+    assert_saved(run(recipe, tmp_path, quiet=True))
+
+
 @needs_espeak
 def test_espeak_gives_phones_with_times() -> None:
     samples, segments = speak("Five cheap goats.", "FAKS0")
@@ -253,9 +266,12 @@ def padded_and_alone(recipe: Recipe) -> tuple[float, float]:
     base, extractor = task.load_model(splits.classes)
     rows = Sentences(splits.train, "train", base, extractor)
     assert len(set(rows.frames[:3])) == 3
-    for dropout in (module for module in base.modules() if isinstance(module, torch.nn.Dropout)):
-        dropout.p = 0.0
-    base.config.update({"apply_spec_augment": False, "hidden_dropout": 0.0, "attention_dropout": 0.0})
+    for module in base.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):  # the attention's
+            module.dropout = 0.0
+    base.config.update({"apply_spec_augment": False})
     model = adapted(base.double(), target_modules=["q_proj", "k_proj"])
 
     def elbo(*numbers: int) -> float:
@@ -491,6 +507,15 @@ def test_words_from_recipe_to_report(
     code, _, err = cli("report", tmp_path / "runs")
     assert code == 0, err
     assert "fvae-lora" in (tmp_path / "runs" / "report.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "linear-probe"])  # which is refused
+def test_what_a_method_learns_of_words_is_saved(writer: Path, recordings: Path, tmp_path: Path, method: str) -> None:
+    options = {"model": str(writer), "dataset": str(recordings), "method": method, "adapter.r": 4}
+    options |= {"train.epochs": 1, "train.batch_size": 3, "train.learning_rate": 0.2, "speech.max_new_tokens": 8}
+    options |= {"data.protocol": "reference-on-test"}
+    assert_saved(run(load_recipe("speech/whisper", [], options), tmp_path, quiet=True))
 
 
 def test_a_model_of_many_languages_is_told_which_one(
