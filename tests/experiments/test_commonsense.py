@@ -450,6 +450,10 @@ def test_a_test_set_that_is_not_there(refused: Callable[..., str]) -> None:
     assert "no test set siqa; it has arc-e, boolq, hellaswag" in err
 
 
+def test_groups_of_questions(refused: Callable[..., str]) -> None:
+    assert "data.group_column: this task's data have no groups" in refused("data.group_column=set")
+
+
 def test_models_that_cannot_be_used(
     refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vit: Path
 ) -> None:

@@ -20,8 +20,9 @@ from fvae_lora.experiments.data import accuracies, fingerprint, group_counts, op
 from fvae_lora.experiments.data.groups import group_scores, weighted_as
 from fvae_lora.experiments.data.images import image_content
 from fvae_lora.experiments.data.published import CELEBA, SPUCO_ANIMALS, WATERBIRDS, Published
+from fvae_lora.experiments.data.text import open_texts
 from fvae_lora.experiments.errors import UserError
-from fvae_lora.experiments.recipe import DataSettings, load_recipe
+from fvae_lora.experiments.recipe import DataSettings, TextSettings, load_recipe
 
 Cli = Callable[..., tuple[int, str, str]]
 GROUPED = DataSettings(group_column="group")
@@ -450,6 +451,18 @@ def test_a_group_that_only_test_has_is_empty_in_train(tmp_path: Path) -> None:
     (tmp_path / "q" / "test-0.parquet").rename(folder / "test-0.parquet")
     with pytest.raises(UserError, match="no row of group 2 in split train"):
         split(open_images(str(folder), GROUPED), GROUPED, 1)
+
+
+def test_a_group_that_is_declared_before_the_label_is_not_taken_for_it(tmp_path: Path) -> None:
+    declared = {
+        "group": ClassLabel(names=["dry", "wet"]),
+        "text": Value("string"),
+        "label": ClassLabel(names=["a", "b"]),
+    }
+    columns = {"group": [0, 1, 1], "text": ["x", "y", "z"], "label": [1, 0, 1]}
+    Dataset.from_dict(columns, features=Features(declared)).to_parquet(tmp_path / "train.parquet")
+    opened = open_texts(str(tmp_path), GROUPED, TextSettings())["train"]
+    assert (opened["label"][:], opened["group"][:]) == ([1, 0, 1], [0, 1, 1])
 
 
 def test_a_column_that_is_not_there(parquet: Path) -> None:

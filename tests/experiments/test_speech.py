@@ -392,6 +392,7 @@ def test_a_protocol_that_the_corpus_has_no_use_for_is_refused(
     assert_refused(
         train(corpus, "train.cache_frozen=true", "adapter.layers=[1]"), "train.cache_frozen: not for sentences"
     )
+    assert_refused(train(corpus, "data.group_column=speaker"), "data.group_column: this task's data have no groups")
 
 
 def test_a_model_that_does_not_read_samples_is_refused(cli: Cli, vit: Path, hummed: Path, tmp_path: Path) -> None:
@@ -606,3 +607,6 @@ def test_what_does_not_transcribe_is_refused(
         transcribe(recordings, "speech.max_new_tokens=31"), "speech.max_new_tokens: model", "30 at most, got 31"
     )
     assert_refused(transcribe(recordings, "train.cache_frozen=true"), "train.cache_frozen: not for models")
+    assert_refused(
+        transcribe(recordings, "data.group_column=text"), "data.group_column: this task's data have no groups"
+    )

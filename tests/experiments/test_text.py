@@ -338,18 +338,30 @@ def test_how_many_rows_are_cut_is_said(
     assert f"split test: {long} of 20 rows are cut at 9 tokens" in caplog.text
 
 
-def test_groups_of_texts_are_scored_by_themselves(train: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_groups_of_texts_run_from_recipe_to_report(
+    train: Callable[..., tuple[int, str, str]], cli: Cli, tmp_path: Path
+) -> None:
     (tmp_path / "data").mkdir()
     for seed, (split, per_class) in enumerate({"train": 20, "validation": 4, "test": 10}.items()):
-        rows = rows_of(per_class, seed) | {"domain": ["film", "book"] * per_class}
+        rows = rows_of(per_class, seed) | {"domain": ["film", "book", "film", "film"] * (per_class // 2)}
         Dataset.from_dict(rows).to_csv(tmp_path / "data" / f"{split}.csv")
-    code, _, err = train(tmp_path / "data", "data.group_column=domain", "data.select_by=worst_group_accuracy")
+    grouped = ["data.group_column=domain", "data.select_by=worst_group_accuracy", "train.epochs=1"]
+    code, _, err = train(tmp_path / "data", *grouped, "text.metrics=[f1]")
     assert code == 0, err
     record = record_in(tmp_path / "run")
     assert record["metric"]["name"] == "worst_group_accuracy"
+    assert record["dataset"]["groups"]["test"] == {"book": 5, "film": 15}
     scores = record["metrics"]["test"]
-    assert scores["worst_group_accuracy"] == min(scores["accuracy_group_film"], scores["accuracy_group_book"])
-    assert record["dataset"]["groups"]["test"] == {"book": 10, "film": 10}
+    names = ["worst_group_accuracy", "accuracy", "gap", "accuracy_group_book", "accuracy_group_film"]
+    assert scores.keys() == {"loss", "f1", *names}
+    book, film = (scores[f"accuracy_group_{name}"] for name in ("book", "film"))
+    assert scores["worst_group_accuracy"] == min(book, film)
+    assert scores["accuracy"] == pytest.approx((5 * book + 15 * film) / 20)
+    assert scores["gap"] == pytest.approx(scores["accuracy"] - min(book, film))
+    assert cli("report", tmp_path)[0] == 0
+    table = (tmp_path / "report.md").read_text()
+    for name in names:
+        assert f"| {name.replace('_', ' ')} % |" in table
 
 
 def test_classes_can_be_declared(bert: Path, tmp_path: Path) -> None:
@@ -410,6 +422,19 @@ def change_line(file: str, number: int, change: Callable[[dict], dict | str]) ->
         (lambda _: None, ["data.label_column=score"], "no label column in split test; set data.label_column to one of"),
         (lambda _: None, ["text.metrics=[pearson]"], "{}/test.jsonl, row 1: label 'dull' is not a number"),
         (lambda _: None, ["text.metrics=[pearson,f1]"], "numbers have pearson and spearman: not both"),
+        (
+            lambda folder: [
+                file.write_text(file.read_text().replace('"dull"', '0,"score":1').replace('"fine"', '1,"score":2'))
+                for file in folder.iterdir()
+            ],
+            ["text.metrics=[pearson]", "data.group_column=score"],
+            "data.group_column: a regression has no accuracy of a group",
+        ),
+        (
+            lambda _: None,
+            ["data.group_column=label"],
+            "dataset {}: data.group_column: label is the label column already",
+        ),
         (lambda _: None, ["text.metrics=[rouge]"], "text.metrics.0: input should be 'accuracy'"),
         (lambda _: None, ["text.max_length=41"], "text.max_length: model {model} reads 40 tokens at most, got 41"),
         (

@@ -186,7 +186,7 @@ def own_columns(
             names that it may have, of which the first found is taken.
 
     Raises:
-        UserError: an empty split, or one without a column.
+        UserError: an empty split, one without a column, or a column that is to be two things.
     """
     return {split: _own_columns(name, split, rows, settings, inputs) for split, rows in splits.items()}
 
@@ -196,18 +196,21 @@ def _own_columns(
 ) -> Dataset:
     if not len(rows):
         raise UserError(f"dataset {name}: split {split} is empty")
-    typed = [column for column, feature in rows.features.items() if isinstance(feature, ClassLabel)]
+    others = {column: feature for column, feature in rows.features.items() if column != settings.group_column}
+    typed = [column for column, feature in others.items() if isinstance(feature, ClassLabel)]
     labels = [settings.label_column] if settings.label_column else [*typed, "label", "labels"]
     wanted = dict(inputs) | {"label": ("data.label_column", labels)}
     if settings.group_column is not None:
         wanted["group"] = ("data.group_column", [settings.group_column])
-    columns = {}
+    columns: dict[str, str] = {}
     for what, (key, candidates) in wanted.items():
         found = next((c for c in candidates if c in rows.column_names), None)
         if found is None:
             raise UserError(
                 f"dataset {name}: no {what} column in split {split}; set {key} to one of {', '.join(rows.column_names)}"
             )
+        if found in columns:
+            raise UserError(f"dataset {name}: {key}: {found} is the {columns[found]} column already")
         columns[found] = what
     return rows.select_columns(list(columns)).rename_columns(columns)
 
