@@ -18,7 +18,7 @@ LENGTH = 40
 def write_encoder(folder: Path, kind: str = "bert") -> Path:
     """A pretrained `BertModel` or `RobertaModel` of random weights and its tokenizer, in `folder`."""
     torch.manual_seed(0)
-    common = {"vocab_size": len(SPECIAL + WORDS), "hidden_dropout_prob": 0.0}
+    common = {"vocab_size": len(SPECIAL + WORDS), "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     common["initializer_range"] = {"bert": 0.2, "roberta": 0.8}[kind]  # so that they tell sentences apart
     if kind == "bert":
         model = BertModel(BertConfig(**WIDTHS, **common, max_position_embeddings=LENGTH))

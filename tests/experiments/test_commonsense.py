@@ -20,6 +20,7 @@ from chatter import CHAT, REAL, make_llama, make_tokenizer, rows_of, write_quest
 from datasets import Dataset
 from hub import Hub
 from peft import PeftModel, get_peft_model
+from rounding import assert_alike
 from saved import assert_saved
 from transformers import AutoModelForCausalLM
 
@@ -310,6 +311,17 @@ def test_a_run_from_recipe_to_report(make: Callable[..., Recipe], cli: Cli, tmp_
     assert "fvae-lora" in out
 
 
+def test_a_run_on_cached_states_is_the_run_without_to_rounding(
+    make: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FVAE_LORA_CACHE", str(tmp_path / "cache"))
+    settings = ["adapter.layers=[1]", "commonsense.max_new_tokens=4", "train.log_every=1"]
+    run(make(*settings), tmp_path / "plain", quiet=True)
+    run(make(*settings, "train.cache_frozen=true"), tmp_path / "cached", quiet=True)
+    record = assert_alike(tmp_path / "plain", tmp_path / "cached")
+    assert evaluate(tmp_path / "cached", quiet=True) == record["metrics"]["test"]
+
+
 def test_training_on_the_batches_teaches_the_format_of_the_answers(make: Callable[..., Recipe]) -> None:
     task, model, _, rows = opened(make("commonsense.test_sets=[arc-e, boolq]"))
     before = task.generated_scores(model, rows["test"], progress=False)
@@ -460,7 +472,6 @@ def test_models_that_cannot_be_used(
     assert "the tokenizer has no chat template" in refused("commonsense.template=chat").replace("this model's", "the")
     assert "LlamaForCausalLM has no head that a task adds" in refused("method=linear-probe")
     assert "not to be loaded as a causal language model" in refused(model=vit)
-    assert "train.cache_frozen: not for questions" in refused("train.cache_frozen=true")
     assert "commonsense.load_in_4bit: weights of 4 bits cannot be trained" in refused(
         "commonsense.load_in_4bit=true", "method=full"
     )

@@ -16,6 +16,7 @@ import soundfile
 import timit_corpus
 import torch
 from datasets import Dataset
+from rounding import assert_alike
 from saved import assert_saved
 from timit_corpus import RATE, Voice, hum, speak, write_corpus
 from tokenizers.pre_tokenizers import ByteLevel
@@ -598,6 +599,20 @@ def test_paths_in_a_table_are_relative_to_its_folder(
     assert code == 0, err
 
 
+def test_where_the_decoder_alone_is_adapted_the_encoder_runs_once(
+    transcribe: Callable[..., tuple[int, str, str]],
+    recordings: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FVAE_LORA_CACHE", str(tmp_path / "cache"))
+    for cached in ("false", "true"):
+        options = ["adapter.target_modules=[encoder_attn.q_proj]", f"train.cache_frozen={cached}", "train.log_every=1"]
+        code, _, err = transcribe(recordings, *options, "--out", tmp_path / cached)
+        assert code == 0, err
+    assert_alike(tmp_path / "false", tmp_path / "true")
+
+
 def test_what_does_not_transcribe_is_refused(
     transcribe: Callable[..., tuple[int, str, str]], recordings: Path, vit: Path, pictures: Path
 ) -> None:
@@ -606,7 +621,7 @@ def test_what_does_not_transcribe_is_refused(
     assert_refused(
         transcribe(recordings, "speech.max_new_tokens=31"), "speech.max_new_tokens: model", "30 at most, got 31"
     )
-    assert_refused(transcribe(recordings, "train.cache_frozen=true"), "train.cache_frozen: not for models")
     assert_refused(
         transcribe(recordings, "data.group_column=text"), "data.group_column: this task's data have no groups"
     )
+    assert_refused(transcribe(recordings, "train.cache_frozen=true"), "the first block is trained already")

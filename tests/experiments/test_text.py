@@ -20,6 +20,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from hub import ENCODER, GLUE, Hub, write_glue
 from peft import PeftModel
+from rounding import assert_alike
 from safetensors.torch import load_file, save_file
 from saved import assert_saved
 from scipy import stats
@@ -92,6 +93,21 @@ def test_a_folder_of_tables_runs_from_recipe_to_report(
     code, out, err = cli("evaluate", tmp_path / "run")
     assert code == 0, err
     assert out.count(f"{record['metrics']['test']['loss']:.6f}") == 2, "the adapter scores as the run did"
+
+
+@pytest.mark.parametrize("method", ["fvae-lora", "linear-probe"])
+def test_a_run_on_cached_states_is_the_run_without_to_rounding(
+    train: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setenv("FVAE_LORA_CACHE", str(tmp_path / "cache"))
+    data = write_tables(tmp_path / "data")
+    for cached in ("false", "true"):
+        options = ["adapter.layers=[1]", f"train.cache_frozen={cached}", "train.log_every=2"]
+        code, _, err = train(data, *options, "--method", method, "--out", tmp_path / cached)
+        assert code == 0, err
+    flops = [record["flops"]["train_step"] for record in map(record_in, (tmp_path / "false", tmp_path / "true"))]
+    assert flops[1] < flops[0]
+    assert_alike(tmp_path / "false", tmp_path / "true")
 
 
 SCORES = {

@@ -7,6 +7,7 @@ import pytest
 from synthetic_runs import metrics, record, write_demo, write_run
 
 from fvae_lora.experiments.errors import UserError
+from fvae_lora.experiments.recipe import load_recipe
 from fvae_lora.experiments.report import summary_rows
 from fvae_lora.experiments.report.curves import mean_curve, thinned
 from fvae_lora.experiments.report.records import read_runs
@@ -208,3 +209,12 @@ def test_thinning_averages_neighbours():
     assert thinned(curve, 3) == [(1.5, 2.0), (3.5, 7.0), (5.0, 11.0)]
     assert thinned(curve, 5) == curve
     assert thinned([], 5) == []
+
+
+def test_a_record_from_before_a_setting_existed_is_of_the_same_recipe(tmp_path):
+    recipe = load_recipe("image/default", options={"model": "tiny-vit", "dataset": "digits", "method": "lora"})
+    today = recipe.model_dump()
+    before = {key: value for key, value in today.items() if key not in ("speech", "commonsense")}
+    write_run(tmp_path / "1", record("lora", 1, recipe=before))
+    write_run(tmp_path / "2", record("lora", 2, recipe=today | {"seed": 2}))
+    assert [row.seeds for row in summary_rows(tmp_path)] == [(1, 2)]

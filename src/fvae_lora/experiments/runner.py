@@ -31,7 +31,7 @@ from fvae_lora.experiments import processes
 from fvae_lora.experiments.cost import inference_flops, training_flops
 from fvae_lora.experiments.data import Splits, fingerprint, group_counts, unlike_published
 from fvae_lora.experiments.errors import DivergenceError, RunError, UserError
-from fvae_lora.experiments.frozen import use_cached_states
+from fvae_lora.experiments.frozen import collate, use_cached_states
 from fvae_lora.experiments.heads import head_modules
 from fvae_lora.experiments.methods import METHODS
 from fvae_lora.experiments.names import located, short, without_places
@@ -306,7 +306,7 @@ def _score(
 
 
 def _batch(task: Task, rows: Any, size: int) -> dict[str, Any]:
-    return task.collate([rows[i] for i in range(min(size, len(rows)))])
+    return collate(task, [rows[i] for i in range(min(size, len(rows)))])
 
 
 def _with_adapter(base: PreTrainedModel, adapter: Path, is_trainable: bool) -> nn.Module:

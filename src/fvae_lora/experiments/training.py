@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from fvae_lora import FVAELoraTrainer, elbo_terms
 from fvae_lora.experiments import processes
 from fvae_lora.experiments.adalora import RankSchedule, orthogonality
 from fvae_lora.experiments.errors import DivergenceError, UserError
+from fvae_lora.experiments.frozen import collate
 from fvae_lora.experiments.recipe import Recipe
 from fvae_lora.experiments.record import RunFolder
 from fvae_lora.experiments.surroundings import cores
@@ -49,7 +51,7 @@ class RunTrainer(FVAELoraTrainer):
     """
 
     def __init__(self, task: Task, quiet: bool, **kwargs: Any):
-        super().__init__(data_collator=task.collate, **kwargs)
+        super().__init__(data_collator=partial(collate, task), **kwargs)
         self.task, self.quiet = task, quiet
         if quiet:
             self.remove_callback(PrinterCallback)
@@ -106,7 +108,7 @@ class RunTrainer(FVAELoraTrainer):
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         turns = zip_longest(*gather_object([found]))
         batches = [batch for turn in turns for batch in turn if batch is not None]
-        rows: Any = dataloader.dataset
+        rows: Any = getattr(dataloader.dataset, "source", dataloader.dataset)  # those that cached ones stand for
         scores = [self._scores(batches, rows) if self.is_world_process_zero() else {}]
         broadcast_object_list(scores)
         metrics = {f"{metric_key_prefix}_{name}": score for name, score in scores[0].items()}

@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from fvae_lora.experiments.errors import UserError
+from fvae_lora.experiments.recipe import Recipe
 from fvae_lora.experiments.report.scores import factor
 
 Point = tuple[float, float]
@@ -98,6 +99,14 @@ class Metrics(BaseModel):
     validation: Scores = {}
 
 
+def _of_today(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the recipe with the keys that it was written without, so that it compares with one that has them."""
+    try:
+        return Recipe.model_validate(recipe).model_dump()
+    except ValidationError:
+        return recipe
+
+
 class Record(BaseModel):
     """The part of `run.json` that a report needs. A run that was stopped early may lack most of it."""
 
@@ -109,7 +118,7 @@ class Record(BaseModel):
     task: Name = ""
     model: Source = Source()
     dataset: Dataset = Dataset()
-    recipe: dict[str, Any] = {}
+    recipe: Annotated[dict[str, Any], AfterValidator(_of_today)] = {}
     parameters: Parameters = Parameters()
     versions: dict[str, Any] = {}
     git_commit: Name = ""

@@ -67,10 +67,8 @@ class TranscriptionTask(Task):
 
         Raises:
             UserError: a recording or a text that is too long for the model; a text of which the normaliser leaves
-                nothing; frozen blocks that are to be cached.
+                nothing.
         """
-        if self.recipe.train.cache_frozen:
-            raise UserError("train.cache_frozen: not for models with an encoder and a decoder")
         is_english = not model.generation_config.is_multilingual or self.recipe.speech.language in ("en", "english")
         spelling = getattr(processor.tokenizer, "english_spelling_normalizer", None) or {}
         normalise = EnglishTextNormalizer(spelling) if is_english else BasicTextNormalizer()

@@ -23,7 +23,7 @@ def padded(
     mask = torch.zeros_like(values)
     for row, sequence in enumerate(sequences):
         place = slice(length - len(sequence), length) if side == "left" else slice(0, len(sequence))
-        values[row, place] = torch.tensor(sequence, dtype=torch.long)
+        values[row, place] = torch.as_tensor(sequence, dtype=torch.long)
         mask[row, place] = 1
     return values.to(device), mask.to(device)
 

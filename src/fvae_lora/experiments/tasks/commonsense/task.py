@@ -102,10 +102,8 @@ class CommonsenseTask(Task):
         """The three splits as tokens.
 
         Raises:
-            UserError: a question that is longer than the model can read; frozen blocks that are to be cached.
+            UserError: a question that is longer than the model can read.
         """
-        if self.recipe.train.cache_frozen:
-            raise UserError("train.cache_frozen: not for questions, whose lengths differ")
         longest = getattr(model.config, "max_position_embeddings", math.inf)  # some models have no such limit
         parts = {}
         for name in ("train", "validation", "test"):
