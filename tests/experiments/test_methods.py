@@ -56,6 +56,53 @@ def two_steps(vit: Path, pictures: Path) -> Callable[..., Recipe]:
     return make
 
 
+def gradients(model: torch.nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The logits of a training step, and the gradient of each trained parameter by its name."""
+    logits = model.train()(pixel_values=pixels).logits
+    logits.square().sum().backward()
+    return logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_without_noise_relu_start_and_elbo_the_method_is_lora(two_steps: Callable[..., Recipe]) -> None:
+    away = ("ablation.noise=false", "ablation.start=lora", "fvae.encoder_hidden_dims=[]", "adapter.dropout=0")
+    models = {}
+    for method, overrides in (("fvae-no-elbo", away), ("lora", ("adapter.dropout=0",))):
+        recipe = two_steps(method, *overrides)
+        base, _ = load_task(recipe).load_model(["a", "b", "c"])
+        models[method] = METHODS[method].apply(base, recipe)
+    ours, lora = models["fvae-no-elbo"], models["lora"]
+    assert not any(p.any() for name, p in ours.named_parameters() if ".fvae_lora_B." in name)
+    with torch.no_grad():
+        random = {name: torch.randn_like(p) for name, p in lora.named_parameters() if ".lora_B." in name}
+        for name, p in lora.named_parameters():
+            if name in random:
+                p.copy_(random[name])
+        its = dict(lora.named_parameters())
+        for name, p in ours.named_parameters():
+            if ".fvae_lora_B." in name:
+                p.copy_(its[name.replace("fvae_lora_B.default", "lora_B.default.weight")])
+            elif name.endswith("encoder1_mean_weight"):
+                p.copy_(its[name.replace("fvae_lora_vae.default.encoder1_mean_weight", "lora_A.default.weight")])
+            elif name.endswith("encoder1_mean_bias"):
+                p.zero_()
+            elif name in its:  # the head
+                p.copy_(its[name])
+    pixels = torch.randn(4, 3, 8, 8)
+    (logits, grads), (expected, lora_grads) = gradients(ours, pixels), gradients(lora, pixels)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)  # what is left of the noise
+    for name, grad in lora_grads.items():
+        name = name.replace("lora_B.default.weight", "fvae_lora_B.default")
+        name = name.replace("lora_A.default.weight", "fvae_lora_vae.default.encoder1_mean_weight")
+        torch.testing.assert_close(grads[name], grad, rtol=1e-2, atol=1e-2 * grad.abs().max().item())
+
+
+def test_what_an_ablation_takes_away_is_not_trained(two_steps: Callable[..., Recipe], tmp_path: Path) -> None:
+    record = run(two_steps("fvae-lora", "ablation.noise=false"), tmp_path / "run", quiet=True)
+    whole = run(two_steps("fvae-lora"), tmp_path / "whole", quiet=True)
+    assert whole["parameters"]["trainable"] - record["parameters"]["trainable"] == LAYERS * R * (R + 1)
+    assert evaluate(tmp_path / "run", quiet=True) == record["metrics"]["test"]
+
+
 def validation_scores(folder: Path) -> dict[str, float]:
     """What the saved adapter, loaded onto the original model, scores on validation."""
     recipe, record = finished_run(folder)

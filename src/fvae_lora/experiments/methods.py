@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fvae_lora import FVAELoraConfig
+from fvae_lora.experiments.ablation import ablate
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.heads import head_modules
 from fvae_lora.names import resolve_targets
@@ -60,6 +61,7 @@ class Method:
         except ValueError as error:
             raise UserError(f"recipe: {error}") from error
         adapted = get_peft_model(model, config)
+        ablate(adapted, **recipe.ablation.model_dump())
         _keep_statistics(adapted)
         return adapted
 

@@ -182,6 +182,15 @@ class FvaeSettings(Section):
     elbo_token_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
+class AblationSettings(Section):
+    """What is taken away from the methods that are FVAE-LoRA (see `ablation`)."""
+
+    noise: bool = True
+    """False holds z1's standard deviation at nothing: z1 is its mean in training, too."""
+    start: Literal["method", "lora"] = "method"
+    """`lora` starts as LoRA does, B at zero and z1's mean at random; `method` the other way round."""
+
+
 class Recipe(Section):
     """One run, completely: the same recipe on the same data and the same versions gives the same result."""
 
@@ -200,6 +209,7 @@ class Recipe(Section):
     train: TrainSettings = TrainSettings()
     adapter: AdapterSettings = AdapterSettings()
     fvae: FvaeSettings = FvaeSettings()
+    ablation: AblationSettings = AblationSettings()
 
 
 def shipped() -> dict[str, Path]:

@@ -1,0 +1,32 @@
+"""Parts of FVAE-LoRA taken away, each by itself, to see what it does: its noise, and where it starts.
+
+The ReLU is `fvae.encoder_hidden_dims=[]`, the ELBO `fvae.elbo_weight=0`. Without all four what is left is LoRA, but for
+the mean's bias.
+"""
+
+import math
+
+from torch import nn
+
+LEAST_LOGVAR = -20.0
+"""The least that the method allows: a standard deviation of 4.5e-5."""
+
+
+def ablate(model: nn.Module, noise: bool, start: str) -> None:
+    """Changes the adapters of `model`, which have just been made, in place.
+
+    Args:
+        model: the adapted model.
+        noise: False holds z1's standard deviation at nothing.
+        start: "lora" begins with B at zero and z1's mean at random; "method" leaves both as they are.
+    """
+    for name, parameter in model.named_parameters():
+        part = name.rpartition(".")[2]
+        if not noise and part in ("encoder1_logvar_weight", "encoder1_logvar_bias"):
+            nn.init.constant_(parameter, LEAST_LOGVAR if part.endswith("bias") else 0)
+            parameter.requires_grad_(False)
+        if start == "lora":
+            if ".fvae_lora_B." in name:
+                nn.init.zeros_(parameter)
+            elif part == "encoder1_mean_weight":
+                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
