@@ -434,8 +434,13 @@ def test_a_folder_that_cannot_be_used_is_named_in_one_line(
 @pytest.mark.parametrize(
     ("group", "feature", "says"),
     [
-        (lambda a, b: None if a > b else 0, Value("int64"), "split test has rows without a group"),
-        (lambda a, b: [a, b], [Value("int64")], "the groups in split test are neither integers, strings nor classes"),
+        (lambda a, b: None if a > b else 0, Value("int64"), "p/test-0.parquet, row 6: no group"),
+        (
+            lambda a, b: [a, b],
+            [Value("int64")],
+            r"test-0.parquet, row 1: group is \[0, 0\]; expected a name",
+        ),
+        (lambda a, b: a / 2, Value("float64"), "the groups in split test are neither integers, strings nor classes"),
         (lambda a, b: a, ClassLabel(names=["x", "y", "z"]), "no row of group z in split train"),
     ],
 )

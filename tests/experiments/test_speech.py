@@ -142,7 +142,7 @@ def test_every_distribution_of_the_corpus_reads_the_same(
         assert splits[name]["label"] == rows["label"]
         for here, there in zip(splits[name], rows, strict=True):
             assert "SA1" not in here["audio"]["path"].upper()
-            np.testing.assert_array_equal(read_sound(here, RATE, ""), read_sound(there, RATE, ""))
+            np.testing.assert_array_equal(read_sound(here, RATE), read_sound(there, RATE))
 
 
 def test_copies_in_another_format_beside_the_originals_are_not_read_twice(corpus: Path) -> None:
@@ -163,7 +163,7 @@ def test_sound_is_brought_to_the_rate_of_the_model() -> None:
     tone = np.sin(np.arange(8000) * 2 * np.pi * 440 / 8000)
     buffer = io.BytesIO()
     soundfile.write(buffer, np.stack([tone, np.zeros(8000)], axis=1), 8000, format="WAV", subtype="FLOAT")
-    heard = read_sound({"audio": {"bytes": buffer.getvalue(), "path": None}}, 16_000, "row 0")
+    heard = read_sound({"audio": {"bytes": buffer.getvalue(), "path": None}}, 16_000)
     expected = np.sin(np.arange(16_000) * 2 * np.pi * 440 / 16_000) / 2  # both channels
     assert heard.shape == (16_000,)
     np.testing.assert_allclose(heard[500:-500], expected[500:-500], atol=1e-3)
@@ -265,7 +265,7 @@ def padded_and_alone(recipe: Recipe) -> tuple[float, float]:
     task = load_task(recipe)
     splits = task.split(task.open_source())
     base, extractor = task.load_model(splits.classes)
-    rows = Sentences(splits.train, "train", base, extractor)
+    rows = Sentences(splits.train, base, extractor)
     assert len(set(rows.frames[:3])) == 3
     for module in base.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -572,11 +572,14 @@ def test_the_silence_that_whisper_adds_is_not_in_the_elbo(writer: Path, recordin
     [
         ((recorded("sit"), ""), "train.parquet, row 2: text is ''"),
         ((recorded("sit"), None), "train.parquet, row 2: text is None"),
-        ((recorded("sit"), "!?"), "split train, row 1: nothing is left of its text '!?' once it is normalised"),
-        ((recorded("sit"), "sit " * 9), "split train, row 1: its text has 38 tokens; the model reads 32 at most"),
-        ((recorded("sit", seconds=2.5), "sit"), "split train, row 1: 2.5 s long; the model hears 2 s at most"),
-        (({"bytes": b"no sound", "path": None}, "sit"), "split train, row 1: not a readable sound file"),
-        (({"bytes": None, "path": "/nowhere/a.wav"}, "sit"), "/nowhere/a.wav: not a readable sound file: No such file"),
+        ((recorded("sit"), "!?"), "train.parquet, row 2: nothing is left of its text '!?' once it is normalised"),
+        ((recorded("sit"), "sit " * 9), "train.parquet, row 2: its text has 38 tokens; the model reads 32 at most"),
+        ((recorded("sit", seconds=2.5), "sit"), "train.parquet, row 2: 2.5 s long; the model hears 2 s at most"),
+        (({"bytes": b"no sound", "path": None}, "sit"), "train.parquet, row 2: not a readable sound file"),
+        (
+            ({"bytes": None, "path": "/nowhere/a.wav"}, "sit"),
+            "train.parquet, row 2, /nowhere/a.wav: not a readable sound file: No such file",
+        ),
     ],
 )
 def test_a_recording_that_cannot_be_used_is_named(
@@ -585,6 +588,20 @@ def test_a_recording_that_cannot_be_used_is_named(
     splits = {"train": [*said("yes"), row], "validation": said("no"), "test": said("sit")}
     assert_refused(transcribe(write_recordings(tmp_path / "words", splits)), says)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_table_s_row_without_a_sound_is_named(
+    transcribe: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "train.wav").write_bytes(recorded("sit")["bytes"])
+    rows = [{"audio": "train.wav", "text": "sit"}, {"audio": None, "text": "sit"}, {"audio": "no.wav", "text": "sit"}]
+    file, lines = tmp_path / "train.jsonl", [json.dumps(row) + "\n" for row in rows]
+    file.write_text("".join(lines))
+    assert_refused(transcribe(tmp_path), f"{file}, row 2: not a readable sound file: no sound in this row")
+    file.write_text(lines[0] * 9 + lines[2])
+    assert_refused(transcribe(tmp_path), f"{file}, row 10, {tmp_path}/no.wav: not a readable sound file: No such file")
+    file.write_text(lines[0] + lines[2][:20])
+    assert_refused(transcribe(tmp_path), f"{file}, line 2: not JSON: ")
 
 
 def test_paths_in_a_table_are_relative_to_its_folder(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -397,6 +399,18 @@ def change_line(file: str, number: int, change: Callable[[dict], dict | str]) ->
     return spoil
 
 
+def with_groups(train: Sequence[str | None], test: Sequence[str | None]) -> Callable[[Path], None]:
+    """Gives the rows of each split these groups, by turns."""
+
+    def spoil(folder: Path) -> None:
+        for split, groups in (("train", train), ("test", test)):
+            lines = zip((folder / f"{split}.jsonl").read_text().splitlines(), cycle(groups), strict=False)
+            grouped = [json.dumps(json.loads(line) | {"group": group}) for line, group in lines]
+            (folder / f"{split}.jsonl").write_text("\n".join(grouped))
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "options", "says"),
     [
@@ -414,6 +428,28 @@ def change_line(file: str, number: int, change: Callable[[dict], dict | str]) ->
         (change_line("train.jsonl", 7, lambda row: {"label": "dull"}), [], "{}/train.jsonl, row 7: text is None"),
         (change_line("train.jsonl", 40, lambda row: json.dumps(row)[:9]), [], "{}/train.jsonl, line 40: not JSON: "),
         (change_line("test.jsonl", 1, lambda row: "{"), [], "{}/test.jsonl, line 1: not JSON: "),
+        (
+            change_line("test.jsonl", 2, lambda row: "[1]"),
+            [],
+            "{}/test.jsonl, line 2: expected keys and values, got",
+        ),
+        (
+            lambda folder: (folder / "test.jsonl").write_bytes(b'\n{"text": "\xff", "label": "fine"}\n'),
+            [],
+            "{}/test.jsonl, line 2: not JSON: 'utf-8' codec can't decode byte 0xff",
+        ),
+        (
+            change_line("test.jsonl", 3, lambda row: row | {"label": ["fine"]}),
+            [],
+            "{}/test.jsonl, row 3: label is ['fine']; expected a name or a number",
+        ),
+        (
+            with_groups("xyz", "xy"),
+            ["data.group_column=group", "data.validation_share=0.3"],
+            "no row of group z in split test",
+        ),
+        (with_groups("xy", "xyz"), ["data.group_column=group"], "no row of group z in split train"),
+        (with_groups("xy", ["x", None]), ["data.group_column=group"], "{}/test.jsonl, row 2: no group"),
         (
             change_line("test.jsonl", 20, lambda row: row | {"label": "fin"}),
             [],
@@ -483,6 +519,22 @@ def test_bad_texts_are_named_by_file_and_row_before_any_training(
     assert err.count("\n") == 1, err
     assert says.format(folder, model=bert) in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_cell_too_many_is_named_once(
+    train: Callable[..., tuple[int, str, str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_tables(tmp_path / "data", "csv")
+    with (folder / "test.csv").open("a") as file:
+        file.write("a film,dull,3\n")
+    reader = logging.getLogger("datasets")
+    reader.addHandler(caplog.handler)
+    code, _, err = train(folder)
+    reader.removeHandler(caplog.handler)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "test.csv: cannot be read as csv: " in err
+    assert "in line 22" in err
+    assert not caplog.text
 
 
 def test_a_label_beyond_the_declared_classes_of_a_parquet_file(bert: Path, tmp_path: Path) -> None:

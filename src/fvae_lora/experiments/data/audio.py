@@ -15,13 +15,13 @@ SOUND = {"bytes": Value("binary"), "path": Value("string")}
 """The feature of a sound that is not decoded; datasets' own cannot be made of paths without torchcodec."""
 
 
-def read_sound(row: dict[str, Any], rate: int, where: str) -> np.ndarray:
+def read_sound(row: dict[str, Any], rate: int) -> np.ndarray:
     """A row's `audio`, its channels averaged and resampled.
 
     Args:
-        row: has `audio`: a file's path or its bytes, in any format that libsndfile reads (RIFF, NIST sphere, FLAC ...).
+        row: has `audio`, a file's path or its bytes, in any format that libsndfile reads (RIFF, NIST sphere, FLAC ...),
+            and `where` it is, for messages.
         rate: samples per second that are wanted.
-        where: where the row is, for the message about one that has no file.
 
     Returns:
         (samples,) of float32, 1 being full scale.
@@ -29,34 +29,29 @@ def read_sound(row: dict[str, Any], rate: int, where: str) -> np.ndarray:
     Raises:
         UserError: not readable, or without a single sample.
     """
-    samples, found = _decoded(row, where)
+    samples, found = _decoded(row)
     return soxr.resample(samples.mean(axis=1), found, rate)
 
 
-def sound_content(row: dict[str, Any], where: str) -> bytes:
+def sound_content(row: dict[str, Any]) -> bytes:
     """A row's sound, encoded, after decoding it once.
 
     Raises:
         UserError: as `read_sound`.
     """
-    _decoded(row, where)
+    _decoded(row)
     return _encoded(row)
 
 
-def file_of(row: dict[str, Any], where: str) -> str:
-    """What a message calls a row: its file, or else `where` it is."""
-    return str((row["audio"] and row["audio"]["path"]) or where)
-
-
-def _decoded(row: dict[str, Any], where: str) -> tuple[np.ndarray, int]:
+def _decoded(row: dict[str, Any]) -> tuple[np.ndarray, int]:
     """Samples, (samples, channels), and how many there are in a second."""
     try:
         samples, rate = soundfile.read(io.BytesIO(_encoded(row)), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
         cause = getattr(error, "error_string", None) or getattr(error, "strerror", None) or "no sound in this row"
-        raise UserError(f"{file_of(row, where)}: not a readable sound file: {cause}") from error
+        raise UserError(f"{row['where']}: not a readable sound file: {cause}") from error
     if not len(samples):
-        raise UserError(f"{file_of(row, where)}: a sound file without a single sample")
+        raise UserError(f"{row['where']}: a sound file without a single sample")
     return samples, rate
 
 

@@ -21,8 +21,8 @@ def fingerprint(splits: dict[str, Dataset], content: Callable[[dict[str, Any], s
         rows = splits[name]
         groups = class_names(rows, "group")
         total.update(repr((name, class_names(rows), len(rows), *groups)).encode())
-        for index, row in enumerate(rows):
-            digest = hashlib.sha256(content(row, f"split {name}, row {index}")).digest()
+        for number, row in enumerate(rows, 1):
+            digest = hashlib.sha256(content(row, f"split {name}, row {number}")).digest()
             total.update(repr(row.get("label")).encode() + digest)
             if groups:
                 total.update(repr(row["group"]).encode())

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from datasets import Dataset
 
-from fvae_lora.experiments.data.columns import as_classes, class_names, missing, names_in
+from fvae_lora.experiments.data.columns import as_classes, class_names, names_in
 from fvae_lora.experiments.errors import UserError
 
 NAMEABLE = ("int", "uint", "string", "large_string", "bool")
@@ -55,17 +55,16 @@ def with_groups(dataset: str, splits: dict[str, Dataset]) -> dict[str, Dataset]:
 
     Args:
         dataset: its name, for messages.
-        splits: with a column `group` of numbers, strings or classes. A number without a name is called by its digits.
+        splits: with a column `group` of numbers, strings or classes, in every row one. A number without a name is
+            called by its digits.
 
     Raises:
-        UserError: a row without a group, or a column of something else.
+        UserError: a column of something else.
     """
     for split, rows in splits.items():
         feature = rows.features["group"]
         if not class_names(rows, "group") and not str(getattr(feature, "dtype", "")).startswith(NAMEABLE):
             raise UserError(f"dataset {dataset}: the groups in split {split} are neither integers, strings nor classes")
-        if any(map(missing, rows["group"])):
-            raise UserError(f"dataset {dataset}: split {split} has rows without a group")
     names = dict.fromkeys(name for rows in splits.values() for name in names_in(rows, "group"))
     return {split: as_classes(rows, "group", list(names)) for split, rows in splits.items()}
 

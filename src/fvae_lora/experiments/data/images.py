@@ -36,7 +36,7 @@ class Images(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        image = open_image(row, f"split {self.split}, row {index}").convert(self.mode)
+        image = open_image(row, f"the run's {self.split} split, row {index + 1}").convert(self.mode)
         if self.augment is not None:
             image = self.augment(image)
         return {"pixel_values": process(self.processor, image), "labels": row["label"]}

@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Audio, Dataset, Features, Value
 
 from fvae_lora.experiments.data.audio import SOUND, sound_content
-from fvae_lora.experiments.data.source import official_splits, read_tables, refuse_values
+from fvae_lora.experiments.data.source import official_splits, places, read_tables, refuse_values
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.names import is_local
 from fvae_lora.experiments.recipe import DataSettings
@@ -15,10 +15,11 @@ COLUMNS = ["audio", "text"]
 
 
 def open_recordings(name: str, settings: DataSettings) -> dict[str, Dataset]:
-    """The official splits of a data set: rows of `audio` (a file's path or its bytes, not decoded) and `text`.
+    """The official splits of a data set: rows of `audio`, `text` and `where` they are, for messages.
 
     Args:
-        name: a folder of tables, or a name on the hub. Paths in a folder's tables are relative to it.
+        name: a folder of tables, or a name on the hub. Paths in a folder's tables are relative to it. Sounds are not
+            decoded: each is a path or bytes.
         settings: with which it is opened.
 
     Raises:
@@ -28,7 +29,15 @@ def open_recordings(name: str, settings: DataSettings) -> dict[str, Dataset]:
         split: _columns(name, split, rows) for split, rows in official_splits(name, settings, read_tables).items()
     }
     refuse_values(name, splits, settings, "text", _no_text)
-    return splits
+    return {
+        split: rows.add_column("where", _where(rows, places(name, settings, split, len(rows))))
+        for split, rows in splits.items()
+    }
+
+
+def _where(rows: Dataset, places: list[str]) -> list[str]:
+    paths = (audio and audio["path"] for audio in rows["audio"])
+    return [f"{place}, {path}" if path else place for place, path in zip(places, paths, strict=True)]
 
 
 def _columns(name: str, split: str, rows: Dataset) -> Dataset:
@@ -43,23 +52,25 @@ def _columns(name: str, split: str, rows: Dataset) -> Dataset:
     if isinstance(rows.features["audio"], Value):
         folder = Path(name) if is_local(name) else Path()
         features = Features({"audio": SOUND, "text": rows.features["text"]})
-        return rows.map(
-            lambda row: {"audio": {"bytes": None, "path": str(folder / str(row["audio"]))}}, features=features
-        )
+        return rows.map(lambda row: {"audio": _sound(folder, row["audio"])}, features=features)
     try:
         return rows.cast_column("audio", Audio(decode=False))
     except (NotImplementedError, TypeError, ValueError) as error:
         raise UserError(f"dataset {name}: split {split}: its audio column holds neither sounds nor paths") from error
 
 
+def _sound(folder: Path, path: Any) -> dict[str, Any]:
+    return {"bytes": None, "path": None if path is None else str(folder / str(path))}
+
+
 def _no_text(text: Any) -> str | None:
     return None if isinstance(text, str) and text.strip() else f"text is {text!r}; expected what is said"
 
 
-def recording_content(row: dict[str, Any], where: str) -> bytes:
+def recording_content(row: dict[str, Any]) -> bytes:
     """A row's sound, encoded, and its text.
 
     Raises:
         UserError: a sound that cannot be read.
     """
-    return sound_content(row, where) + b"\0" + str(row["text"]).encode()
+    return sound_content(row) + b"\0" + str(row["text"]).encode()

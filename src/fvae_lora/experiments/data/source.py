@@ -69,14 +69,17 @@ def read_tables(folder: Path, suffixes: Iterable[str] = READERS) -> dict[str, Da
     return {split: _joined(folder, files) for split, files in _tables(folder, suffixes).items()}
 
 
-def _place(name: str, settings: DataSettings, split: str, index: int) -> str:
-    """Where row `index` of an official split is, for messages: its file in a local folder, its number from 1 on."""
+def places(name: str, settings: DataSettings, split: str, count: int) -> list[str]:
+    """Where each of the `count` rows of an official split is, for messages: its table, if it has one, and its number.
+
+    Rows are counted from 1.
+    """
     folder = _folder_of(name, settings.config)
-    for file in _tables(folder).get(split, []) if folder else []:
-        if index < (rows := len(_read(file))):
-            return f"{file}, row {index + 1}"
-        index -= rows
-    return f"dataset {name}: split {split}, row {index + 1}"
+    files = _tables(folder).get(split, []) if folder else []
+    in_files = [f"{file}, row {n}" for file in files for n in range(1, len(_read(file)) + 1)]
+    return (
+        in_files if len(in_files) == count else [f"dataset {name}: split {split}, row {n}" for n in range(1, count + 1)]
+    )
 
 
 def _tables(folder: Path, suffixes: Iterable[str] = READERS) -> dict[str, list[Path]]:
@@ -110,22 +113,25 @@ def _joined(folder: Path, files: Sequence[Path]) -> Dataset:
 def _read(file: Path) -> Dataset:
     if not file.stat().st_size:
         raise UserError(f"{file}: the file is empty")
+    if file.suffix == ".jsonl":
+        _check_lines(file)
     try:
         rows: Dataset = READERS[file.suffix](data_files=str(file), split="train")
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        if file.suffix == ".jsonl":
-            _refuse_lines(file)
         cause = str(error.__cause__ or error).strip().partition("\n")[0]
         raise UserError(f"{file}: cannot be read as {file.suffix.removeprefix('.')}: {cause}") from error
     return rows
 
 
-def _refuse_lines(file: Path) -> None:
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+def _check_lines(file: Path) -> None:
+    """Refuses what is no row; the reader of tables would not say which line it is, or only stumble over it later."""
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
         try:
-            json.loads(line)
+            row = json.loads(line) if line.strip() else {}
         except ValueError as error:
-            raise UserError(f"{file}, line {number}: not JSON: {error}") from error
+            raise UserError(f"{file}, line {number}: not JSON: {getattr(error, 'msg', error)}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{file}, line {number}: expected keys and values, got {row!r:.40}")
 
 
 def _folder_of(name: str, config: str | None) -> Path | None:
@@ -239,7 +245,7 @@ def refuse_values(
     for split, rows in splits.items():
         for index, value in enumerate(rows[column]):
             if reason := wrong(value):
-                raise UserError(f"{_place(name, settings, split, index)}: {reason}")
+                raise UserError(f"{places(name, settings, split, len(rows))[index]}: {reason}")
 
 
 def with_classes(name: str, splits: Mapping[str, Dataset], settings: DataSettings) -> dict[str, Dataset]:
@@ -251,7 +257,8 @@ def with_classes(name: str, splits: Mapping[str, Dataset], settings: DataSetting
         UserError: a row without a label or group, or with a label outside the set; one class only; classes that are
             declared differently for a split.
     """
-    refuse_values(name, splits, settings, "label", lambda label: "no label" if missing(label) else None)
+    for column in ("label",) if settings.group_column is None else ("label", "group"):
+        refuse_values(name, splits, settings, column, partial(_no_name, column))
     allowed = settings.classes or names_in(splits["train"], "label")
     if len(allowed) < 2:
         raise UserError(f"dataset {name}: split train has one class only: {allowed[0]}")
@@ -266,6 +273,12 @@ def with_classes(name: str, splits: Mapping[str, Dataset], settings: DataSetting
         refuse_values(name, {split: rows}, settings, "label", partial(_unknown, known, allowed))
     splits = {split: as_classes(rows, "label", allowed) for split, rows in splits.items()}
     return splits if settings.group_column is None else with_groups(name, splits)
+
+
+def _no_name(column: str, value: Any) -> str | None:
+    if missing(value):
+        return f"no {column}"
+    return None if isinstance(value, str | int | float) else f"{column} is {value!r:.40}; expected a name or a number"
 
 
 def _unknown(known: Collection[int] | Collection[str], allowed: Sequence[str], label: Any) -> str | None:

@@ -46,11 +46,13 @@ DEVELOPMENT_SPEAKERS = frozenset([
 ])  # fmt: skip
 """Of the rest of TEST; the list is the one that Kaldi's recipe uses."""
 
-FEATURES = Features({"audio": SOUND, "label": List(ClassLabel(names=PHONES)), "speaker": Value("string")})
+FEATURES = Features(
+    {"audio": SOUND, "label": List(ClassLabel(names=PHONES)), "speaker": Value("string"), "where": Value("string")}
+)
 
 
 def open_timit(name: str) -> dict[str, Dataset]:
-    """`train`, `validation` and `test`: rows of `audio` (a file's path), `label` (its phones) and `speaker`.
+    """`train`, `validation` and `test`: rows of `audio`, `label` (its phones), `speaker` and `where`: the sound's file.
 
     Args:
         name: the folder that holds TRAIN and TEST; upper and lower case are the same, in all names below it.
@@ -91,6 +93,7 @@ def _rows(files: list[Path]) -> Dataset:
         "audio": [{"bytes": None, "path": str(file)} for file in files],
         "label": [read_phones(file) for file in files],
         "speaker": [_speaker(file) for file in files],
+        "where": [str(file) for file in files],
     }
     return Dataset.from_dict(columns, features=FEATURES)
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, PreT
 
 from fvae_lora.experiments.classifiers import loading
 from fvae_lora.experiments.data import Splits
-from fvae_lora.experiments.data.audio import file_of, read_sound, sound_content
+from fvae_lora.experiments.data.audio import read_sound, sound_content
 from fvae_lora.experiments.data.timit import CORE_TEST_SPEAKERS, DEVELOPMENT_SPEAKERS, open_timit
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.heads import draw_new_head
@@ -36,7 +36,7 @@ class PhonemeTask(Task):
 
     def content(self, row: dict[str, Any], where: str) -> bytes:
         """The encoded sound; the phones are the row's label."""
-        return sound_content(row, where)
+        return sound_content(row)
 
     def split(self, official: dict[str, Dataset]) -> Splits:
         """TIMIT's own splits, and how many of their speakers there are.
@@ -88,7 +88,7 @@ class PhonemeTask(Task):
         """
         if self.recipe.train.cache_frozen:
             raise UserError("train.cache_frozen: not for sentences, whose lengths differ")
-        return {name: Sentences(rows, name, model, processor) for name, rows in splits.by_name.items()}
+        return {name: Sentences(rows, model, processor) for name, rows in splits.by_name.items()}
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch: `input_values` (batch, samples), padded with zeros, `attention_mask`, `labels` (batch, phones).
@@ -120,8 +120,7 @@ class Sentences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """A split as a model takes it: `input_values` (samples,) and `labels` (phones,), numbered from 1.
 
     Args:
-        rows: the split: `audio`, not decoded, and `label`.
-        split: its name, for messages.
+        rows: the split, as `data.timit` has it.
         model: says how many frames it makes of samples.
         extractor: the model's feature extractor, which normalises.
 
@@ -129,15 +128,15 @@ class Sentences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         UserError: a sentence with more phones than CTC can find in its frames.
     """
 
-    def __init__(self, rows: Dataset, split: str, model: PreTrainedModel, extractor: Any):
-        self.rows, self.split, self.extractor = rows, split, extractor
+    def __init__(self, rows: Dataset, model: PreTrainedModel, extractor: Any):
+        self.rows, self.extractor = rows, extractor
         self.frames = [int(model._get_feat_extract_output_lengths(len(self._sound(i)))) for i in range(len(rows))]
-        for i, (row, frames) in enumerate(zip(rows, self.frames, strict=True)):
+        for row, frames in zip(rows, self.frames, strict=True):
             phones = row["label"]
             needed = len(phones) + sum(a == b for a, b in pairwise(phones))  # a blank parts two of a kind
             if needed > frames:
                 problem = f"{len(phones)} phones in {frames} frames, CTC needs {needed}"
-                raise UserError(f"{file_of(row, self._where(i))}: too short for the model: {problem}")
+                raise UserError(f"{row['where']}: too short for the model: {problem}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -147,10 +146,7 @@ class Sentences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"input_values": sound["input_values"][0], "labels": torch.tensor(self.rows[index]["label"]) + 1}
 
     def _sound(self, index: int) -> np.ndarray:
-        return read_sound(self.rows[index], self.extractor.sampling_rate, self._where(index))
-
-    def _where(self, index: int) -> str:
-        return f"split {self.split}, row {index}"
+        return read_sound(self.rows[index], self.extractor.sampling_rate)
 
 
 def _collapsed(symbols: np.ndarray) -> list[int]:

@@ -14,7 +14,7 @@ from transformers.models.whisper.english_normalizer import BasicTextNormalizer, 
 
 from fvae_lora.experiments.classifiers import loading
 from fvae_lora.experiments.data import Splits
-from fvae_lora.experiments.data.audio import file_of, read_sound
+from fvae_lora.experiments.data.audio import read_sound
 from fvae_lora.experiments.data.recordings import open_recordings, recording_content
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.tasks import Metric, Task
@@ -37,7 +37,7 @@ class TranscriptionTask(Task):
 
     def content(self, row: dict[str, Any], where: str) -> bytes:
         """The encoded sound and the text."""
-        return recording_content(row, where)
+        return recording_content(row)
 
     def load_model(self, classes: list[str]) -> tuple[PreTrainedModel, Any]:
         """The model in float32, and its processor, for the recipe's language if it knows several.
@@ -72,7 +72,7 @@ class TranscriptionTask(Task):
         is_english = not model.generation_config.is_multilingual or self.recipe.speech.language in ("en", "english")
         spelling = getattr(processor.tokenizer, "english_spelling_normalizer", None) or {}
         normalise = EnglishTextNormalizer(spelling) if is_english else BasicTextNormalizer()
-        return {name: Recordings(rows, name, model, processor, normalise) for name, rows in splits.by_name.items()}
+        return {name: Recordings(rows, model, processor, normalise) for name, rows in splits.by_name.items()}
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch: `input_features` (batch, bands, frames), `attention_mask` (batch, frames), `labels` (batch, tokens).
@@ -114,8 +114,7 @@ class Recordings(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """A split as Whisper takes it: `input_features` (bands, frames), `attention_mask` (frames,), `labels` (tokens,).
 
     Args:
-        rows: the split: `audio`, not decoded, and `text`.
-        split: its name, for messages.
+        rows: the split, as `data.recordings` has it.
         model: says what is too long.
         processor: the model's.
         normalise: what is done to a text before it is scored.
@@ -124,20 +123,18 @@ class Recordings(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         UserError: a recording or a text that is too long, or a text of which `normalise` leaves nothing.
     """
 
-    def __init__(
-        self, rows: Dataset, split: str, model: PreTrainedModel, processor: Any, normalise: Callable[[str], str]
-    ):
-        self.rows, self.split, self.processor, self.normalise = rows, split, processor, normalise
+    def __init__(self, rows: Dataset, model: PreTrainedModel, processor: Any, normalise: Callable[[str], str]):
+        self.rows, self.processor, self.normalise = rows, processor, normalise
         extractor, limit = processor.feature_extractor, model.config.max_target_positions
         for i, row in enumerate(rows):
-            file = file_of(row, self._where(i))
+            where = row["where"]
             if not normalise(row["text"]):
-                raise UserError(f"{file}: nothing is left of its text {row['text']!r} once it is normalised")
+                raise UserError(f"{where}: nothing is left of its text {row['text']!r} once it is normalised")
             if (tokens := len(self._labels(row))) > limit:
-                raise UserError(f"{file}: its text has {tokens} tokens; the model reads {limit} at most")
+                raise UserError(f"{where}: its text has {tokens} tokens; the model reads {limit} at most")
             if (samples := len(self._sound(i))) > extractor.n_samples:
                 seconds = samples / extractor.sampling_rate
-                raise UserError(f"{file}: {seconds:.1f} s long; the model hears {extractor.chunk_length} s at most")
+                raise UserError(f"{where}: {seconds:.1f} s long; the model hears {extractor.chunk_length} s at most")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -155,8 +152,4 @@ class Recordings(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return ids[1:]
 
     def _sound(self, index: int) -> np.ndarray:
-        rate = self.processor.feature_extractor.sampling_rate
-        return read_sound(self.rows[index], rate, self._where(index))
-
-    def _where(self, index: int) -> str:
-        return f"split {self.split}, row {index}"
+        return read_sound(self.rows[index], self.processor.feature_extractor.sampling_rate)
