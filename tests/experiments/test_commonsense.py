@@ -22,7 +22,7 @@ from hub import Hub
 from peft import PeftModel, get_peft_model
 from rounding import assert_alike
 from saved import assert_saved
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomForCausalLM, MambaForCausalLM, PreTrainedModel
 
 from fvae_lora import FVAELoraConfig, elbo_terms
 from fvae_lora.experiments.data.questions import open_questions, question
@@ -346,13 +346,21 @@ def test_what_a_method_learns_of_questions_is_saved(make: Callable[..., Recipe],
 
 
 def test_in_bf16_the_frozen_weights_are_bf16_and_the_adapter_is_not(
-    make: Callable[..., Recipe], tmp_path: Path, llama: Path
+    make: Callable[..., Recipe], tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make("train.precision=bf16", "commonsense.max_new_tokens=4")
     model = METHODS["fvae-lora"].apply(load_task(recipe).load_model([])[0], recipe)
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    in_autocast = []
+
+    def spied(*args: Any) -> list[str]:
+        in_autocast.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return write_answers(*args)
+
+    monkeypatch.setattr("fvae_lora.experiments.tasks.commonsense.task.write_answers", spied)
     record = run(recipe, tmp_path, quiet=True)
+    assert set(in_autocast) == {torch.bfloat16}
     assert evaluate(tmp_path, quiet=True) == record["metrics"]["test"]
     loaded = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16), str(tmp_path / "adapter")
@@ -478,6 +486,16 @@ def test_models_that_cannot_be_used(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
     assert "commonsense.load_in_4bit: bitsandbytes is not installed" in refused("commonsense.load_in_4bit=true")
+
+
+@pytest.mark.parametrize("kind", [BloomForCausalLM, MambaForCausalLM])
+def test_a_model_without_positions_or_with_a_state(
+    refused: Callable[..., str], tmp_path: Path, kind: type[PreTrainedModel]
+) -> None:
+    kind(kind.config_class(vocab_size=400, hidden_size=16, num_hidden_layers=1)).save_pretrained(tmp_path / "model")
+    make_tokenizer(tmp_path / "model")
+    says = f"options are scored with `position_ids` and a cache of keys and values alone; {kind.__name__} is of another"
+    assert says in refused(model=tmp_path / "model")
 
 
 def test_a_tokenizer_without_an_end_of_text(refused: Callable[..., str], tmp_path: Path) -> None:

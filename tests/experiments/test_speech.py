@@ -520,6 +520,26 @@ def test_what_a_method_learns_of_words_is_saved(writer: Path, recordings: Path, 
     assert_saved(run(load_recipe("speech/whisper", [], options), tmp_path, quiet=True))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_words_are_written_in_the_precision_of_the_run(
+    writer: Path, recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, method: str
+) -> None:
+    options = {"model": str(writer), "dataset": str(recordings), "method": method, "train.precision": precision}
+    options |= {"train.epochs": 1, "train.batch_size": 6, "speech.max_new_tokens": 4}
+    generate, found = WhisperForConditionalGeneration.generate, set()
+
+    def spied(model: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> Any:
+        watch = model.model.encoder.layers[0].fc1.register_forward_hook(lambda _, __, out: found.add(out.dtype))
+        written = generate(model, *args, **kwargs)
+        watch.remove()
+        return written
+
+    monkeypatch.setattr(WhisperForConditionalGeneration, "generate", spied)
+    run(load_recipe("speech/whisper", [], options), tmp_path, quiet=True)
+    assert found == {{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
+
+
 def test_a_model_of_many_languages_is_told_which_one(
     transcribe: Callable[..., tuple[int, str, str]], recordings: Path, tmp_path: Path
 ) -> None:

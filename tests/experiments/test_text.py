@@ -344,7 +344,7 @@ def test_neither_the_elbo_nor_its_gradients_depend_on_how_much_padding_a_batch_h
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
 
 
-def test_how_many_rows_are_cut_is_said(
+def test_how_many_rows_are_cut_is_said_and_recorded(
     train: Callable[..., tuple[int, str, str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write_tables(tmp_path / "data")
@@ -354,6 +354,8 @@ def test_how_many_rows_are_cut_is_said(
     assert train(folder, "train.epochs=1", "text.max_length=9", "--out", tmp_path / "cut")[0] == 0
     assert 0 < long < 20
     assert f"split test: {long} of 20 rows are cut at 9 tokens" in caplog.text
+    assert record_in(tmp_path / "run")["dataset"]["truncated"] == {"train": 0, "validation": 0, "test": 0}
+    assert record_in(tmp_path / "cut")["dataset"]["truncated"]["test"] == long
 
 
 def test_groups_of_texts_run_from_recipe_to_report(

@@ -205,7 +205,7 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool) -> 
     record |= {
         "metric": asdict(task.metric),
         "model": base,
-        "dataset": data | _described(splits, recipe, note),
+        "dataset": data | _described(splits, recipe, note) | task.facts(rows),
         "parameters": {
             "total": total,
             "trainable": sum(trained.values()),

@@ -60,7 +60,7 @@ def text_content(row: dict[str, Any], where: str) -> bytes:
 class Texts(torch.utils.data.Dataset[dict[str, Any]]):
     """A split as tokens: `input_ids`, what else the tokenizer gives, each a list that is not padded, and `labels`.
 
-    A log line says how many rows were cut, if any.
+    `truncated` is how many rows were cut; a log line says so, if there are any.
 
     Args:
         rows: the split.
@@ -73,8 +73,9 @@ class Texts(torch.utils.data.Dataset[dict[str, Any]]):
         self.rows, self.labels = rows, rows["label"][:]
         texts = {column: rows[column][:] for column in text_columns(rows)}
         self.encoded = tokenizer(**texts, verbose=False)
-        if too_long := sum(len(ids) > max_length for ids in self.encoded["input_ids"]):
-            log.warning("split %s: %d of %d rows are cut at %d tokens", split, too_long, len(rows), max_length)
+        self.truncated = sum(len(ids) > max_length for ids in self.encoded["input_ids"])
+        if self.truncated:
+            log.warning("split %s: %d of %d rows are cut at %d tokens", split, self.truncated, len(rows), max_length)
             self.encoded = tokenizer(**texts, truncation=True, max_length=max_length)
 
     def __len__(self) -> int:

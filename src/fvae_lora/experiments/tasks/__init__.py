@@ -85,6 +85,10 @@ class Task(ABC):
             UserError: a row that cannot be used; found before any training.
         """
 
+    def facts(self, rows: dict[str, Any]) -> dict[str, Any]:
+        """What else a record says of the data; `rows` are those of `datasets`."""
+        return {}
+
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch, as the model takes it."""
         batch: dict[str, Any] = default_data_collator(list(items))
@@ -108,6 +112,11 @@ class Task(ABC):
     def generated_scores(self, model: PreTrainedModel, rows: Any, progress: bool) -> dict[str, float]:
         """Further scores of a split that need more than one forward of each batch; none here."""
         return {}
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The run's precision, to generate in: a Trainer's is that of the model which it wraps, not of one inside."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.recipe.train.precision)
+        return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def load_task(recipe: Recipe) -> Task:

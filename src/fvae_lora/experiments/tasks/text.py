@@ -107,6 +107,10 @@ class TextTask(Task):
         rows = {"train": splits.train, "validation": splits.validation, "test": splits.test}
         return {name: Texts(part, name, processor, self.recipe.text.max_length) for name, part in rows.items()}
 
+    def facts(self, rows: dict[str, Texts]) -> dict[str, Any]:
+        """How many rows of each split were cut at the recipe's `text.max_length`."""
+        return {"truncated": {name: part.truncated for name, part in rows.items()}}
+
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch, padded to its own longest row."""
         return dict(DataCollatorWithPadding(self.tokenizer)(list(items)))

@@ -101,7 +101,9 @@ class TranscriptionTask(Task):
         for begin in tqdm(range(0, len(rows), size), desc="transcribing", disable=not progress, leave=False):
             batch = self.collate([rows[i] for i in range(begin, min(begin + size, len(rows)))])
             heard = {key: batch[key].to(device) for key in ("input_features", "attention_mask")}
-            written += rows.processor.batch_decode(model.generate(**heard), skip_special_tokens=True)
+            with self.autocast(device):
+                tokens = model.generate(**heard)
+            written += rows.processor.batch_decode(tokens, skip_special_tokens=True)
         return {self.metric.name: word_error_rate(rows.rows["text"], written, rows.normalise)}
 
 

@@ -1,6 +1,7 @@
 """Commonsense reasoning: a causal language model answers questions with options."""
 
 import importlib.util
+import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -75,7 +76,8 @@ class CommonsenseTask(Task):
         under `commonsense.load_in_4bit` in 4 bits (nf4).
 
         Raises:
-            UserError: no such model, or not one that writes text; a tokenizer without what the recipe needs.
+            UserError: no such model, or not one that writes text; one without positions and a cache of keys and values,
+                by which options are scored; a tokenizer without what the recipe needs.
         """
         name, settings = self.recipe.model, self.recipe.commonsense
         frozen = METHODS[self.recipe.method].config is not None
@@ -86,6 +88,9 @@ class CommonsenseTask(Task):
         with loading(name, "as a causal language model"):
             tokenizer = AutoTokenizer.from_pretrained(name)
             model = AutoModelForCausalLM.from_pretrained(name, **options)
+        if model._is_stateful or "position_ids" not in inspect.signature(type(model).forward).parameters:
+            need = "`position_ids` and a cache of keys and values alone"
+            raise UserError(f"model {name}: options are scored with {need}; {type(model).__name__} is of another kind")
         if tokenizer.eos_token_id is None:
             raise UserError(f"model {name}: its tokenizer has no token for the end of a text, which ends every answer")
         if tokenizer.pad_token_id is None:
@@ -151,7 +156,8 @@ class CommonsenseTask(Task):
         judged: dict[str, tuple[np.ndarray, Any]] = {self.metric.name: (likeliest == truth, np.mean)}
         if rows.is_test:
             for batch in tqdm(batches, desc="writing answers", disable=not progress, leave=False):
-                texts = write_answers(model, rows.tokenizer, [columns["prompt_ids"][i] for i in batch])
+                with self.autocast(next(model.parameters()).device):
+                    texts = write_answers(model, rows.tokenizer, [columns["prompt_ids"][i] for i in batch])
                 for i, text in zip(batch, texts, strict=True):
                     found = parse(text, columns["options"][i])
                     written[i] = UNPARSABLE if found is None else found
