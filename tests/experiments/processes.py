@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import Trainer
 
 from fvae_lora.experiments import runner
@@ -79,3 +80,23 @@ def result(folder: Path) -> dict[str, Any]:
     files = {file.name: file.read_bytes() for file in sorted((folder / "adapter").iterdir())}
     names = sorted(p.name for p in folder.iterdir() if p.name != ".lock")
     return {"record": record, "curve": (folder / "metrics.jsonl").read_text(), "adapter": files, "names": names}
+
+
+def assert_alike(alone: Path, together: Path) -> None:
+    """Compares what one process left with what two did: the same but for the order in which numbers were added."""
+    one, two = result(alone), result(together)
+    assert two["record"]["hardware"].pop("processes") == 2
+    assert one["record"]["hardware"].pop("processes") == 1
+    for left in (one, two):
+        left["curve"] = [json.loads(line) for line in left["curve"].splitlines()]
+        del left["record"]["hardware"]["threads"]
+    assert len(two["curve"]) == len(one["curve"])
+    for ours, theirs in zip(two["curve"], one["curve"], strict=True):
+        assert ours.pop("event") == theirs.pop("event")
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    for part in ("validation", "test"):
+        assert two["record"]["metrics"][part] == pytest.approx(one["record"]["metrics"].pop(part), rel=1e-5)
+    del two["record"]["metrics"], one["record"]["metrics"]
+    assert two["record"] == one["record"]
+    assert two["names"] == one["names"]
+    assert two["adapter"].keys() == one["adapter"].keys()

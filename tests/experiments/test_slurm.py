@@ -36,6 +36,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, 
         (folder / name).write_text(f"#!/bin/sh\n{script}\n")
         (folder / name).chmod(0o755)
 
+    put("scontrol", "echo 'MaxArraySize            = 1001'")
     return put
 
 
@@ -46,7 +47,7 @@ def run(vit: Path, pictures: Path, tmp_path: Path) -> Planned:
     return run
 
 
-@pytest.mark.parametrize("option", ["--partition=main", "--gpus=1", "--time=10", "--account=us", "--cpus=2"])
+@pytest.mark.parametrize("option", ["--partition=main", "--time=10", "--account=us", "--cpus=2"])
 def test_an_option_of_slurm_needs_slurm(cli: Cli, small: list[str], tmp_path: Path, option: str) -> None:
     code, _, error = cli("compare", "image/default", *small, option, "--out", tmp_path / "runs")
     assert (code, error) == (2, f"fvae-lora: {option.partition('=')[0]}: only with --launcher slurm\n")
@@ -124,16 +125,55 @@ def test_what_a_user_asks_for_is_what_sbatch_is_told(
     programs("squeue", "exit 0")
     programs("sbatch", f"cp $1 {tmp_path}/script; echo 'sbatch: error: invalid account' >&2; exit 1")
     folder = tmp_path / "runs" / ".slurm"
-    launcher = SlurmLauncher(folder, 3, partition="gpu", account="us", time="1-02:00:00", gpus=1, cpus=4)
+    launcher = SlurmLauncher(folder, 3, 2, partition="gpu", account="us", time="1-02:00:00", gpus=2, cpus=8)
     second = Planned(run.recipe.model_copy(update={"seed": 2}), type(run.folder)(tmp_path / "runs" / "2"), "2")
     with pytest.raises(UserError, match=r"^--launcher slurm: sbatch: error: invalid account$"):
         sweep([run, second], launcher, quiet())
     assert capfd.readouterr() == ("", "")
     script = (tmp_path / "script").read_text().splitlines()
-    for flag in ("partition=gpu", "account=us", "time=1-02:00:00", "gpus-per-node=1", "cpus-per-task=4", "array=0-1%2"):
+    for flag in ("partition=gpu", "account=us", "time=1-02:00:00", "gpus-per-node=2", "cpus-per-task=8", "array=0-1%2"):
         assert f"#SBATCH --{flag}" in script
     assert "export OMP_NUM_THREADS=4" in script
     assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_more_runs_than_an_array_may_have_wait_for_one_another_in_several(
+    run: Planned, tmp_path: Path, programs: Callable[[str, str], None]
+) -> None:
+    programs("srun", "exit 1")
+    programs("squeue", "exit 0")
+    programs("scontrol", "echo 'MaxArraySize            = 2'")
+    programs("scancel", f"echo $@ >>{tmp_path}/cancelled")
+    programs(
+        "sbatch",
+        f"n=$(ls {tmp_path} | grep -c script); test $n = 2 && exit 1; cp $1 {tmp_path}/script$n; "
+        "echo Submitted batch job 7$n",
+    )
+    runs = [Planned(run.recipe, type(run.folder)(tmp_path / "runs" / str(n)), str(n)) for n in range(5)]
+    with pytest.raises(UserError, match="--launcher slurm"):
+        sweep(runs, SlurmLauncher(tmp_path / "runs" / ".slurm", 4), quiet())
+    first, second = ((tmp_path / f"script{n}").read_text() for n in range(2))
+    for script in (first, second):
+        assert "#SBATCH --array=0-1%2\n" in script
+    assert "--dependency" not in first
+    assert "#SBATCH --dependency=afterany:70\n" in second
+    assert (tmp_path / "cancelled").read_text() == "70 71\n", "the third array was refused: nothing is begun"
+
+
+def test_what_a_job_wrote_is_kept_until_every_run_of_its_array_is_complete(
+    run: Planned, tmp_path: Path, programs: Callable[[str, str], None]
+) -> None:
+    programs("sbatch", "exit 1")
+    programs("squeue", "exit 0")
+    array = tmp_path / "runs" / ".slurm" / "fvae-lora-x"
+    array.mkdir(parents=True)
+    (array / "7_0_log.out").touch()
+    (array / "runs.json").write_text(json.dumps([[str(run.folder.path), ""]]))
+    run.folder.path.mkdir()
+    for state, kept in (("failed", True), ("running", True), ("complete", False)):
+        run.folder.write(run.folder.opening(run.recipe) | {"state": state})
+        assert list(SlurmLauncher(array.parent, 1).launch([])) == []
+        assert array.exists() == kept, state
 
 
 def test_a_job_that_waits_to_do_another_recipe_in_a_runs_folder_is_named(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import assert_alike
 from sweeps import Compare, assert_same, assert_survives, left, states
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("cluster")]
@@ -47,8 +48,7 @@ def test_slurm_leaves_what_this_machine_does(small: list[str], tmp_path: Path) -
     jobs = compare(tmp_path / "slurm", *options, "--cpus", cores)
     assert jobs.end() == 0, jobs.said
     assert_same(left(tmp_path / "local"), left(tmp_path / "slurm"))
-    (array,) = arrays(tmp_path / "slurm")
-    assert len(json.loads((array / "runs.json").read_text())) == 2
+    assert not arrays(tmp_path / "slurm"), "what a finished sweep needs no more"
     assert "(2/2 done, 0 running, 0 failed, 0 waiting)" in jobs.said
     assert "\x1b" not in jobs.said
 
@@ -60,12 +60,16 @@ def test_jobs_outlive_a_sweep_that_is_stopped_and_the_same_command_waits_for_the
     first = compare(out, *options)
     wait_for(first, lambda: list(out.glob("*/metrics.jsonl")))
     assert first.kill(signal.SIGINT) == 130
+    (array,) = arrays(out)
+    assert len(json.loads((array / "runs.json").read_text())) == 2
     told, stopped = first.said.splitlines()[-2:]
     assert told.startswith("the jobs go on: the same command waits for them, `scancel ")
     assert stopped == "fvae-lora: stopped; the same command goes on where it was"
-    assert compare(out, *options).end() == 0
+    again = compare(out, *options)
+    while again.lasts(0.2):
+        assert arrays(out) in ([array], []), "the runs were submitted twice"
+    assert again.end() == 0
     assert set(states(out).values()) == {"complete"}
-    assert len(arrays(out)) == 1, "the runs were submitted twice"
 
 
 def test_a_sweep_killed_between_sbatch_and_its_notes_submits_again(small: list[str], tmp_path: Path) -> None:
@@ -95,6 +99,42 @@ def test_a_lost_node_is_a_failed_run_that_the_same_command_takes_up(small: list[
     again = compare(out, *options)
     assert again.end() == 0, again.said
     assert states(out) == {"lora-seed1": "complete"}
+
+
+def test_two_processes_of_a_job_leave_what_one_does(small: list[str], tmp_path: Path) -> None:
+    options = [*small, "adapter.dropout=0", "--methods", "lora", "--seeds", "1"]
+    one, two = compare(tmp_path / "one", *options), compare(tmp_path / "two", *options, "--processes", "2")
+    assert (one.end(), two.end()) == (0, 0), one.said + two.said
+    assert_alike(tmp_path / "one" / "lora-seed1", tmp_path / "two" / "lora-seed1")
+
+
+def test_a_killed_process_of_a_job_is_a_failed_run_that_the_same_command_takes_up(
+    small: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "s"
+    options = [*small, "train.epochs=30", "--methods", "lora", "--seeds", "1", "--processes", "2"]
+    sweep = compare(out, *options)
+    wait_for(sweep, lambda: list(out.glob("*/metrics.jsonl")))
+    job, *_, last = sorted(working(out), key=lambda process: process.create_time())
+    assert last.ppid() == job.pid
+    last.kill()
+    assert sweep.end() == 1, sweep.said
+    record = json.loads((out / "lora-seed1" / "run.json").read_text())
+    assert record["state"] == "failed"
+    assert record["reason"].startswith("killed by SIGKILL")
+    assert not working(out)
+    assert len(arrays(out)) == 1, "what the job wrote is kept"
+    again = compare(out, *options)
+    assert again.end() == 0, again.said
+    assert states(out) == {"lora-seed1": "complete"}
+    assert not arrays(out)
+
+
+def test_a_sweep_longer_than_an_array_may_be_is_done(small: list[str], tmp_path: Path) -> None:
+    sweep = compare(tmp_path / "s", *small, "train.epochs=1", "--methods", "linear-probe", "--seeds", "1,2,3,4")
+    wait_for(sweep, lambda: len(arrays(tmp_path / "s")) == 2)
+    assert sweep.end() == 0, sweep.said
+    assert set(states(tmp_path / "s").values()) == {"complete"}
 
 
 def test_a_partition_that_is_not_there_is_one_line(small: list[str], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torchrun_worker
-from processes import CONTEXT, LIVELY, result
+from processes import CONTEXT, LIVELY, assert_alike, result
 
 from fvae_lora.experiments.cli import exit_code, hush
 from fvae_lora.experiments.recipe import Recipe
@@ -56,21 +56,7 @@ def test_two_processes_learn_and_score_what_one_does(
     make_recipe: Callable[..., Recipe], done: Path, tmp_path: Path, method: str
 ) -> None:
     run(make_recipe(**without_noise(method)), tmp_path / "alone", quiet=True)
-    alone, both = result(tmp_path / "alone"), result(done / method)
-    assert both["record"]["hardware"].pop("processes") == 2
-    assert alone["record"]["hardware"].pop("processes") == 1
-    for folder in (alone, both):
-        folder["curve"] = [json.loads(line) for line in folder["curve"].splitlines()]
-    assert len(both["curve"]) == len(alone["curve"])
-    for ours, theirs in zip(both["curve"], alone["curve"], strict=True):
-        assert ours.pop("event") == theirs.pop("event")
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
-    for part in ("validation", "test"):
-        assert both["record"]["metrics"][part] == pytest.approx(alone["record"]["metrics"].pop(part), rel=1e-5)
-    del both["record"]["metrics"], alone["record"]["metrics"]
-    assert both["record"] == alone["record"]
-    assert both["names"] == alone["names"]
-    assert both["adapter"].keys() == alone["adapter"].keys()
+    assert_alike(tmp_path / "alone", done / method)
 
 
 @pytest.mark.slow

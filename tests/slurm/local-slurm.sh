@@ -4,7 +4,7 @@
 #   local-slurm.sh start DIR [PORT]         then export SLURM_CONF=DIR/slurm.conf, and sbatch, squeue, scancel work
 #   local-slurm.sh stop DIR                 ends what start began
 # Needs root. All that it writes lies in DIR, which must be short (a socket's name has 107 characters at most); it listens
-# on PORT and PORT + 1 of this machine, so that there may be several.
+# on PORT and PORT + 1 of this machine, so that there may be several. Arrays have three jobs at most: longer sweeps need two.
 set -euo pipefail
 
 start() {
@@ -32,6 +32,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 JobAcctGatherType=jobacct_gather/none
 ReturnToService=2
+MaxArraySize=3
 MpiDefault=none
 SchedulerParameters=sched_min_interval=100000,batch_sched_delay=0
 NodeName=$(hostname) NodeAddr=127.0.0.1 CPUs=$(getconf _NPROCESSORS_ONLN) State=UNKNOWN

@@ -135,24 +135,40 @@ def compare(
         Where.local
     ),
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 1,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="GPUs for a run, a process for each; they share out the recipe's batch (default: local 1 if there are "
+            "any, which runs may have to share; slurm 0).",
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="Processes for a run without GPUs (default: 1).")
+    ] = None,
     partition: Annotated[str | None, typer.Option(help="slurm: where (default: the cluster's).")] = None,
     account: Annotated[str | None, typer.Option(help="slurm: whom to charge.")] = None,
     time: Annotated[str | None, typer.Option(help="slurm: limit for a run, as minutes, H:M:S or D-H:M:S.")] = None,
-    gpus: Annotated[int | None, typer.Option(min=0, max=1, help="slurm: GPUs for a run (default: 0).")] = None,
-    cpus: Annotated[int | None, typer.Option(min=1, help="slurm: cores for a run (default: 1).")] = None,
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="slurm: cores for a run (default: one for each process).")
+    ] = None,
 ) -> None:
     """Does recipes x data sets x methods x seeds x varied keys; only what is missing is run.
 
     Killed at any moment, it goes on from there. Local runs share the machine's cores and GPUs, and end when this
     command ends. Jobs of SLURM go on without it, and the same command waits for them; what else they need, sbatch
-    takes from its own variables (SBATCH_MEM_PER_NODE, SBATCH_QOS, SBATCH_CONSTRAINT). Their output is in OUT/.slurm.
+    takes from its own variables (SBATCH_MEM_PER_NODE, SBATCH_QOS, SBATCH_CONSTRAINT). Their output is in OUT/.slurm
+    until all runs of their array are complete.
     """
     from fvae_lora.experiments.grid import Grid, print_choices
     from fvae_lora.experiments.plan import contenders, parse_list, parse_values, runs_of
     from fvae_lora.experiments.report import print_table, summary_rows
     from fvae_lora.experiments.sweep import sweep
 
-    launch = _launcher(launcher, out, jobs, partition=partition, account=account, time=time, gpus=gpus, cpus=cpus)
+    if processes and gpus:
+        raise UserError(f"--processes {processes}: for runs without GPUs; --gpus {gpus} has a process for each")
+    size = {"processes": processes or gpus or 1, "gpus": 0 if processes else gpus}
+    launch = _launcher(launcher, out, jobs, size, partition=partition, account=account, time=time, cpus=cpus)
     compared = contenders(
         recipe,
         out,
@@ -190,17 +206,17 @@ def compare(
         )
 
 
-def _launcher(where: Where, out: Path, jobs: int, **of_slurm: Any) -> "Launcher":
+def _launcher(where: Where, out: Path, jobs: int, size: dict[str, Any], **of_slurm: Any) -> "Launcher":
     if where is Where.slurm:
         from fvae_lora.experiments.launchers.slurm import SlurmLauncher
 
-        return SlurmLauncher(out / ".slurm", jobs, **_given(**of_slurm))
+        return SlurmLauncher(out / ".slurm", jobs, **size, **of_slurm)
     for option in _given(**of_slurm):
         raise UserError(f"--{option}: only with --launcher slurm")
 
     from fvae_lora.experiments.launchers.local import LocalLauncher
 
-    return LocalLauncher(jobs)
+    return LocalLauncher(jobs, **size)
 
 
 @app.command()

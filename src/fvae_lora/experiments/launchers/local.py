@@ -12,6 +12,7 @@ from typing import IO
 
 import torch
 
+from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.launchers import Ended, News, ending, refuse_folders_in_use
 from fvae_lora.experiments.plan import Planned
 from fvae_lora.experiments.surroundings import cores
@@ -24,19 +25,27 @@ class LocalLauncher:
     """Does runs in processes whose life is tied to this one's.
 
     Args:
-        jobs: processes at once; the machine's cores, and its GPUs if it has any, are shared out among them.
+        jobs: runs at once; the machine's cores are shared out among them.
+        processes: processes per run.
+        gpus: GPUs per run, no two runs' the same. With None, a run has one if there are any, maybe not for itself.
+
+    Raises:
+        UserError: there are not as many GPUs.
     """
 
     parting = ""
 
-    def __init__(self, jobs: int):
-        self.jobs = jobs
+    def __init__(self, jobs: int, processes: int = 1, gpus: int | None = None):
+        self.processes = processes
+        self.shares = [
+            {"OMP_NUM_THREADS": str(max(1, cores() // (jobs * processes)))} | visible for visible in _gpus(jobs, gpus)
+        ]
 
     def launch(self, runs: Sequence[Planned]) -> Generator[News, None, None]:
         """See `Launcher`."""
         refuse_folders_in_use(runs)
         waiting = list(runs)
-        workers = [_Worker(_share(slot, self.jobs)) for slot in range(self.jobs)]
+        workers = [_Worker(share, self.processes) for share in self.shares]
         try:
             while waiting or any(worker.run for worker in workers):
                 for worker in workers:
@@ -53,8 +62,8 @@ class LocalLauncher:
 class _Worker:
     """A share of the machine, and the process (`worker`) that does one run after the other there."""
 
-    def __init__(self, share: dict[str, str]):
-        self.share = share
+    def __init__(self, share: dict[str, str], processes: int):
+        self.share, self.processes = share, processes
         self.run: Planned | None = None
         self.process: subprocess.Popen[bytes] | None = None
         self.output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
@@ -73,7 +82,7 @@ class _Worker:
                 )
         self.run, self.said_before = run, self._said()
         with contextlib.suppress(ConnectionError):  # it has ended: `ended` tells
-            self.channel.send((str(run.folder.path), run.recipe.model_dump_json()))
+            self.channel.send((str(run.folder.path), run.recipe.model_dump_json(), self.processes))
 
     def ended(self) -> Ended | None:
         """How its run ended, or None if it has not, or there is none."""
@@ -100,10 +109,13 @@ class _Worker:
             self.process.wait()
 
 
-def _share(slot: int, jobs: int) -> dict[str, str]:
-    """A process's share of the machine, in environment variables."""
-    share = {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
-    if gpus := torch.cuda.device_count():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        share["CUDA_VISIBLE_DEVICES"] = (visible.split(",") if visible else list(map(str, range(gpus))))[slot % gpus]
-    return share
+def _gpus(jobs: int, each: int | None) -> list[dict[str, str]]:
+    """For each of the runs at once, the environment variable that names its GPUs."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = named.split(",") if named else list(map(str, range(count)))
+    if each is None:
+        return [{"CUDA_VISIBLE_DEVICES": names[slot % count]} if count else {} for slot in range(jobs)]
+    if jobs * each > count:
+        raise UserError(f"--gpus {each}: with --jobs {jobs} that takes {jobs * each} GPUs; this machine has {count}")
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(names[slot * each : (slot + 1) * each])} for slot in range(jobs)]

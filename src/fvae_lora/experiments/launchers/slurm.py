@@ -1,9 +1,10 @@
 """Runs as jobs of a SLURM cluster, submitted through submitit.
 
-A sweep's jobs are one array. They belong to SLURM, not to the process that submitted them: when that is stopped or
+A sweep's jobs are an array. They belong to SLURM, not to the process that submitted them: when that is stopped or
 killed they go on, and the same command finds them again. What it needs for that is written before they are submitted:
 the array's name is the name of a folder, and `runs.json` in that folder says which folder and recipe each job is for.
-What submitit pickles beside it, the same two as text, is read by the job alone; results are the runs' records.
+What submitit pickles beside it, the same two as text, is read by the job alone; results are the runs' records. The
+folder goes when all its runs are complete; until then it keeps what the jobs wrote.
 """
 
 import contextlib
@@ -22,11 +23,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from fvae_lora.experiments.cli import one_device
 from fvae_lora.experiments.errors import RunError, UserError
 from fvae_lora.experiments.launchers import Ended, News, ending, refuse_folders_in_use
 from fvae_lora.experiments.plan import Planned
-from fvae_lora.experiments.record import write_atomically
+from fvae_lora.experiments.record import RunFolder, write_atomically
 
 NAME = "fvae-lora-"
 POLL_S, LONGEST_POLL_S = 0.5, 10.0
@@ -56,16 +56,17 @@ class _Job:
 
 
 class SlurmLauncher:
-    """Does runs in jobs of a cluster, one core and no GPU each unless told otherwise.
+    """Does runs in jobs of a cluster, each on one node, without a GPU unless told otherwise.
 
     Args:
         folder: where submitit's files and the jobs' output go; on a file system that the nodes share.
-        jobs: how many jobs of an array may run at once.
+        jobs: runs at once.
+        processes: processes per run.
         partition: see sbatch, as with the others; None is the cluster's default.
         account: whom to charge.
         time: a run's time limit.
-        gpus: GPUs per run, 0 or 1.
-        cpus: cores per run.
+        gpus: GPUs per run.
+        cpus: cores per run; None is one for each process.
 
     Raises:
         UserError: there is no SLURM here.
@@ -75,15 +76,17 @@ class SlurmLauncher:
         self,
         folder: Path,
         jobs: int,
+        processes: int = 1,
         partition: str | None = None,
         account: str | None = None,
         time: str | None = None,
-        gpus: int = 0,
-        cpus: int = 1,
+        gpus: int | None = None,
+        cpus: int | None = None,
     ):
         if not shutil.which("sbatch") or not shutil.which("squeue"):
             raise UserError("--launcher slurm: there is no SLURM here (no sbatch and squeue); try --launcher local")
-        self.folder = folder.resolve()
+        self.folder, self.processes = folder.resolve(), processes
+        cpus = cpus or processes
         self.options = {
             "partition": partition,
             "account": account,
@@ -91,7 +94,7 @@ class SlurmLauncher:
             "gpus_per_node": gpus or None,
             "cpus_per_task": cpus,
             "array_parallelism": jobs,
-            "setup": [f"export OMP_NUM_THREADS={cpus}"],
+            "setup": [f"export OMP_NUM_THREADS={max(1, cpus // processes)}"],
             "additional_parameters": {"no-requeue": True},  # a lost node is a failed run; the same command goes on
             "use_srun": False,
             "stderr_to_stdout": True,
@@ -130,6 +133,7 @@ class SlurmLauncher:
             ended = [self._ended(self.jobs.pop(number), number, known.get(number)) for number in over]
             last_news = time.monotonic() if ended else last_news
             yield News([run for number, run in self.jobs.items() if known[number].state != "PENDING"], ended)
+        self._tidy()
 
     def _under_way(self, runs: Sequence[Planned]) -> dict[str, Planned]:
         """The jobs of earlier sweeps that are not over."""
@@ -151,8 +155,23 @@ class SlurmLauncher:
         return jobs
 
     def _submit(self, runs: Sequence[Planned]) -> dict[str, Planned]:
-        if not runs:
-            return {}
+        """Submits runs in as many arrays as SLURM's limit asks for, each to begin when the one before is over."""
+        jobs: dict[str, Planned] = {}
+        arrays: list[str] = []
+        longest = _longest_array() if runs else 1
+        for start in range(0, len(runs), longest):
+            part = runs[start : start + longest]
+            try:
+                numbers = self._submit_array(part, after=arrays[-1:])
+            except UserError:
+                if arrays:
+                    _call("scancel", *arrays)
+                raise
+            jobs |= zip(numbers, part, strict=True)
+            arrays.append(numbers[0].partition("_")[0])
+        return jobs
+
+    def _submit_array(self, runs: Sequence[Planned], after: Sequence[str]) -> list[str]:
         import submitit
 
         folder = self.folder / f"{NAME}{uuid.uuid4().hex[:8]}"
@@ -160,14 +179,23 @@ class SlurmLauncher:
         work = [(_path(run), run.recipe.model_dump_json()) for run in runs]
         write_atomically(folder / "runs.json", json.dumps(work))
         executor = submitit.SlurmExecutor(folder)
-        executor.update_parameters(job_name=folder.name, **self.options)
+        order = {"dependency": f"afterany:{after[0]}"} if after else {}
+        executor.update_parameters(job_name=folder.name, **order, **self.options)
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what sbatch says, and raises it too
-                jobs = executor.map_array(do_job, *zip(*work, strict=True))
+                jobs = executor.map_array(do_job, *zip(*work, strict=True), [self.processes] * len(work))
         except submitit.core.utils.FailedJobError as error:  # of sbatch
             shutil.rmtree(folder)
             raise UserError(f"--launcher slurm: {_first_line(str(error))}") from error
-        return {job.job_id: run for job, run in zip(jobs, runs, strict=True)}
+        return [job.job_id for job in jobs]
+
+    def _tidy(self) -> None:
+        """Removes what belongs to arrays of which every run is complete."""
+        for notes in self.folder.glob(f"{NAME}*/runs.json"):
+            paths = [Path(path) for path, _ in json.loads(notes.read_text(encoding="utf-8"))]
+            with contextlib.suppress(UserError):  # no whole record: not complete
+                if all((RunFolder(path).read() or {}).get("state") == "complete" for path in paths):
+                    shutil.rmtree(notes.parent, ignore_errors=True)
 
     def _ended(self, run: Planned, number: str, job: _Job | None) -> Ended:
         output = ""
@@ -182,13 +210,12 @@ class SlurmLauncher:
         return Ended(run, None, f"SLURM ended job {number}: {job.state}", output)
 
 
-def do_job(folder: str, recipe: str) -> None:
+def do_job(folder: str, recipe: str, count: int) -> None:
     """What a job does: the same as a local process. Arguments as for `worker.work`."""
     from fvae_lora.experiments.worker import work
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it; a cancelled job is to go at once
-    one_device()
-    work(folder, recipe)
+    work(folder, recipe, count)
 
 
 def _path(run: Planned) -> str:
@@ -205,6 +232,16 @@ def _squeue() -> list[_Job]:
     output = _call("squeue", "--me", "--array", "--states=all", "--noheader", "-O", ",".join(f"{f}:|" for f in fields))
     lines = (line.split("|") for line in output.splitlines())
     return [_Job(number, name, state, int(status)) for number, name, state, status, *_ in lines]
+
+
+def _longest_array() -> int:
+    """How many jobs an array of this cluster may have; 1 where there are no arrays.
+
+    Raises:
+        UserError: SLURM does not answer.
+    """
+    size = re.search(r"^MaxArraySize\s*=\s*(\d+)", _call("scontrol", "show", "config"), re.MULTILINE)
+    return max(1, int(size[1])) if size else 1
 
 
 def _call(*command: str) -> str:
