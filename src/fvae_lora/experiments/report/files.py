@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 from fvae_lora.experiments.record import write_atomically
 from fvae_lora.experiments.report.rows import Row
 from fvae_lora.experiments.report.tables import Table, comparisons, left_out, overviews, tables
+
+HEADING_WIDTH = 10
+"""How many characters of a heading stand side by side in LaTeX."""
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
@@ -67,7 +71,7 @@ def _markdown_table(table: Table) -> list[str]:
 
 def write_latex(rows: Sequence[Row], path: Path) -> None:
     """Write the tables of `print_table` as LaTeX: booktabs, each a float whose caption says what was measured."""
-    lines = [r"% needs \usepackage{booktabs}; a wide table fits with \usepackage{graphicx} and \resizebox"]
+    lines = [r"% needs \usepackage{booktabs} and \usepackage{graphicx}, which makes wide tables fit"]
     for compared in comparisons(rows):
         seeds = sorted({seed for row in compared.rows for seed in row.seeds})
         where = (
@@ -84,18 +88,27 @@ def write_latex(rows: Sequence[Row], path: Path) -> None:
 
 def _latex_table(table: Table, where: str = "") -> list[str]:
     caption = " ".join([f"{table.title}{where and ': '}{where}.", *table.notes])
-    head, *body = (" & ".join(map(_latex, row)) + r" \\" for row in (table.headings, *table.rows))
+    cells = [map(_latex_heading, table.headings), *(map(_latex, row) for row in table.rows)]
+    head, *body = (" & ".join(row) + r" \\" for row in cells)
     columns = "l" + "r" * (len(table.headings) - 1)
     return [
         r"\begin{table}",
         r"\centering",
         rf"\caption{{{_latex(caption)}}}",
+        r"\medskip",
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{{columns}}}",
         *(r"\toprule", head, r"\midrule", *body, r"\bottomrule"),
-        r"\end{tabular}",
+        r"\end{tabular}}",
         r"\end{table}",
         "",
     ]
+
+
+def _latex_heading(text: str) -> str:
+    lines = textwrap.wrap(text, HEADING_WIDTH, break_long_words=False, break_on_hyphens=False)
+    stacked = r" \\ ".join(map(_latex, lines))
+    return rf"\shortstack[r]{{{stacked}}}" if len(lines) > 1 else stacked
 
 
 def _markdown(text: str) -> str:
