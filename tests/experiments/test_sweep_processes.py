@@ -32,10 +32,12 @@ def together(sweep: Compare) -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_two_processes_of_a_sweep_leave_what_one_does(vit: Path, pictures: Path, tmp_path: Path) -> None:
-    changes = ["train.epochs=2", "train.batch_size=8", "adapter.r=4", "adapter.dropout=0", "data.train_rows=24"]
+    batches = ["train.epochs=2", "train.batch_size=8", "data.train_rows=24"]
+    without_noise = ["adapter.r=4", "adapter.dropout=0", "image.augmentation=[]"]
+    places = {"model": str(vit), "dataset": str(pictures)}
     for processes in (1, 2):
-        places = {"model": str(vit), "dataset": str(pictures)}
-        runs = plan("image/default", tmp_path / str(processes), ["lora", "linear-probe"], [1], changes, places)
+        out = tmp_path / str(processes)
+        runs = plan("image/default", out, ["lora", "linear-probe"], [1], batches + without_noise, places)
         assert sweep(runs, LocalLauncher(1, processes), Console(file=io.StringIO())) == []
     for planned in runs:
         assert_alike(tmp_path / "1" / planned.name, tmp_path / "2" / planned.name)
@@ -45,7 +47,7 @@ def test_two_processes_of_a_sweep_leave_what_one_does(vit: Path, pictures: Path,
 def test_processes_that_cannot_be_forks_leave_the_same(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = make_recipe(adapter={"dropout": 0})
+    recipe = make_recipe(adapter={"dropout": 0}, data={"train_rows": 24})
     run(recipe, tmp_path / "alone", quiet=True)
     monkeypatch.setattr(worker, "_can_fork", lambda: False)
     with pytest.raises(SystemExit) as end:
