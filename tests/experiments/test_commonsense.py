@@ -285,6 +285,16 @@ def test_scores_need_the_first_encoder_alone_and_are_not_random(make: Callable[.
     assert write_answers(model, rows["test"].tokenizer, rows["test"].rows["prompt_ids"][:4]) == texts
 
 
+def test_how_far_scoring_is_can_be_seen(make: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]) -> None:
+    task, model, _, rows = opened(make("commonsense.max_new_tokens=2"))
+    for progress in (False, True):
+        capsys.readouterr()
+        task.generated_scores(model, rows["test"], progress)
+        shown = capsys.readouterr().err
+        assert ("likelihood of options:   0%" in shown) == progress
+        assert ("writing answers:   0%" in shown) == progress
+
+
 # A run.
 
 
@@ -306,9 +316,10 @@ def test_a_run_from_recipe_to_report(make: Callable[..., Recipe], cli: Cli, tmp_
     code, out, err = cli("evaluate", tmp_path / "runs" / "fvae-lora-seed1")
     assert code == 0, err
     assert "hellaswag_unparsable" in out
-    code, out, err = cli("report", tmp_path / "runs")
-    assert code == 0, err
-    assert "fvae-lora" in out
+    assert cli("report", tmp_path / "runs")[0] == 0
+    table = (tmp_path / "runs" / "report.md").read_text()
+    assert "fvae-lora" in table
+    assert "unparsable" in table
 
 
 def test_a_run_on_cached_states_is_the_run_without_to_rounding(

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import soundfile
 import timit_corpus
 import torch
-from datasets import Dataset
+from datasets import Audio, Dataset, Features, Value
+from hub import Hub, command_line
 from rounding import assert_alike
 from saved import assert_saved
 from timit_corpus import RATE, Voice, hum, speak, write_corpus
@@ -518,6 +520,29 @@ def test_what_a_method_learns_of_words_is_saved(writer: Path, recordings: Path, 
     options |= {"train.epochs": 1, "train.batch_size": 3, "train.learning_rate": 0.2, "speech.max_new_tokens": 8}
     options |= {"data.protocol": "reference-on-test"}
     assert_saved(run(load_recipe("speech/whisper", [], options), tmp_path, quiet=True))
+
+
+@pytest.mark.slow
+def test_words_by_their_names_on_the_hub(writer: Path, recordings: Path, cli: Cli, tmp_path: Path) -> None:
+    shutil.copytree(writer, tmp_path / "hub" / "models" / "owner" / "tiny-whisper")
+    words = tmp_path / "hub" / "datasets" / "owner" / "words"
+    words.mkdir(parents=True)
+    declared = Features({"audio": Audio(), "text": Value("string")}).arrow_schema  # which asks for a decoder
+    for file in recordings.iterdir():
+        rows = pyarrow.parquet.read_table(file)
+        pyarrow.parquet.write_table(rows.replace_schema_metadata(declared.metadata), words / file.name)
+    small = ["train.epochs=1", "train.batch_size=6", "adapter.r=4", "speech.max_new_tokens=8"]
+    places = ["--model", "owner/tiny-whisper", "--dataset", "owner/words", "--out", tmp_path / "runs"]
+    with Hub(tmp_path / "hub").serving() as hub:
+        swept = ["--methods", "fvae-lora", "--seeds", "1", *places]
+        done = command_line(hub.environment(tmp_path / "home"), "compare", "speech/whisper", *small, *swept)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "runs" / "fvae-lora-seed1" / "run.json").read_text())
+    assert (record["model"]["name"], record["dataset"]["name"]) == ("owner/tiny-whisper", "owner/words")
+    assert record["metrics"]["test"].keys() == {"loss", "wer"}
+    code, _, err = cli("report", tmp_path / "runs")
+    assert code == 0, err
+    assert "| wer % ↓ |" in (tmp_path / "runs" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

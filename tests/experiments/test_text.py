@@ -184,6 +184,8 @@ def test_a_recipe_of_glue_reports_the_official_scores_on_the_official_validation
     code, again, err = cli("evaluate", run, "--model", model, *data)
     assert code == 0, err
     assert again.count(f"{test['loss']:.6f}") == 2
+    assert cli("report", run)[0] == 0
+    assert all(f"{score} %" in (run / "report.md").read_text() for score in SCORES[name])
 
 
 def test_scores_on_the_validation_split_that_selected_are_called_so(
