@@ -180,7 +180,7 @@ def test_sound_is_brought_to_the_rate_of_the_model() -> None:
     ids=["hummed", "espeak"],
 )
 def test_phonemes_from_recipe_to_report(
-    cli: Cli, listener: Path, tmp_path: Path, say: Voice, methods: list[str]
+    cli: Cli, listener: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder, say: Voice, methods: list[str]
 ) -> None:
     corpus = write_corpus(tmp_path / "TIMIT", say)
     small = ["train.epochs=2", "train.batch_size=4", "adapter.r=4", "--model", listener, "--dataset", corpus, "--quiet"]
@@ -200,6 +200,7 @@ def test_phonemes_from_recipe_to_report(
     assert code == 0, err
     table = (tmp_path / "runs" / "report.md").read_text()
     assert all(method in table for method in methods), table
+    assert not [warning for warning in recwarn if "/peft/" in warning.filename]
 
 
 @pytest.mark.slow

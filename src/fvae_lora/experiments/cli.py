@@ -420,6 +420,8 @@ def hush() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    of_peft = "Setting `save_embedding_layers`|The following rank_pattern keys"  # a head for CTC; AdaLoRA's own pattern
+    warnings.filterwarnings("ignore", message=of_peft, module="peft")
 
 
 def main() -> None:
