@@ -54,6 +54,9 @@ def elbo_of_tokens(layer: FVAELoraLayer, adapter: str, x: Tensor) -> tuple[Tenso
         hidden = linear(f"{name}_hidden0", x).relu()
         return linear(f"{name}_mean", hidden), linear(f"{name}_logvar", hidden)
 
+    update = settings.lora_alpha / B.shape[-1] * encode("encoder1")[0] @ B.mT
+    if settings.elbo_stop_gradient:
+        x = x.detach()
     (mean1, logvar1), (mean2, logvar2) = encode("encoder1"), encode("encoder2")
     m, s, r1, r2 = settings.residual_prior_mean, settings.residual_prior_std, mean1.shape[-1], mean2.shape[-1]
     decoded = linear("decoder_output", linear("decoder_hidden0", torch.cat([mean1, mean2], -1)).relu())
@@ -67,7 +70,7 @@ def elbo_of_tokens(layer: FVAELoraLayer, adapter: str, x: Tensor) -> tuple[Tenso
         + (r1 - r2) / 2 * math.log(2 * math.pi)
     )
     elbo = settings.reconstruction_weight * log_p - settings.kl_weight * kl + settings.factorization_weight * gamma
-    return settings.lora_alpha / r1 * mean1 @ B.mT, elbo
+    return update, elbo
 
 
 @contextmanager

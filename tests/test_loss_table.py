@@ -346,6 +346,28 @@ def test_add_elbo_wants_a_scalar() -> None:
         add_elbo(F.cross_entropy(logits, batch["labels"], reduction="none"), model)
 
 
+@pytest.mark.parametrize("fields", [{}, {"elbo_token_fraction": 1e-9}])
+@pytest.mark.parametrize("kind", ["vit", "bert", "llama"])
+def test_an_elbo_whose_gradient_stops_at_the_input_trains_its_own_layer_alone(kind: str, fields: dict) -> None:
+    model = adapted(kind, elbo_stop_gradient=True, **fields)
+    batch = batch_for(model.get_base_model())
+
+    def elbo() -> Tensor:
+        model(**batch)
+        return elbo_loss(model)
+
+    assert {name.split(".")[-1].split("_")[0] for name in gradients(model, elbo)} == {
+        "encoder1",
+        "encoder2",
+        "decoder",
+        "log",
+    }
+    if not fields:
+        expected = expected_of(model, batch)
+        assert any(".fvae_lora_B." in name for name in expected)
+        assert_same(gradients(model, lambda: model(**batch).loss), expected, TOLERANCE.get(kind, 1e-10))
+
+
 def test_elbo_loss_is_what_the_hook_adds() -> None:
     model, batch = vit()
     with layers_by_hand():
@@ -966,8 +988,7 @@ def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = vit()
     expected = expected_of(model, batch)
     monkeypatch.undo()  # the compiler has its own view of torch's functions
-    for module in (fvae_lora.layer, fvae_lora.objective):
-        monkeypatch.setattr(module, "draw", lambda mean, logvar: mean)
+    monkeypatch.setattr(fvae_lora.objective, "draw", lambda mean, logvar: mean)
     compiled = torch.compile(model, backend="aot_eager")
     assert_same(gradients(model, lambda: compiled(**batch).loss), expected)
     assert_same(gradients(model, lambda: add_elbo(own_loss(compiled, batch), compiled)), expected)

@@ -26,6 +26,7 @@ CHOICES = {
 }
 FLAGS = (
     "shared_encoder_trunk",
+    "elbo_stop_gradient",
     "sample_at_inference",
     "inference_only",
     "inference_mode",
@@ -75,6 +76,9 @@ class FVAELoraConfig(PeftConfig):
             delta.
         task_weight: Multiplies the task loss in training, positive.
         layer_reduction: ``"sum"`` or ``"mean"`` over the adapted layers.
+        elbo_stop_gradient: Whether the gradient of a layer's ELBO stops at the layer's input x, so that it trains
+            that layer's autoencoder alone. ``False``, the paper's, lets it change the layers below, too: these are
+            then rewarded for inputs that are easy to reconstruct.
         elbo_token_fraction: Share of tokens, in (0, 1], on which the ELBO is estimated, without bias.
         sample_at_inference: Draw z1 from q1 in eval mode too, instead of taking its mean.
         inference_only: Encoder 1's mean and B alone, as `fvae_lora.export_for_inference` writes them; cannot train.
@@ -121,6 +125,7 @@ class FVAELoraConfig(PeftConfig):
     factorization_weight_z2: float | None = None
     task_weight: float = 1.0
     layer_reduction: str = "sum"
+    elbo_stop_gradient: bool = False
     elbo_token_fraction: float = 1.0
     sample_at_inference: bool = False
     inference_only: bool = False

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import FVAELoraConfig
 from .objective import Posterior, TokenWeights, elbo
 from .recorder import Recorder
-from .vae import FVAE, draw, raised
+from .vae import FVAE, raised
 
 B_STD = 0.02  # of B's initial values, as in the reference
 
@@ -148,8 +148,7 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         encoder_input = F.dropout(self._cast_input_dtype(x, B.dtype), config.lora_dropout, self.training)
         if not (self.training or config.sample_at_inference):
             return F.linear(vae.encode_mean("encoder1", encoder_input) * self.scaling[adapter], B)
-        mean, logvar = vae.encode("encoder1", encoder_input)
-        q1 = Posterior(mean, logvar, draw(mean, logvar))
+        q1 = Posterior.drawn(vae, "encoder1", encoder_input)
         output = F.linear((q1.sample * self.scaling[adapter]).to(B.dtype), B)
         if self.training and config.has_residual:
             terms = elbo(vae, x, encoder_input, q1, self._token_weights(x))

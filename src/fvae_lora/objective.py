@@ -130,6 +130,12 @@ class Posterior:
     logvar: Tensor
     sample: Tensor
 
+    @classmethod
+    def drawn(cls, vae: FVAE, encoder: str, x: Tensor) -> Posterior:
+        """What an encoder, ``"encoder1"`` or ``"encoder2"``, makes of its input (..., d), and a sample of that."""
+        mean, logvar = vae.encode(encoder, x)
+        return cls(mean, logvar, draw(mean, logvar))
+
     def flat(self, chosen: Tensor) -> Posterior:
         """The chosen tokens alone, (k, r)."""
         return Posterior(*(t.reshape(-1, t.shape[-1])[chosen] for t in (self.mean, self.logvar, self.sample)))
@@ -144,7 +150,8 @@ def elbo(vae: FVAE, x: Tensor, encoder_input: Tensor, q1: Posterior, weights: To
 
     Args:
         vae: The layer's autoencoder, with the second encoder and the decoder.
-        x: The layer's input and the reconstruction's target, (..., d); the gradient reaches it.
+        x: The layer's input and the reconstruction's target, (..., d); the gradient reaches it, unless the
+            configuration stops it there.
         encoder_input: x after dropout, in the encoders' dtype, (..., d).
         q1: Posterior of z1, with the sample that reached B.
         weights: Which tokens count.
@@ -157,8 +164,10 @@ def elbo(vae: FVAE, x: Tensor, encoder_input: Tensor, q1: Posterior, weights: To
         chosen, weights = weights.sample(x.shape[:-1], config.elbo_token_fraction, x.device)
         x, encoder_input = (t.reshape(-1, t.shape[-1])[chosen] for t in (x, encoder_input))
         q1 = q1.flat(chosen)
-    mean2, logvar2 = vae.encode("encoder2", encoder_input)
-    q2 = Posterior(mean2, logvar2, draw(mean2, logvar2))
+    if config.elbo_stop_gradient:
+        x, encoder_input = x.detach(), encoder_input.detach()
+        q1 = Posterior.drawn(vae, "encoder1", encoder_input)  # through the one at hand the task's gradient reaches x
+    q2 = Posterior.drawn(vae, "encoder2", encoder_input)
     reconstruction = summed_log_likelihood(
         raised(x),
         vae.decode_hidden(q1.sample, q2.sample),

@@ -179,6 +179,7 @@ class FvaeSettings(Section):
     factorization_weight_z2: Weight | None = None
     task_weight: Positive = 1.0
     layer_reduction: Literal["sum", "mean"] = "sum"
+    elbo_stop_gradient: bool = False
     elbo_token_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
