@@ -3,6 +3,7 @@
 # make check   lint, format and types
 # make test-oldest   the method's tests against the oldest supported peft and transformers
 # make test-peft     peft's own test-suite, with FVAE-LoRA in LoRA's place
+# make test-hour     what takes longest: the whole benchmark here and through SLURM, peft's suite of the oldest version
 # Each sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
 
 PYTHON ?= python3
@@ -32,9 +33,10 @@ test-slow: $(VENV)/.integrations
 	@$(BIN)/python -m pytest -n 2 -m "slow and not hour" $(PYTEST_FLAGS)
 	@$(BIN)/python -m pytest -n 2 $(INTEGRATION_TESTS) $(PYTEST_FLAGS)
 
-test-hour: setup
-	@echo "== six data sets, every method, two seeds, at a tiny size, on this machine and through SLURM"
-	@$(BIN)/python -m pytest -m hour tests/experiments/test_benchmark.py $(PYTEST_FLAGS)
+test-hour: setup $(OLDEST)/.ready
+	@echo "== six data sets, every method, two seeds, at a tiny size, on this machine and through SLURM; the longest tests"
+	@$(BIN)/python -m pytest -m hour $(PYTEST_FLAGS)
+	@$(OLDEST)/bin/python tests/peft_suite/run.py
 
 check: setup
 	@echo "== lint, format, types"
@@ -46,10 +48,9 @@ test-oldest: $(OLDEST)/.ready
 	@echo "== the method's tests against $$(grep -E '^(peft|transformers)==' constraints-oldest.txt | tr '\n' ' ')"
 	@$(OLDEST)/bin/python -m pytest -n 2 $(PYTEST_FLAGS) --ignore tests/experiments --ignore tests/report
 
-test-peft: setup $(OLDEST)/.ready
-	@echo "== peft's own tests, with FVAE-LoRA in LoRA's place, newest and oldest"
+test-peft: setup
+	@echo "== peft's own tests, with FVAE-LoRA in LoRA's place"
 	@$(BIN)/python tests/peft_suite/run.py
-	@$(OLDEST)/bin/python tests/peft_suite/run.py
 
 benchmark: setup
 	@$(BIN)/python benchmarks/cost.py

@@ -234,9 +234,7 @@ def test_any_value_in_any_field(name: str, value: object, folder: Path) -> None:
     edit(folder, **{name: value})
     try:
         if try_to_load(folder) is None and name not in LATE:
-            with pytest.raises(
-                ValueError, match=r"^[^\n]+ must be |does not fit|[Ii]nvalid task type|inference_only"
-            ):
+            with pytest.raises(ValueError, match=r"^[^\n]+ must be |does not fit|[Ii]nvalid task type|inference_only"):
                 PeftModel.from_pretrained(copy.deepcopy(BASE), folder)
     finally:
         (folder / CONFIG_NAME).write_text(original)

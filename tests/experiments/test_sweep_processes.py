@@ -119,6 +119,7 @@ def test_processes_are_for_runs_without_gpus(small: list[str], cli: Cli, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.hour
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kills forks")
 def test_sweeps_and_processes_killed_ten_times_leave_what_an_undisturbed_sweep_does(
