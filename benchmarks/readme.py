@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/results/README.md from the records in docs/results: none is typed by hand.
+"""Writes the tables of README.md and of the pages in docs/results from the records there: none is typed by hand.
 
 fvae-lora demo --out runs/demo                    # its run.json and metrics.jsonl are kept in docs/results/demo
 python benchmarks/cost.py --repeats 9 --json > docs/results/cost.json
@@ -11,9 +11,14 @@ import json
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from fvae_lora.experiments.methods import METHODS
+from fvae_lora.experiments.recipe import AblationSettings, FvaeSettings, flatten
 from fvae_lora.experiments.record import write_atomically
-from fvae_lora.experiments.report import summary_rows, write_markdown
+from fvae_lora.experiments.report import columns, summary_rows, write_markdown
+from fvae_lora.experiments.report.records import read_runs
+from fvae_lora.experiments.report.summary import summarise
 
 PROJECT = Path(__file__).parents[1]
 RESULTS = PROJECT / "docs" / "results"
@@ -46,9 +51,62 @@ def cost_table() -> str:
     return "\n".join(lines)
 
 
+LINEAR = {"fvae.encoder_hidden_dims": []}
+LEFT = {"ablation.noise": False, "ablation.start": "lora", **LINEAR}
+
+VARIANTS = {
+    "LoRA": ("lora", {}),
+    "DoRA": ("dora", {}),
+    "linear probe": ("linear-probe", {}),
+    "FVAE-LoRA": ("fvae-lora", {}),
+    "... its gradient stopped at x": ("fvae-lora", {"fvae.elbo_stop_gradient": True}),
+    "... its weight 1e-5 instead of 1e-3": ("fvae-lora", {"fvae.elbo_weight": 1e-5}),
+    "... without the ELBO": ("fvae-no-elbo", {}),
+    "... without ELBO and noise": ("fvae-no-elbo", {"ablation.noise": False}),
+    "... without ELBO and ReLU": ("fvae-no-elbo", LINEAR),
+    "... without ELBO, started like LoRA": ("fvae-no-elbo", {"ablation.start": "lora"}),
+    "... without all four": ("fvae-no-elbo", LEFT),
+    "the reference's profile": ("fvae-lora-reference", {}),
+    "VAE2LAT": ("vae2lat", {}),
+}
+"""What the overview shows: a method, and in which keys its recipe differs from the usual."""
+
+OVERVIEW = ("clip", "clip-fashion-mnist", "minilm", "minilm-groups")
+"""The folders of runs that it is made of."""
+
+
+VARIED = {key for _, changes in VARIANTS.values() for key in changes}
+
+
+def overview() -> str:
+    """Test scores of every variant on every data set."""
+    found: dict[str, dict[str, str]] = {}
+    for name in OVERVIEW:
+        for group in summarise(read_runs(RESULTS / name)):
+            row = group.row
+            if row.state == "complete" and not row.superseded and (variant := variant_of(row.method, group.recipe)):
+                found.setdefault(row.hub_name, {})[variant] = columns.score(row)
+    lines = [f"| | {' | '.join(found)} |", "|---|" + "---:|" * len(found)]
+    lines += [f"| {v} | {' | '.join(scores.get(v, '') for scores in found.values())} |" for v in VARIANTS]
+    return "\n".join(lines)
+
+
+def variant_of(method: str, recipe: dict[str, Any]) -> str | None:
+    """Which variant a flat recipe is, if any: the method with nothing changed but what the variant changes."""
+    usual = flatten({"fvae": FvaeSettings().model_dump(), "ablation": AblationSettings().model_dump()})
+    for variant, (its_method, changes) in VARIANTS.items():
+        expected = usual | METHODS[method].defaults | changes
+        if method == its_method and all(recipe.get(key) == expected[key] for key in VARIED):
+            return variant
+    return None
+
+
 PAGES = {
     PROJECT / "README.md": {"demo": lambda: report_of("demo"), "cost": cost_table},
-    RESULTS / "README.md": {name: partial(report_of, name) for name in ("clip", "clip-fashion-mnist")},
+    RESULTS / "README.md": {"overview": overview},
+    RESULTS / "images.md": {name: partial(report_of, name) for name in ("clip", "clip-fashion-mnist")},
+    RESULTS / "text.md": {"minilm": partial(report_of, "minilm")},
+    RESULTS / "groups.md": {"minilm-groups": partial(report_of, "minilm-groups")},
 }
 """The pages, and what makes each of their blocks."""
 

@@ -70,3 +70,12 @@ def test_ctrl_c_ends_a_command_with_one_line_and_130(cli: Cli, monkeypatch: pyte
 
     monkeypatch.setattr("fvae_lora.experiments.demo.demo", interrupted)
     assert cli("demo") == (130, "", "fvae-lora: stopped; the same command goes on where it was\n")
+
+
+def test_a_comparison_is_refused_before_any_of_its_runs_when_a_method_has_nothing_to_train(
+    cli: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    code, _, err = cli("compare", "speech/whisper", "--model", "any", "--dataset", "any", "--out", tmp_path / "runs")
+    assert code == 2
+    assert err.endswith("method: a model that writes has no head that this would train, got 'linear-probe'\n")
+    assert not (tmp_path / "runs").exists()

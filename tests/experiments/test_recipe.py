@@ -17,7 +17,8 @@ PLACES = {"model": "m", "dataset": "d"}
 
 @pytest.mark.parametrize("name", shipped())
 def test_every_shipped_recipe_is_valid_for_every_method(name: str) -> None:
-    for method in METHODS:
+    writes = name.startswith("commonsense/") or name == "speech/whisper"
+    for method in METHODS.keys() - ({"linear-probe"} if writes else set()):
         assert load_recipe(name, options=PLACES | {"method": method}).method == method
 
 

@@ -680,7 +680,9 @@ def test_what_does_not_transcribe_is_refused(
     transcribe: Callable[..., tuple[int, str, str]], recordings: Path, vit: Path, pictures: Path
 ) -> None:
     assert_refused(transcribe(recordings, "--model", vit), "not to be loaded for transcription")
-    assert_refused(transcribe(recordings, "--method", "linear-probe"), "has no head that a task adds")
+    assert_refused(
+        transcribe(recordings, "--method", "linear-probe"), "a model that writes has no head that this would train"
+    )
     assert_refused(
         transcribe(recordings, "speech.max_new_tokens=31"), "speech.max_new_tokens: model", "30 at most, got 31"
     )

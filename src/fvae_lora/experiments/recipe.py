@@ -212,6 +212,13 @@ class Recipe(Section):
     fvae: FvaeSettings = FvaeSettings()
     ablation: AblationSettings = AblationSettings()
 
+    @field_validator("method")
+    @classmethod
+    def _has_something_to_train(cls, value: str, info: ValidationInfo) -> str:
+        if value == "linear-probe" and info.data.get("task") in ("commonsense", "transcription"):
+            raise PydanticCustomError("no_head", "a model that writes has no head that this would train")
+        return value
+
 
 def shipped() -> dict[str, Path]:
     """The recipes that come with the package: name (`image/default`) to file."""
