@@ -112,12 +112,13 @@ def test_the_baseline_has_the_same_settings_but_for_the_learning_rate(tmp_path):
     }
 
 
-def test_weights_of_the_objective_need_no_baseline_of_their_own(tmp_path):
+@pytest.mark.parametrize("setting", ["fvae_kl_weight", "ablation_noise"])
+def test_weights_of_the_objective_and_ablations_need_no_baseline_of_their_own(tmp_path, setting):
     rows = write_all(
         tmp_path,
-        scored("lora", 1, 0.7, fvae_kl_weight=10),
-        scored("fvae-lora", 1, 0.8, fvae_kl_weight=10),
-        scored("fvae-lora", 1, 0.9, fvae_kl_weight=1),
+        scored("lora", 1, 0.7, **{setting: 1}),
+        scored("fvae-lora", 1, 0.8, **{setting: 1}),
+        scored("fvae-lora", 1, 0.9, **{setting: 0}),
     )
     assert [row.difference for row in rows.values() if row.method == "fvae-lora"] == [
         pytest.approx(0.2),

@@ -42,7 +42,9 @@ def _baseline(group: Group, baselines: Sequence[Group], gridded: Collection[str]
     alike = [
         baseline
         for baseline in baselines
-        if all(key in own or key.startswith("fvae.") for key in differing([group.recipe, baseline.recipe]))
+        if all(
+            key in own or key.startswith(("fvae.", "ablation.")) for key in differing([group.recipe, baseline.recipe])
+        )
     ]
     if len(alike) > 1:
         varied = differing(baseline.recipe for baseline in alike) - set(gridded)
