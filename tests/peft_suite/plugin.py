@@ -30,7 +30,7 @@ from exclusions import EXCLUDED, HEAVIER_ELBO, REFUSALS, WITHOUT_NOISE
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from fvae_lora import FVAELoraConfig, elbo_loss, hooks, layer
+from fvae_lora import FVAELoraConfig, elbo_loss, hooks, objective
 from fvae_lora import model as tuner
 from fvae_lora.layer import FVAELoraLayer
 
@@ -224,13 +224,13 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     State.fields = dict(PROFILES[State.profile])
     if State.profile == "full" and any(re.search(pattern, item.nodeid) for pattern in HEAVIER_ELBO):
         State.fields["elbo_weight"] = 0.1
-    noise = layer.draw
+    noise = objective.draw
     if any(re.search(pattern, item.nodeid) for pattern in WITHOUT_NOISE):
-        layer.draw = lambda mean, _: mean
+        objective.draw = lambda mean, _: mean
     try:
         return (yield)
     finally:
-        layer.draw = noise
+        objective.draw = noise
         State.in_test = False
 
 
