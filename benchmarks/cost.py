@@ -32,6 +32,7 @@ def methods(r: int) -> dict[str, PeftConfig]:
         "lora": LoraConfig(lora_alpha=r, **shared),
         "fvae-lora, decoder 3 x 128": FVAELoraConfig(decoder_hidden_dims=[128] * 3, **shared),
         "fvae-lora, decoder 1 x 128": FVAELoraConfig(**shared),
+        "fvae-lora, elbo_stop_gradient": FVAELoraConfig(elbo_stop_gradient=True, **shared),
         "fvae-lora, no ELBO": FVAELoraConfig(elbo_weight=0, **shared),
     }
 
