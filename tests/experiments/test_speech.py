@@ -46,6 +46,7 @@ from fvae_lora.experiments.data.timit import (
     open_timit,
     read_phones,
 )
+from fvae_lora.experiments.frozen import collate, use_cached_states
 from fvae_lora.experiments.methods import METHODS
 from fvae_lora.experiments.recipe import Recipe, load_recipe
 from fvae_lora.experiments.runner import evaluate, run
@@ -674,6 +675,27 @@ def test_where_the_decoder_alone_is_adapted_the_encoder_runs_once(
         code, _, err = transcribe(recordings, *options, "--out", tmp_path / cached)
         assert code == 0, err
     assert_alike(tmp_path / "false", tmp_path / "true")
+
+
+def test_what_is_written_is_of_what_is_heard_and_not_of_the_cached_batch_before(
+    writer: Path, recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FVAE_LORA_CACHE", str(tmp_path))
+    options = {"model": str(writer), "dataset": str(recordings), "method": "lora", "adapter.r": 4}
+    recipe = load_recipe(
+        "speech/whisper", ["adapter.target_modules=[encoder_attn.q_proj]", "speech.max_new_tokens=9"], options
+    )
+    task = load_task(recipe)
+    model, processor = task.load_model([])
+    rows = task.datasets(task.split(task.open_source()), model, processor)
+    model = METHODS["lora"].apply(model, recipe).eval()
+    encoder, heard = model.get_base_model().get_encoder(), rows["test"][0]["input_features"][None]
+    with torch.no_grad():
+        expected = encoder(heard).last_hidden_state
+        record = {"model": {"fingerprint": "a"}, "dataset": {"fingerprint": "b"}}
+        cached = use_cached_states(model, {"train": rows["train"]}, task, record, torch.device("cpu"), quiet=True)
+        model(**collate(task, [cached["train"][0]]))
+        torch.testing.assert_close(encoder(heard).last_hidden_state, expected)
 
 
 def test_what_does_not_transcribe_is_refused(

@@ -204,6 +204,7 @@ def _begin_after(model: nn.Module, blocks: list[str]) -> None:
         block.forward = partial(given.instead_of, block.forward)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     base.register_forward_pre_hook(given.take, with_kwargs=True)
+    base.register_forward_hook(given.forget, always_call=True)
 
 
 class _Enough(Exception):  # noqa: N818
@@ -219,6 +220,10 @@ class _Given:
         """Takes the states out of what the model is called with."""
         self.states = options.get(STATES)
         return arguments, {key: value for key, value in options.items() if key != STATES}
+
+    def forget(self, *_: Any) -> None:
+        """Lets go of the states: generation calls an encoder past the model's forward."""
+        self.states = None
 
     def instead_of(self, forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """The states, or what a block's own `forward` makes."""
