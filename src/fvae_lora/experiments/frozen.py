@@ -142,7 +142,7 @@ def _through(model: nn.Module, last: str, rows: Any, task: Task, what: str, quie
         for start in tqdm(range(0, len(rows), train.batch_size), desc=what, disable=quiet):
             items = [rows[i] for i in range(start, min(start + train.batch_size, len(rows)))]
             batch = task.collate(items)
-            with suppress(_Enough), torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+            with suppress(_Enough), task.autocast(device):
                 model(**{key: value.to(device) for key, value in batch.items()})
             columns[STATES] += _unpadded(put_out.pop(), batch.get("attention_mask"))
             for item in items:
