@@ -170,14 +170,17 @@ def test_the_loss_is_that_of_the_answer_alone(make: Callable[..., Recipe]) -> No
             row["instruction"], "", "alpaca", tokenizer
         ) + tokenizer.decode(trained)
         assert item["labels"][-len(trained) :] == trained
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     answer_alone = batch["labels"][:, 1:] != -100
-    by_hand = torch.nn.functional.cross_entropy(logits[:, :-1][answer_alone], batch["labels"][:, 1:][answer_alone])
-    loss = model(**batch).loss
-    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
-
-    # The gradient of the logits is zero wherever no answer's token is predicted.
+    by_hand = []
+    for item in items:  # one by one, without padding
+        ids, labels = torch.tensor([item["input_ids"]]), torch.tensor(item["labels"][1:])
+        logits = model(input_ids=ids).logits[0, :-1]
+        by_hand.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none")[labels != -100])
     out = model(**batch)
+    assert out.loss.item() == pytest.approx(torch.cat(by_hand).mean().item(), rel=1e-5)
+
+    # Logits are made for the longest answer and the token before it; their gradient is zero where nothing is predicted.
+    assert out.logits.shape[1] == max(map(len, by_hand)) + 1
     (gradient,) = torch.autograd.grad(out.loss, out.logits)
     assert (gradient[:, :-1].abs().sum(-1) > 0).equal(answer_alone)
     assert not gradient[:, -1].any()
@@ -505,7 +508,8 @@ def test_a_model_without_positions_or_with_a_state(
 ) -> None:
     kind(kind.config_class(vocab_size=400, hidden_size=16, num_hidden_layers=1)).save_pretrained(tmp_path / "model")
     make_tokenizer(tmp_path / "model")
-    says = f"options are scored with `position_ids` and a cache of keys and values alone; {kind.__name__} is of another"
+    need = "`position_ids`, `logits_to_keep` and a cache of keys and values alone"
+    says = f"answers are scored with {need}; {kind.__name__} is of another"
     assert says in refused(model=tmp_path / "model")
 
 

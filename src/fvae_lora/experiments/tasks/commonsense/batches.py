@@ -28,6 +28,11 @@ def padded(
     return values.to(device), mask.to(device)
 
 
+def positions(mask: Tensor) -> Tensor:
+    """Each token's place among those that are no padding, (rows, length), of a mask of that shape."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
 def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Numbers of the sequences in batches of `size`, the longest first: those of one batch differ little in length."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])

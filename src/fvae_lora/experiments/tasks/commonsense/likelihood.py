@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fvae_lora.experiments.tasks.commonsense.batches import padded
+from fvae_lora.experiments.tasks.commonsense.batches import padded, positions
 
 Tokens = Sequence[int]
 
@@ -29,22 +29,22 @@ def log_likelihoods(model: nn.Module, prompts: Sequence[Tokens], answers: Sequen
     some = answers[0][0]  # stands in for the options that a question does not have
     flat = [answer for own in answers for answer in (*own, *([some] * (options - len(own))))]
     ids, mask = padded(prompts, 0, "left", device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    read = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    places = positions(mask)
+    read = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, logits_to_keep=1)
     cache = read.past_key_values
     cache.batch_repeat_interleave(options)
 
     targets, counted = padded(flat, 0, "right", device)
-    mask, positions = (x.repeat_interleave(options, 0) for x in (mask, positions))
+    mask, places = (x.repeat_interleave(options, 0) for x in (mask, places))
     steps = torch.arange(1, targets.shape[1], device=device)
     written = model(
         input_ids=targets[:, :-1],  # nothing comes after the last one
         attention_mask=torch.cat([mask, counted[:, :-1]], 1),
-        position_ids=positions[:, -1:] + steps,
+        position_ids=places[:, -1:] + steps,
         past_key_values=cache,
         use_cache=True,
     )
-    logits = torch.cat([read.logits[:, -1:].repeat_interleave(options, 0), written.logits], 1).float()
+    logits = torch.cat([read.logits.repeat_interleave(options, 0), written.logits], 1).float()
     tokens = logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
     sums: Tensor = (tokens * counted).sum(-1).unflatten(0, (len(prompts), options))
     absent = torch.arange(options, device=device) >= torch.tensor([len(own) for own in answers], device=device)[:, None]

@@ -26,7 +26,7 @@ from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.methods import METHODS
 from fvae_lora.experiments.tasks import Metric, Task
 from fvae_lora.experiments.tasks.commonsense.answers import parse, write_answers
-from fvae_lora.experiments.tasks.commonsense.batches import by_length, padded
+from fvae_lora.experiments.tasks.commonsense.batches import by_length, padded, positions
 from fvae_lora.experiments.tasks.commonsense.likelihood import log_likelihoods
 from fvae_lora.experiments.tasks.commonsense.prompts import check_template, encode
 from fvae_lora.masks import IGNORED_LABEL
@@ -88,9 +88,10 @@ class CommonsenseTask(Task):
         with loading(name, "as a causal language model"):
             tokenizer = AutoTokenizer.from_pretrained(name)
             model = AutoModelForCausalLM.from_pretrained(name, **options)
-        if model._is_stateful or "position_ids" not in inspect.signature(type(model).forward).parameters:
-            need = "`position_ids` and a cache of keys and values alone"
-            raise UserError(f"model {name}: options are scored with {need}; {type(model).__name__} is of another kind")
+        takes = inspect.signature(type(model).forward).parameters
+        if model._is_stateful or not {"position_ids", "logits_to_keep"} <= takes.keys():
+            need = "`position_ids`, `logits_to_keep` and a cache of keys and values alone"
+            raise UserError(f"model {name}: answers are scored with {need}; {type(model).__name__} is of another kind")
         if tokenizer.eos_token_id is None:
             raise UserError(f"model {name}: its tokenizer has no token for the end of a text, which ends every answer")
         if tokenizer.pad_token_id is None:
@@ -123,10 +124,24 @@ class CommonsenseTask(Task):
         return parts
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """A batch, padded on the right to its longest item: `input_ids`, `attention_mask`, `labels`, (rows, length)."""
-        ids, mask = padded([item["input_ids"] for item in items], 0, "right")
-        labels, _ = padded([item["labels"] for item in items], IGNORED_LABEL, "right")
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        """A batch, padded on the left to its longest item, so that the answers lie together at its end.
+
+        The model makes logits for that end alone: for a question's tokens they would cost more than many a block.
+
+        Returns:
+            `input_ids`, `attention_mask` and `position_ids` (rows, length); `labels` (rows, end) for the end that
+            `logits_to_keep` names by its places: the longest answer and the token before it.
+        """
+        ids, mask = padded([item["input_ids"] for item in items], 0, "left")
+        labels, _ = padded([item["labels"] for item in items], IGNORED_LABEL, "left")
+        end = int((labels != IGNORED_LABEL).sum(-1).max()) + 1
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": positions(mask),
+            "labels": labels[:, -end:],
+            "logits_to_keep": torch.arange(-end, 0),
+        }
 
     def outputs(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
         """Nothing: the scores are made by `generated_scores`."""
