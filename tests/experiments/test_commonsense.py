@@ -278,13 +278,13 @@ def test_answers_are_the_same_in_a_batch_alone_and_without_a_cache(make: Callabl
 def test_scores_need_the_first_encoder_alone_and_are_not_random(make: Callable[..., Recipe]) -> None:
     task, model, _, rows = opened(make("commonsense.max_new_tokens=8"))
     model = adapted(model)
-    before = task.generated_scores(model, rows["test"], progress=False)
+    before = task.generated_scores(model, rows["test"], rows["test"], progress=False)
     texts = write_answers(model, rows["test"].tokenizer, rows["test"].rows["prompt_ids"][:4])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if any(part in name for part in ("encoder2", "decoder", "logvar", "log_tau")):
                 parameter.fill_(torch.nan)
-    assert task.generated_scores(model, rows["test"], progress=False) == before
+    assert task.generated_scores(model, rows["test"], rows["test"], progress=False) == before
     assert write_answers(model, rows["test"].tokenizer, rows["test"].rows["prompt_ids"][:4]) == texts
 
 
@@ -292,7 +292,7 @@ def test_how_far_scoring_is_can_be_seen(make: Callable[..., Recipe], capsys: pyt
     task, model, _, rows = opened(make("commonsense.max_new_tokens=2"))
     for progress in (False, True):
         capsys.readouterr()
-        task.generated_scores(model, rows["test"], progress)
+        task.generated_scores(model, rows["test"], rows["test"], progress)
         shown = capsys.readouterr().err
         assert ("likelihood of options:   0%" in shown) == progress
         assert ("writing answers:   0%" in shown) == progress
@@ -338,14 +338,14 @@ def test_a_run_on_cached_states_is_the_run_without_to_rounding(
 
 def test_training_on_the_batches_teaches_the_format_of_the_answers(make: Callable[..., Recipe]) -> None:
     task, model, _, rows = opened(make("commonsense.test_sets=[arc-e, boolq]"))
-    before = task.generated_scores(model, rows["test"], progress=False)
+    before = task.generated_scores(model, rows["test"], rows["test"], progress=False)
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     batch = task.collate([rows["train"][i] for i in range(8)])
     for _ in range(30):
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    after = task.generated_scores(model, rows["test"], progress=False)
+    after = task.generated_scores(model, rows["test"], rows["test"], progress=False)
     assert before["arc-e_unparsable"] == 5
     assert after["arc-e_unparsable"] == 0
     assert after["boolq_unparsable"] == after["unparsable"] == 6, "`true` and `false` were never trained on"

@@ -34,6 +34,7 @@ from transformers import (
     WhisperTokenizer,
 )
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
 from by_hand import adapted
 from fvae_lora import elbo_loss
@@ -557,7 +558,7 @@ def test_words_are_written_in_the_precision_of_the_run(
     generate, found = WhisperForConditionalGeneration.generate, set()
 
     def spied(model: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> Any:
-        watch = model.model.encoder.layers[0].fc1.register_forward_hook(lambda _, __, out: found.add(out.dtype))
+        watch = model.model.decoder.layers[0].fc1.register_forward_hook(lambda _, __, out: found.add(out.dtype))
         written = generate(model, *args, **kwargs)
         watch.remove()
         return written
@@ -670,11 +671,20 @@ def test_where_the_decoder_alone_is_adapted_the_encoder_runs_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("FVAE_LORA_CACHE", str(tmp_path / "cache"))
+    forward, encoded = WhisperEncoderLayer.forward, list[int]()
+
+    def counted(layer: WhisperEncoderLayer, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        encoded.append(len(states))
+        return forward(layer, states, *args, **kwargs)
+
+    monkeypatch.setattr(WhisperEncoderLayer, "forward", counted)
     for cached in ("false", "true"):
+        encoded.clear()
         options = ["adapter.target_modules=[encoder_attn.q_proj]", f"train.cache_frozen={cached}", "train.log_every=1"]
         code, _, err = transcribe(recordings, *options, "--out", tmp_path / cached)
         assert code == 0, err
     assert_alike(tmp_path / "false", tmp_path / "true")
+    assert sum(encoded) == len(WORDS), "each recording once, though two epochs train, score and write"
 
 
 def test_what_is_written_is_of_what_is_heard_and_not_of_the_cached_batch_before(

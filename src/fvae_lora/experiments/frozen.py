@@ -9,6 +9,8 @@ The states of a row are kept without padding, and are padded with its batch. For
 states is the run without to the bit, where nothing drops out; for others to rounding.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -17,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from filelock import FileLock
@@ -29,7 +31,9 @@ from tqdm.auto import tqdm
 
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.record import Record
-from fvae_lora.experiments.tasks import Task
+
+if TYPE_CHECKING:
+    from fvae_lora.experiments.tasks import Task
 
 STATES = "frozen_states"
 """An item's and a batch's key for the cached hidden states, (tokens, dims) and (rows, tokens, dims)."""
@@ -202,9 +206,10 @@ def _begin_after(model: nn.Module, blocks: list[str]) -> None:
     for name in blocks:
         block = model.get_submodule(name)
         block.forward = partial(given.instead_of, block.forward)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    base.register_forward_pre_hook(given.take, with_kwargs=True)
-    base.register_forward_hook(given.forget, always_call=True)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    for module in (base, base.get_encoder()) if base.config.is_encoder_decoder else (base,):
+        module.register_forward_pre_hook(given.take, with_kwargs=True)
+        module.register_forward_hook(given.forget, always_call=True)
 
 
 class _Enough(Exception):  # noqa: N818
@@ -217,12 +222,12 @@ class _Given:
     states: Tensor | None = None
 
     def take(self, _: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Takes the states out of what the model is called with."""
-        self.states = options.get(STATES)
-        return arguments, {key: value for key, value in options.items() if key != STATES}
+        """Takes the states out of what the model, or its encoder, is called with."""
+        self.states = options.pop(STATES, self.states)
+        return arguments, options
 
     def forget(self, *_: Any) -> None:
-        """Lets go of the states: generation calls an encoder past the model's forward."""
+        """Lets go of the states: generation goes on with the parts of a model."""
         self.states = None
 
     def instead_of(self, forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

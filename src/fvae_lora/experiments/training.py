@@ -108,13 +108,14 @@ class RunTrainer(FVAELoraTrainer):
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         turns = zip_longest(*gather_object([found]))
         batches = [batch for turn in turns for batch in turn if batch is not None]
-        rows: Any = getattr(dataloader.dataset, "source", dataloader.dataset)  # those that cached ones stand for
-        scores = [self._scores(batches, rows) if self.is_world_process_zero() else {}]
+        items: Any = dataloader.dataset
+        scores = [self._scores(batches, items) if self.is_world_process_zero() else {}]
         broadcast_object_list(scores)
         metrics = {f"{metric_key_prefix}_{name}": score for name, score in scores[0].items()}
-        return EvalLoopOutput(None, None, metrics, len(rows))
+        return EvalLoopOutput(None, None, metrics, len(items))
 
-    def _scores(self, batches: list[Scored], rows: Any) -> dict[str, float]:
+    def _scores(self, batches: list[Scored], items: Any) -> dict[str, float]:
+        rows = getattr(items, "source", items)  # those that cached ones stand for
         outputs, labels = EvalLoopContainer(), EvalLoopContainer()
         for _, batch_outputs, batch_labels in batches:
             outputs.add(batch_outputs)
@@ -123,7 +124,7 @@ class RunTrainer(FVAELoraTrainer):
         return {
             "loss": float(loss),
             **self.task.scores(outputs.get_arrays(), labels.get_arrays(), rows),
-            **self.task.generated_scores(self.model, rows, progress=not self.quiet),
+            **self.task.generated_scores(self.model, rows, items, progress=not self.quiet),
         }
 
     def score(self, rows: Any) -> dict[str, float]:

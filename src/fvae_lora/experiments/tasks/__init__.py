@@ -109,8 +109,15 @@ class Task(ABC):
             rows: the split, one of `datasets`.
         """
 
-    def generated_scores(self, model: PreTrainedModel, rows: Any, progress: bool) -> dict[str, float]:
-        """Further scores of a split that need more than one forward of each batch; none here."""
+    def generated_scores(self, model: PreTrainedModel, rows: Any, items: Any, progress: bool) -> dict[str, float]:
+        """Further scores of a split that need more than one forward of each batch; none here.
+
+        Args:
+            model: the trained model.
+            rows: the split, one of `datasets`.
+            items: the same, with what `frozen` has cached of each item.
+            progress: whether to show how far it is.
+        """
         return {}
 
     def autocast(self, device: torch.device) -> torch.autocast:

@@ -17,6 +17,7 @@ from fvae_lora.experiments.data import Splits
 from fvae_lora.experiments.data.audio import read_sound
 from fvae_lora.experiments.data.recordings import open_recordings, recording_content
 from fvae_lora.experiments.errors import UserError
+from fvae_lora.experiments.frozen import STATES, collate
 from fvae_lora.experiments.tasks import Metric, Task
 from fvae_lora.masks import IGNORED_LABEL
 
@@ -93,16 +94,21 @@ class TranscriptionTask(Task):
         return {}
 
     @torch.no_grad()
-    def generated_scores(self, model: PreTrainedModel, rows: "Recordings", progress: bool) -> dict[str, float]:
-        """The word error rate: insertions, deletions and substitutions, over the number of spoken words."""
+    def generated_scores(
+        self, model: PreTrainedModel, rows: "Recordings", items: Any, progress: bool
+    ) -> dict[str, float]:
+        """The word error rate: insertions, deletions and substitutions, over the number of spoken words.
+
+        An encoder whose states are cached does not run again.
+        """
         model.eval()
         device = next(model.parameters()).device
         size, written = self.recipe.train.batch_size, list[str]()
         for begin in tqdm(range(0, len(rows), size), desc="transcribing", disable=not progress, leave=False):
-            batch = self.collate([rows[i] for i in range(begin, min(begin + size, len(rows)))])
-            heard = {key: batch[key].to(device) for key in ("input_features", "attention_mask")}
+            batch = collate(self, [items[i] for i in range(begin, min(begin + size, len(rows)))])
+            heard = {key: batch[key].to(device) for key in ("input_features", STATES) if key in batch}
             with self.autocast(device):
-                tokens = model.generate(**heard)
+                tokens = model.generate(encoder_outputs=model.get_encoder()(**heard))
             written += rows.processor.batch_decode(tokens, skip_special_tokens=True)
         return {self.metric.name: word_error_rate(rows.rows["text"], written, rows.normalise)}
 

@@ -151,7 +151,7 @@ class CommonsenseTask(Task):
         """None: see `generated_scores`."""
         return {}
 
-    def generated_scores(self, model: PreTrainedModel, rows: Questions, progress: bool) -> dict[str, float]:
+    def generated_scores(self, model: PreTrainedModel, rows: Questions, items: Any, progress: bool) -> dict[str, float]:
         """Shares of questions that are answered rightly, and how many answers cannot be told.
 
         - `choice_accuracy`: by the likelihood of each option.
