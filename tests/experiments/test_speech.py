@@ -51,7 +51,7 @@ from fvae_lora.experiments.frozen import collate, use_cached_states
 from fvae_lora.experiments.methods import METHODS
 from fvae_lora.experiments.recipe import Recipe, load_recipe
 from fvae_lora.experiments.runner import evaluate, run
-from fvae_lora.experiments.tasks import load_task
+from fvae_lora.experiments.tasks import load_task, transcription
 from fvae_lora.experiments.tasks.phonemes import PhonemeTask, Sentences
 from fvae_lora.experiments.tasks.transcription import word_error_rate
 
@@ -706,6 +706,23 @@ def test_what_is_written_is_of_what_is_heard_and_not_of_the_cached_batch_before(
         cached = use_cached_states(model, {"train": rows["train"]}, task, record, torch.device("cpu"), quiet=True)
         model(**collate(task, [cached["train"][0]]))
         torch.testing.assert_close(encoder(heard).last_hidden_state, expected)
+
+
+def test_each_recording_has_its_own_text_though_the_longest_are_written_first(
+    writer: Path, recordings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"model": str(writer), "dataset": str(recordings), "train.batch_size": 4, "speech.max_new_tokens": 9}
+    task = load_task(load_recipe("speech/whisper", [], options))
+    model, processor = task.load_model([])
+    rows = task.datasets(task.split(task.open_source()), model, processor)["train"]
+    with torch.no_grad():
+        model.model.decoder.layers[0].encoder_attn.out_proj.weight *= 100  # so that it listens
+    found: list[str] = []
+    monkeypatch.setattr(transcription, "word_error_rate", lambda _, written, __: found.extend(written) or 0.0)
+    task.generated_scores(model, rows, rows, progress=False)
+    alone = [model.generate(rows[i]["input_features"][None]) for i in range(len(rows))]
+    assert found == [processor.decode(tokens[0], skip_special_tokens=True) for tokens in alone]
+    assert len(set(found)) > 1
 
 
 def test_what_does_not_transcribe_is_refused(

@@ -19,6 +19,7 @@ from fvae_lora.experiments.data.recordings import open_recordings, recording_con
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.frozen import STATES, collate
 from fvae_lora.experiments.tasks import Metric, Task
+from fvae_lora.experiments.tasks.batches import by_length
 from fvae_lora.masks import IGNORED_LABEL
 
 
@@ -103,13 +104,15 @@ class TranscriptionTask(Task):
         """
         model.eval()
         device = next(model.parameters()).device
-        size, written = self.recipe.train.batch_size, list[str]()
-        for begin in tqdm(range(0, len(rows), size), desc="transcribing", disable=not progress, leave=False):
-            batch = collate(self, [items[i] for i in range(begin, min(begin + size, len(rows)))])
+        written = [""] * len(rows)
+        batches = by_length([len(text) for text in rows.rows["text"]], self.recipe.train.batch_size)  # end together
+        for numbers in tqdm(batches, desc="transcribing", disable=not progress, leave=False):
+            batch = collate(self, [items[i] for i in numbers])
             heard = {key: batch[key].to(device) for key in ("input_features", STATES) if key in batch}
             with self.autocast(device):
                 tokens = model.generate(encoder_outputs=model.get_encoder()(**heard))
-            written += rows.processor.batch_decode(tokens, skip_special_tokens=True)
+            for i, text in zip(numbers, rows.processor.batch_decode(tokens, skip_special_tokens=True), strict=True):
+                written[i] = text
         return {self.metric.name: word_error_rate(rows.rows["text"], written, rows.normalise)}
 
 

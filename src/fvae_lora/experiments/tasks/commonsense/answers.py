@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from fvae_lora.experiments.tasks.commonsense.batches import padded
+from fvae_lora.experiments.tasks.batches import padded
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fvae_lora.experiments.tasks.commonsense.batches import padded, positions
+from fvae_lora.experiments.tasks.batches import padded, positions
 
 Tokens = Sequence[int]
 

@@ -25,8 +25,8 @@ from fvae_lora.experiments.data.questions import open_questions
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.methods import METHODS
 from fvae_lora.experiments.tasks import Metric, Task
+from fvae_lora.experiments.tasks.batches import by_length, padded, positions
 from fvae_lora.experiments.tasks.commonsense.answers import parse, write_answers
-from fvae_lora.experiments.tasks.commonsense.batches import by_length, padded, positions
 from fvae_lora.experiments.tasks.commonsense.likelihood import log_likelihoods
 from fvae_lora.experiments.tasks.commonsense.prompts import check_template, encode
 from fvae_lora.masks import IGNORED_LABEL
