@@ -71,9 +71,16 @@ VARIANTS = {
 }
 """What the overview shows: a method, and in which keys its recipe differs from the usual."""
 
-OVERVIEW = ("clip", "clip-fashion-mnist", "minilm", "minilm-groups")
-"""The folders of runs that it is made of."""
-
+OVERVIEW = {
+    "clip": "",
+    "clip-fashion-mnist": "",
+    "minilm": "",
+    "minilm-long": ", 256 steps",
+    "minilm-spam": "",
+    "clip-groups": "",
+    "minilm-groups": "",
+}
+"""The folders of runs that it is made of, and what their columns say beside the data set."""
 
 VARIED = {key for _, changes in VARIANTS.values() for key in changes}
 
@@ -81,11 +88,11 @@ VARIED = {key for _, changes in VARIANTS.values() for key in changes}
 def overview() -> str:
     """Test scores of every variant on every data set."""
     found: dict[str, dict[str, str]] = {}
-    for name in OVERVIEW:
+    for name, beside in OVERVIEW.items():
         for group in summarise(read_runs(RESULTS / name)):
             row = group.row
             if row.state == "complete" and not row.superseded and (variant := variant_of(row.method, group.recipe)):
-                found.setdefault(row.hub_name, {})[variant] = columns.score(row)
+                found.setdefault(row.hub_name + beside, {})[variant] = columns.score(row)
     lines = [f"| | {' | '.join(found)} |", "|---|" + "---:|" * len(found)]
     lines += [f"| {v} | {' | '.join(scores.get(v, '') for scores in found.values())} |" for v in VARIANTS]
     return "\n".join(lines)

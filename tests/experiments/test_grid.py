@@ -172,6 +172,8 @@ def test_data_sets_and_recipes_have_folders_of_their_own(tmp_path: Path) -> None
         (["--grid", "train.learning_rate=[]"], "--grid train.learning_rate: expected values, for example"),
         (["--grid", "train.learning_rate"], "expected key=value"),
         (["--grid", "seed=1,2"], "--grid seed: not a key to vary; --seeds is for that"),
+        (["--vary", "fvae.encoder_hidden_dims=[]"], "--vary fvae.encoder_hidden_dims: expected values"),
+        (["--vary", "fvae.encoder_hidden_dims=[]"], "[[]] is an empty list as a value"),
         (["--grid", "adapter.r=1", "--grid", "adapter.r=2"], "--grid adapter.r: given twice"),
         (["--grid", "adapter.r=1", "--vary", "adapter.r=2"], "--grid adapter.r: --vary has it too"),
         (["--grid", "train.learning_rate=1e-3,0.001"], "selection/lora-learning_rate=0.001-seed0 is asked for twice"),

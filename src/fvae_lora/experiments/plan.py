@@ -203,6 +203,8 @@ def parse_list(option: str, text: str) -> list[Any]:
 def parse_values(option: str, texts: Sequence[str]) -> dict[str, list[Any]]:
     """`train.learning_rate=1e-3,1e-2` or `train.learning_rate=[1e-3,1e-2]`, several times, as a dict.
 
+    A value that is a list stands in the list of values: `fvae.encoder_hidden_dims=[[], [128]]`.
+
     Raises:
         UserError: no values, a key twice, a key that has an option of its own.
     """
@@ -215,5 +217,5 @@ def parse_values(option: str, texts: Sequence[str]) -> dict[str, list[Any]]:
             raise UserError(f"{option} {key}: given twice; expected all its values in one, for example {key}=1,2")
         found[key] = values if isinstance(values, list) else parse_list(f"{option} {key}", text.partition("=")[2])
         if not found[key]:
-            raise UserError(f"{option} {key}: expected values, for example {key}=1,2")
+            raise UserError(f"{option} {key}: expected values, for example {key}=1,2; [[]] is an empty list as a value")
     return found
