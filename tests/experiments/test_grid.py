@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,20 @@ def scored(run: Planned, metric: dict[str, Any] | None = None, **validation: flo
     run.folder.write(record)
 
 
-def told(choice: Choice) -> str:
-    console = Console(file=io.StringIO(), width=200)
+def told(choice: Choice, width: int = 200) -> str:
+    console = Console(file=io.StringIO(), width=width)
     print_choices([choice], console)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return text
+
+
+def test_a_long_name_is_told_whole_on_80_columns(tmp_path: Path) -> None:
+    name = "clipart-backgrounds/fvae-lora-reference"
+    for seed, rate in enumerate((0.001, 0.01)):
+        scored(grid_at(tmp_path, "train.learning_rate=1e-3,1e-2").runs()[seed], accuracy=rate)
+    (choice,) = grid_at(tmp_path, "train.learning_rate=1e-3,1e-2").choices()
+    lines = told(replace(choice, name=name), width=80).splitlines()
+    assert "".join(line.split("  ")[0] for line in lines[1:]).startswith(name)
 
 
 def test_every_method_gets_every_point_on_every_selection_seed(tmp_path: Path) -> None:

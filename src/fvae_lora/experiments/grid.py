@@ -120,7 +120,7 @@ def print_choices(choices: Sequence[Choice], console: Console) -> None:
     """What was chosen, a row for each contender."""
     table = Table(box=None, pad_edge=False)
     for heading in ("method", "chosen", "validation", ""):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for choice in choices:
         best = choice.best
         chosen = ("nothing", "") if best is None else (choice.values(best), f"{choice.metric} {best.score:.4f}")
