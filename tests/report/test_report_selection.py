@@ -150,6 +150,8 @@ def test_what_is_compared_beside_the_grid_has_a_choice_for_each_value(tmp_path):
         {"adapter.r": 8, "train.learning_rate": 0.003},
     ]
     assert not any(row.superseded for row in rows)
+    labels = sorted(row.label for row in rows if row.state == "complete")
+    assert labels == ["full r=16", "full r=8", "lora r=16", "lora r=8"], "what the grid chose needs no name"
     assert [row.pairs for row in rows if row.state == "complete" and row.method == "full"] == [1, 1]
 
 

@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -118,7 +118,7 @@ def _compared(groups: Sequence[Group]) -> list[Group]:
     for group in points:
         group.row = _point(group)
     gridded = mark_points(points, results)
-    _set_settings(results)
+    _set_settings(results, gridded)
     _set_settings(points)
     finished = [group for group in results if group.runs]
     for group in finished:
@@ -183,15 +183,19 @@ def _point(group: Group) -> Row:
     )
 
 
-def _set_settings(groups: Sequence[Group]) -> None:
+def _set_settings(groups: Sequence[Group], gridded: Collection[str] = ()) -> None:
     """Name, for each row, the entries in which its recipe differs from another of its method.
 
-    What is superseded is told apart, and tells nothing apart.
+    What a grid chose (`gridded`) is left out where the rows are told apart without it: a row then has the same name on
+    every data set. What is superseded is told apart, and tells nothing apart.
     """
     for method in {group.row.method for group in groups}:
         siblings = [group for group in groups if group.row.method == method]
-        standing = differing(group.recipe for group in siblings if not group.row.superseded)
-        every = differing(group.recipe for group in siblings)
+        recipes = [group.recipe for group in siblings if not group.row.superseded]
+        standing, every = differing(recipes), differing(group.recipe for group in siblings)
+        asked = sorted(standing - set(gridded))
+        if len({tuple(printable(recipe.get(key)) for key in asked) for recipe in recipes}) == len(recipes):
+            standing = set(asked)
         for group in siblings:
             keys = sorted(every if group.row.superseded else standing)
             settings = " ".join(f"{k.rpartition('.')[2]}={printable(group.recipe.get(k, 'none'))}" for k in keys)
