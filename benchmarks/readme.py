@@ -112,8 +112,8 @@ PAGES = {
     PROJECT / "README.md": {"demo": lambda: report_of("demo"), "cost": cost_table},
     RESULTS / "README.md": {"overview": overview},
     RESULTS / "images.md": {name: partial(report_of, name) for name in ("clip", "clip-fashion-mnist")},
-    RESULTS / "text.md": {"minilm": partial(report_of, "minilm")},
-    RESULTS / "groups.md": {"minilm-groups": partial(report_of, "minilm-groups")},
+    RESULTS / "text.md": {name: partial(report_of, name) for name in ("minilm", "minilm-long", "minilm-spam")},
+    RESULTS / "groups.md": {name: partial(report_of, name) for name in ("clip-groups", "minilm-groups")},
 }
 """The pages, and what makes each of their blocks."""
 
