@@ -53,7 +53,7 @@ from fvae_lora.experiments.recipe import Recipe, load_recipe
 from fvae_lora.experiments.runner import evaluate, run
 from fvae_lora.experiments.tasks import load_task, transcription
 from fvae_lora.experiments.tasks.phonemes import PhonemeTask, Sentences
-from fvae_lora.experiments.tasks.transcription import word_error_rate
+from fvae_lora.experiments.tasks.transcription import TranscriptionTask, word_error_rate
 
 Cli = Callable[..., tuple[int, str, str]]
 needs_espeak = pytest.mark.skipif(
@@ -555,17 +555,24 @@ def test_words_are_written_in_the_precision_of_the_run(
 ) -> None:
     options = {"model": str(writer), "dataset": str(recordings), "method": method, "train.precision": precision}
     options |= {"train.epochs": 1, "train.batch_size": 6, "speech.max_new_tokens": 4}
-    generate, found = WhisperForConditionalGeneration.generate, set()
+    score, found = TranscriptionTask.generated_scores, set()
 
-    def spied(model: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> Any:
-        watch = model.model.decoder.layers[0].fc1.register_forward_hook(lambda _, __, out: found.add(out.dtype))
-        written = generate(model, *args, **kwargs)
-        watch.remove()
-        return written
+    def spied(task: TranscriptionTask, model: Any, *args: Any, **kwargs: Any) -> Any:
+        halves = [name for name, _ in model.named_modules() if name.endswith("layers.0.fc1")]
+        assert len(halves) == 2, "encoder and decoder"
+        watches = [
+            model.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: found.add((name, out.dtype)))
+            for name in halves
+        ]
+        scores = score(task, model, *args, **kwargs)
+        for watch in watches:
+            watch.remove()
+        return scores
 
-    monkeypatch.setattr(WhisperForConditionalGeneration, "generate", spied)
+    monkeypatch.setattr(TranscriptionTask, "generated_scores", spied)
     run(load_recipe("speech/whisper", [], options), tmp_path, quiet=True)
-    assert found == {{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
+    assert len(found) == 2
+    assert {dtype for _, dtype in found} == {{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
 
 
 def test_a_model_of_many_languages_is_told_which_one(

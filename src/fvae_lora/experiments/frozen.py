@@ -98,8 +98,7 @@ def frozen_blocks(model: nn.Module) -> list[str]:
     Raises:
         UserError: no such list, or nothing frozen below its first trained block.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    encoder = base.get_encoder() if base.config.is_encoder_decoder else base
+    _, encoder = _base_and_encoder(model)
     prefix = next(name for name, module in model.named_modules() if module is encoder)
     stacks = {
         f"{prefix}.{name}".lstrip("."): module
@@ -117,6 +116,12 @@ def frozen_blocks(model: nn.Module) -> list[str]:
     if first == 0 or trained & set(below):
         raise UserError("train.cache_frozen: the first block is trained already; set adapter.layers to later ones")
     return [f"{stack}.{index}" for index in range(first)]
+
+
+def _base_and_encoder(model: nn.Module) -> tuple[Any, Any]:
+    """The model inside peft's, and what of it the blocks are in: its encoder if it has a decoder beside."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base, base.get_encoder() if base.config.is_encoder_decoder else base
 
 
 def cache_folder() -> Path:
@@ -206,8 +211,7 @@ def _begin_after(model: nn.Module, blocks: list[str]) -> None:
     for name in blocks:
         block = model.get_submodule(name)
         block.forward = partial(given.instead_of, block.forward)
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    for module in (base, base.get_encoder()) if base.config.is_encoder_decoder else (base,):
+    for module in set(_base_and_encoder(model)):
         module.register_forward_pre_hook(given.take, with_kwargs=True)
         module.register_forward_hook(given.forget, always_call=True)
 
