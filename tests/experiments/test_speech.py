@@ -19,6 +19,7 @@ import torch
 from datasets import Audio, Dataset, Features, Value
 from hub import Hub, command_line
 from rounding import assert_alike
+from safetensors.torch import load_file
 from saved import assert_saved
 from timit_corpus import RATE, Voice, hum, speak, write_corpus
 from tokenizers.pre_tokenizers import ByteLevel
@@ -496,6 +497,19 @@ def transcribe(cli: Cli, writer: Path, tmp_path: Path) -> Callable[..., tuple[in
         return cli("train", "speech/whisper", *small, *places, "--dataset", dataset, *more)
 
     return run
+
+
+def test_an_adapter_in_the_model_s_decoder_is_counted_as_what_is_exported_of_it(
+    transcribe: Callable[..., tuple[int, str, str]], cli: Cli, recordings: Path, tmp_path: Path
+) -> None:
+    code, _, err = transcribe(recordings)
+    assert code == 0, err
+    code, _, err = cli("export", tmp_path / "run", "--out", tmp_path / "exported")
+    assert code == 0, err
+    counts = json.loads((tmp_path / "run" / "run.json").read_text())["parameters"]
+    exported = load_file(tmp_path / "exported" / "adapter_model.safetensors")
+    assert any(".decoder." in name for name in exported)
+    assert counts["inference"] == sum(tensor.numel() for tensor in exported.values())
 
 
 def test_words_from_recipe_to_report(

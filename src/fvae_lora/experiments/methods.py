@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -41,8 +42,8 @@ class Method:
 
     `config` makes its adapter's configuration from the recipe and the model; None trains every parameter. `defaults`
     are what the method is, in a recipe's dotted keys: they win over the recipe's common sections, and lose to its
-    `per_method` and to overrides. `training_only` maps a part of a parameter's name to the share of such parameters
-    that is not needed at inference.
+    `per_method` and to overrides. `training_only` maps a pattern, searched in a parameter's name, to the share of such
+    parameters that is not needed at inference.
     """
 
     summary: str
@@ -71,7 +72,7 @@ class Method:
         return sum(n - int(n * self._training_only(name)) for name, n in counts)
 
     def _training_only(self, name: str) -> float:
-        return max((share for part, share in self.training_only.items() if part in name), default=0)
+        return max((share for pattern, share in self.training_only.items() if re.search(pattern, name)), default=0)
 
 
 def _where(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
@@ -136,7 +137,9 @@ def _linear_probe(_: Recipe, model: PreTrainedModel) -> PeftConfig:
 
 
 _fvae_method = partial(
-    Method, config=_fvae_lora, training_only=dict.fromkeys(("encoder2", "decoder", "logvar", "log_tau"), 1.0)
+    Method,
+    config=_fvae_lora,
+    training_only={r"fvae_lora_vae\..*(encoder2|decoder|logvar|log_tau)": 1.0},  # the model may have a decoder, too
 )
 
 METHODS: dict[str, Method] = {
