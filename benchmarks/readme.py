@@ -79,6 +79,7 @@ OVERVIEW = {
     "minilm-spam": "",
     "clip-groups": "",
     "minilm-groups": "",
+    "smollm2": "",
     "whisper": ", errors ↓",
 }
 """The folders of runs that it is made of, and what their columns say beside the data set."""
@@ -115,6 +116,7 @@ PAGES = {
     RESULTS / "images.md": {name: partial(report_of, name) for name in ("clip", "clip-fashion-mnist")},
     RESULTS / "text.md": {name: partial(report_of, name) for name in ("minilm", "minilm-long", "minilm-spam")},
     RESULTS / "groups.md": {name: partial(report_of, name) for name in ("clip-groups", "minilm-groups")},
+    RESULTS / "questions.md": {"smollm2": partial(report_of, "smollm2")},
     RESULTS / "speech.md": {"whisper": partial(report_of, "whisper")},
 }
 """The pages, and what makes each of their blocks."""
