@@ -37,13 +37,18 @@ def export_for_inference(model: PeftModel, folder: str | os.PathLike[str], adapt
     exported = copy.copy(deterministic_config(model, adapter_name))
     with new_folder(folder) as inside:
         state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-        kept = {
-            key: value
-            for key, value in state.items()
-            if not (".fvae_lora_vae." in key and any(part in key.rpartition(".")[2] for part in TRAINING_ONLY))
-        }
+        kept = {key: value for key, value in state.items() if not is_training_only(key)}
         exported.inference_only = exported.inference_mode = True
         write_adapter(model, exported, kept, inside)
+
+
+def is_training_only(name: str) -> bool:
+    """Whether inference does without a parameter of an FVAE-LoRA adapter.
+
+    Args:
+        name: Its name in a model or in a checkpoint. Parameters of anything else are none of these.
+    """
+    return ".fvae_lora_vae." in name and any(part in name.rpartition(".")[2] for part in TRAINING_ONLY)
 
 
 def deterministic_config(model: nn.Module, adapter_name: str) -> FVAELoraConfig:

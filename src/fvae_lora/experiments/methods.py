@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from fvae_lora import FVAELoraConfig
 from fvae_lora.experiments.ablation import ablate
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.heads import head_modules
+from fvae_lora.export import is_training_only
 from fvae_lora.names import resolve_targets
 
 if TYPE_CHECKING:
@@ -42,14 +42,14 @@ class Method:
 
     `config` makes its adapter's configuration from the recipe and the model; None trains every parameter. `defaults`
     are what the method is, in a recipe's dotted keys: they win over the recipe's common sections, and lose to its
-    `per_method` and to overrides. `training_only` maps a pattern, searched in a parameter's name, to the share of such
-    parameters that is not needed at inference.
+    `per_method` and to overrides. `training_only` gives the share of a parameter, by its name, that is not needed at
+    inference.
     """
 
     summary: str
     config: Configure | None
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    training_only: Mapping[str, float] = field(default_factory=dict)
+    training_only: Callable[[str], float] = lambda _: 0.0
     resumable: bool = True
     """Whether a checkpoint holds all that training goes on from; if not, an interrupted run begins again."""
 
@@ -69,10 +69,7 @@ class Method:
     def inference_parameters(self, model: nn.Module, trained: Collection[str]) -> int:
         """How many of the parameters that are `trained`, by name, `model` still needs once training is over."""
         counts = ((name, p.numel()) for name, p in model.named_parameters() if name in trained)
-        return sum(n - int(n * self._training_only(name)) for name, n in counts)
-
-    def _training_only(self, name: str) -> float:
-        return max((share for pattern, share in self.training_only.items() if re.search(pattern, name)), default=0)
+        return sum(n - int(n * self.training_only(name)) for name, n in counts)
 
 
 def _where(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
@@ -136,11 +133,7 @@ def _linear_probe(_: Recipe, model: PreTrainedModel) -> PeftConfig:
     return LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=head)
 
 
-_fvae_method = partial(
-    Method,
-    config=_fvae_lora,
-    training_only={r"fvae_lora_vae\..*(encoder2|decoder|logvar|log_tau)": 1.0},  # the model may have a decoder, too
-)
+_fvae_method = partial(Method, config=_fvae_lora, training_only=is_training_only)
 
 METHODS: dict[str, Method] = {
     "fvae-lora": _fvae_method("LoRA whose down-projection is the encoder of a VAE with two latents"),
@@ -195,7 +188,7 @@ METHODS: dict[str, Method] = {
         "VeRA with a random latent",
         _pvera,
         defaults={"adapter.r": 256},
-        training_only={"pvera_lambda_d": 0.5},  # its second half scales the variances
+        training_only=lambda name: 0.5 * ("pvera_lambda_d" in name),  # its second half scales the variances
     ),
     "linear-probe": Method("the classification head alone", _linear_probe),
     "full": Method("every parameter of the model", None),
