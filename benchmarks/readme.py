@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ def report_of(name: str) -> str:
         file = Path(folder, "report.md")
         write_markdown(summary_rows(RESULTS / name), file)
         return file.read_text(encoding="utf-8").strip()
+
+
+def reports_of(*names: str) -> dict[str, Callable[[], str]]:
+    """Blocks of a page, each with the tables of the folder that it is named after."""
+    return {name: partial(report_of, name) for name in names}
 
 
 def cost_table() -> str:
@@ -111,13 +117,13 @@ def variant_of(method: str, recipe: dict[str, Any]) -> str | None:
 
 
 PAGES = {
-    PROJECT / "README.md": {"demo": lambda: report_of("demo"), "cost": cost_table},
+    PROJECT / "README.md": reports_of("demo") | {"cost": cost_table},
     RESULTS / "README.md": {"overview": overview},
-    RESULTS / "images.md": {name: partial(report_of, name) for name in ("clip", "clip-fashion-mnist")},
-    RESULTS / "text.md": {name: partial(report_of, name) for name in ("minilm", "minilm-long", "minilm-spam")},
-    RESULTS / "groups.md": {name: partial(report_of, name) for name in ("clip-groups", "minilm-groups")},
-    RESULTS / "questions.md": {"smollm2": partial(report_of, "smollm2")},
-    RESULTS / "speech.md": {"whisper": partial(report_of, "whisper")},
+    RESULTS / "images.md": reports_of("clip", "clip-fashion-mnist"),
+    RESULTS / "text.md": reports_of("minilm", "minilm-long", "minilm-spam"),
+    RESULTS / "groups.md": reports_of("clip-groups", "minilm-groups"),
+    RESULTS / "questions.md": reports_of("smollm2"),
+    RESULTS / "speech.md": reports_of("whisper"),
 }
 """The pages, and what makes each of their blocks."""
 
