@@ -106,7 +106,7 @@ def test_an_empty_split(train: Cli, data: Path) -> None:
 
 def test_an_empty_folder(train: Cli, tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
-    assert_refused(train(tmp_path / "nothing"), "split train is empty")
+    assert_refused(train(tmp_path / "nothing"), "no images in it; it has nothing; understood are: ")
 
 
 def test_no_train_split(train: Cli, data: Path) -> None:

@@ -1,20 +1,55 @@
-"""From encoded images to the tensors that a model takes; augmentation for the training split alone."""
+"""From encoded images to the tensors that a model takes; augmentation for the training split alone.
+
+One rule opens every image, in training, evaluation and prediction: upright as its EXIF says, over a background where it
+is transparent, and with 8 bits, to which more are scaled.
+"""
 
 import contextlib
+import functools
 import io
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, features
 
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.recipe import ImageSettings
 
 Transform = Callable[[Image.Image], Image.Image]
+
+AS_THEY_ARE = ImageSettings()
+WIDE = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+"""Pillow's modes of more than 8 bits."""
+
+SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm",
+    ".tif", ".tiff", ".webp",
+)  # fmt: skip
+"""Of images, in lower case."""
+
+
+@functools.cache
+def readable_suffixes() -> tuple[str, ...]:
+    """Those of `SUFFIXES` that Pillow can read here."""
+    known = Image.registered_extensions()
+    return tuple(s for s in SUFFIXES if known.get(s) in Image.OPEN and (s != ".avif" or features.check("avif")))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An image as it is used, and what was done to it."""
+
+    image: Image.Image
+    turned: bool
+    transparent: bool
+    values: tuple[float, float] | None
+    """The least and the greatest value of one with more than 8 bits, before these were scaled."""
 
 
 class Images(torch.utils.data.Dataset[dict[str, Any]]):
@@ -25,18 +60,28 @@ class Images(torch.utils.data.Dataset[dict[str, Any]]):
         split: its name, for messages.
         processor: the model's image processor, which resizes and normalises.
         mode: Pillow's colour mode, "RGB" or "L".
+        settings: say how images are opened.
         augment: what happens to an image before the processor sees it; None for validation and test.
     """
 
-    def __init__(self, rows: Dataset, split: str, processor: Any, mode: str, augment: Transform | None = None):
-        self.rows, self.split, self.processor, self.mode, self.augment = rows, split, processor, mode, augment
+    def __init__(
+        self,
+        rows: Dataset,
+        split: str,
+        processor: Any,
+        mode: str,
+        settings: ImageSettings = AS_THEY_ARE,
+        augment: Transform | None = None,
+    ):
+        self.rows, self.split, self.processor, self.mode = rows, split, processor, mode
+        self.settings, self.augment = settings, augment
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        image = open_image(row, f"the run's {self.split} split, row {index + 1}").convert(self.mode)
+        image = open_image(row, f"the run's {self.split} split, row {index + 1}", self.settings).convert(self.mode)
         if self.augment is not None:
             image = self.augment(image)
         return {"pixel_values": process(self.processor, image), "labels": row["label"]}
@@ -48,16 +93,67 @@ def process(processor: Any, image: Image.Image) -> torch.Tensor:
     return pixels
 
 
-def open_image(row: dict[str, Any], where: str) -> Image.Image:
+def open_image(row: dict[str, Any], where: str, settings: ImageSettings = AS_THEY_ARE) -> Image.Image:
+    """Decodes a row's image, see `look_at`."""
+    return look_at(row, where, settings).image
+
+
+def look_at(row: dict[str, Any], where: str, settings: ImageSettings = AS_THEY_ARE) -> Opened:
     """Decodes a row's image.
 
+    Args:
+        row: has the `image`.
+        where: it is, for messages; a file's name is better, if it has one.
+        settings: `range` and `background`.
+
     Raises:
-        UserError: if it is no image or is cut off; names its file, or `where` it is if it has none.
+        UserError: if it is no image or is cut off, or has values of which nobody says what is black and white.
     """
     with _named(row, where):
-        image: Image.Image = Image.open(io.BytesIO(_encoded(row)))
-        image.load()
-    return image
+        found: Image.Image = Image.open(io.BytesIO(_encoded(row)))
+        found.load()
+        turned = found.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        image = ImageOps.exif_transpose(found) if turned else found
+        transparent = _is_transparent(image)
+        if transparent:
+            below = Image.new("RGBA", image.size, settings.background)
+            below.alpha_composite(image.convert("RGBA"))
+            image = below.convert("RGB")
+        if image.mode not in WIDE:
+            return Opened(image, turned, transparent, None)
+        pixels = np.asarray(image)
+    low, high = float(pixels.min()), float(pixels.max())
+    try:
+        black, white = settings.range or _range_of(found, low, high)
+    except ValueError as error:
+        named = row["image"]["path"] or where
+        raise UserError(f"{named}: {error}; image.range=[BLACK,WHITE] says which values these are") from error
+    scaled = np.clip((pixels.astype(np.float64) - black) / (white - black), 0, 1)
+    return Opened(Image.fromarray((scaled * 255).round().astype(np.uint8)), turned, transparent, (low, high))
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    """Whether something can be seen through some pixel."""
+    may_be = image.getbands()[-1] in ("A", "a") or "transparency" in image.info
+    of_palette = image.palette is not None and image.palette.mode.endswith("A")
+    if image.mode in WIDE or not (may_be or of_palette):
+        return False
+    return int(np.asarray(image.convert("RGBA"))[..., 3].min()) < 255
+
+
+def _range_of(image: Image.Image, low: float, high: float) -> tuple[float, float]:
+    """The values of black and white that an image's type says.
+
+    Raises:
+        ValueError: the type does not say, and the values are not of the usual range.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return 0, 2**16 - 1
+    usual = 1 if image.mode == "F" else 255  # NaN is not within
+    if not (low >= 0 and high <= usual):
+        kind = "fractions" if image.mode == "F" else "32 bit numbers"
+        raise ValueError(f"its pixels are {kind} from {low:g} to {high:g}, not within 0 to {usual}")
+    return 0, usual
 
 
 def image_content(row: dict[str, Any], where: str) -> bytes:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
+    from fvae_lora.experiments.data.files import Notes
     from fvae_lora.experiments.recipe import Recipe
 
 TASKS = {
@@ -54,8 +55,11 @@ class Task(ABC):
             self.metric = Metric("worst_group_accuracy")
 
     @abstractmethod
-    def open_source(self) -> dict[str, Dataset]:
+    def open_source(self, notes: Notes | None = None) -> dict[str, Dataset]:
         """The official splits of the recipe's data set, `train` among them.
+
+        Args:
+            notes: gets where they come from and what is left out.
 
         Raises:
             UserError: no such data set, or one that cannot be used.

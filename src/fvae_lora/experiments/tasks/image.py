@@ -12,6 +12,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 
 from fvae_lora.experiments.classifiers import load_classifier, loading
 from fvae_lora.experiments.data import Splits, accuracies, open_images
+from fvae_lora.experiments.data.files import Notes
 from fvae_lora.experiments.data.images import Images, augmentation, image_content, process
 from fvae_lora.experiments.tasks import Task
 
@@ -22,9 +23,9 @@ BUILT_IN = {"vit-fashion-mnist": Path(str(files("fvae_lora.experiments"))) / "as
 class ImageTask(Task):
     """Images and their classes; judged by accuracy or by that of the worst group, a fraction."""
 
-    def open_source(self) -> dict[str, Dataset]:
+    def open_source(self, notes: Notes | None = None) -> dict[str, Dataset]:
         """As `data.image_source.open_images`."""
-        return open_images(self.recipe.dataset, self.recipe.data)
+        return open_images(self.recipe.dataset, self.recipe.data, notes)
 
     def content(self, row: dict[str, Any], where: str) -> bytes:
         """The encoded image."""
@@ -49,9 +50,8 @@ class ImageTask(Task):
         height, width = process(processor, Image.new(mode, (64, 64))).shape[-2:]
         augment = augmentation(self.recipe.image, (height, width))
         return {
-            "train": Images(splits.train, "train", processor, mode, augment),
-            "validation": Images(splits.validation, "validation", processor, mode),
-            "test": Images(splits.test, "test", processor, mode),
+            name: Images(rows, name, processor, mode, self.recipe.image, augment if name == "train" else None)
+            for name, rows in splits.by_name.items()
         }
 
     def scores(self, outputs: np.ndarray, labels: np.ndarray, rows: Any) -> dict[str, float]:

@@ -21,6 +21,7 @@ from transformers import (
 
 from fvae_lora.experiments.classifiers import loading
 from fvae_lora.experiments.data import Splits
+from fvae_lora.experiments.data.files import Notes
 from fvae_lora.experiments.data.questions import open_questions
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.methods import METHODS
@@ -61,9 +62,9 @@ class CommonsenseTask(Task):
 
     metric = Metric("choice_accuracy")
 
-    def open_source(self) -> dict[str, Dataset]:
+    def open_source(self, notes: Notes | None = None) -> dict[str, Dataset]:
         """As `data.questions.open_questions`."""
-        return open_questions(self.recipe.dataset, self.recipe.data.config, self.recipe.commonsense.test_sets)
+        return open_questions(self.recipe.dataset, self.recipe.data.config, self.recipe.commonsense.test_sets, notes)
 
     def content(self, row: dict[str, Any], where: str) -> bytes:
         """The question, its options and which of them is right."""
