@@ -33,7 +33,7 @@ def names_in(rows: Dataset, column: str) -> list[str]:
 
 
 def _order(value: Any) -> tuple[str, Any]:
-    return type(value).__name__, value
+    return type(value).__name__, value.strip() if isinstance(value, str) else value
 
 
 def value_key(value: Any) -> str:

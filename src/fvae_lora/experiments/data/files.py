@@ -13,7 +13,7 @@ The rules are the same for all tasks:
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,6 +62,14 @@ class Notes:
     def leave_out(self, why: str, what: str, count: int = 1) -> None:
         """Notes `count` files, say, that are not used."""
         self.left_out.setdefault(why, Counter())[what] += count
+
+    def add(self, others: "Notes") -> None:
+        """Takes over what others say."""
+        self.sources |= others.sources
+        self.warnings += others.warnings
+        for why, kinds in others.left_out.items():
+            for what, count in kinds.items():
+                self.leave_out(why, what, count)
 
 
 def words(name: str) -> list[str]:
@@ -235,6 +243,18 @@ def listed(names: Sequence[str], of: str = "") -> str:
             else f"{', '.join(names[:3])} and {len(names) - 3} more"
         )
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def refuse_two_folders(folder: Path, files: Iterable[Path]) -> None:
+    """Raises `UserError` if two folders beside each other, in which some of the files lie, are the same split."""
+    found: dict[tuple[Path, str], set[str]] = {}
+    for file in files:
+        for parent in file.relative_to(folder).parents:
+            if split := split_of_folder(parent.name):
+                found.setdefault((parent.parent, split), set()).add(f"{parent}/")
+    for (_, split), names in found.items():
+        if len(names) > 1:
+            refuse_two_for_one(folder, split, listed(sorted(names)))
 
 
 def what_is_there(folder: Path) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from fvae_lora.experiments.data.celeba import read_celeba
+from fvae_lora.experiments.data.columns import class_names
 from fvae_lora.experiments.data.files import (
     Notes,
     has_suffix,
@@ -84,17 +85,29 @@ PUBLISHED_LAYOUTS: tuple[Callable[[Path], dict[str, Dataset] | None], ...] = (
 
 
 def _from_place(settings: DataSettings, place: Path, notes: Notes) -> dict[str, Dataset]:
-    """A published layout, tables with images or paths in them, or a folder of images for each class."""
-    tables = partial(read_tables, place, notes, beside=readable_suffixes(), prepare=partial(_with_files, settings))
+    """A published layout, tables with images or paths in them, or a folder of images for each class.
+
+    A lone folder of images is a class only if no table says more.
+    """
+    tables = partial(read_tables, place, beside=readable_suffixes(), prepare=partial(_with_files, settings))
     if place.is_file():
-        return tables()
+        return tables(notes)
     for read in PUBLISHED_LAYOUTS:
         if (published := read(place)) is not None:
             return published
-    splits = tables(suffixes=[".parquet"]) or _from_class_folders(place, notes) or tables()
-    if not splits:
+    lone: tuple[dict[str, Dataset], Notes] = {}, Notes()
+    for layout in (partial(tables, suffixes=[".parquet"]), partial(_from_class_folders, place), tables):
+        own = Notes()
+        splits = layout(own)
+        if layout is not tables and splits and len(class_names(splits.get("train", next(iter(splits.values()))))) == 1:
+            lone = splits, own
+        elif splits:
+            notes.add(own)
+            return splits
+    notes.add(lone[1])
+    if not lone[0]:
         raise UserError(f"dataset {place}: {_not_understood(place)}; understood are: {UNDERSTOOD}")
-    return splits
+    return lone[0]
 
 
 def _not_understood(folder: Path) -> str:
@@ -144,9 +157,7 @@ def _from_class_folders(folder: Path, notes: Notes) -> dict[str, Dataset]:
     for file in files:
         if file not in used:
             notes.leave_out(*_why_not(file, folder, list(parts.values())))
-    for why, kinds in seen.left_out.items():
-        for kind, count in kinds.items():
-            notes.leave_out(why, kind, count)
+    notes.add(seen)
     return splits
 
 

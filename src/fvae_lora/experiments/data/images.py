@@ -8,7 +8,9 @@ import contextlib
 import functools
 import io
 import math
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import ExifTags, Image, ImageOps, features
+from tqdm.auto import tqdm
 
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.recipe import ImageSettings
@@ -43,13 +46,14 @@ def readable_suffixes() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Opened:
-    """An image as it is used, and what was done to it."""
+    """What was done to an image so that it can be used."""
 
-    image: Image.Image
     turned: bool
     transparent: bool
-    values: tuple[float, float] | None
+    values: tuple[float, float] | None = None
     """The least and the greatest value of one with more than 8 bits, before these were scaled."""
+    range: tuple[float, float] | None = None
+    """The values of black and white that these were scaled by."""
 
 
 class Images(torch.utils.data.Dataset[dict[str, Any]]):
@@ -95,11 +99,11 @@ def process(processor: Any, image: Image.Image) -> torch.Tensor:
 
 def open_image(row: dict[str, Any], where: str, settings: ImageSettings = AS_THEY_ARE) -> Image.Image:
     """Decodes a row's image, see `look_at`."""
-    return look_at(row, where, settings).image
+    return look_at(row, where, settings)[0]
 
 
-def look_at(row: dict[str, Any], where: str, settings: ImageSettings = AS_THEY_ARE) -> Opened:
-    """Decodes a row's image.
+def look_at(row: dict[str, Any], where: str, settings: ImageSettings) -> tuple[Image.Image, Opened]:
+    """A row's image as it is used, and what was done to it.
 
     Args:
         row: has the `image`.
@@ -120,7 +124,7 @@ def look_at(row: dict[str, Any], where: str, settings: ImageSettings = AS_THEY_A
             below.alpha_composite(image.convert("RGBA"))
             image = below.convert("RGB")
         if image.mode not in WIDE:
-            return Opened(image, turned, transparent, None)
+            return image, Opened(turned, transparent)
         pixels = np.asarray(image)
     low, high = float(pixels.min()), float(pixels.max())
     try:
@@ -129,7 +133,8 @@ def look_at(row: dict[str, Any], where: str, settings: ImageSettings = AS_THEY_A
         named = row["image"]["path"] or where
         raise UserError(f"{named}: {error}; image.range=[BLACK,WHITE] says which values these are") from error
     scaled = np.clip((pixels.astype(np.float64) - black) / (white - black), 0, 1)
-    return Opened(Image.fromarray((scaled * 255).round().astype(np.uint8)), turned, transparent, (low, high))
+    opened = Opened(turned, transparent, (low, high), (black, white))
+    return Image.fromarray((scaled * 255).round().astype(np.uint8)), opened
 
 
 def _is_transparent(image: Image.Image) -> bool:
@@ -154,6 +159,74 @@ def _range_of(image: Image.Image, low: float, high: float) -> tuple[float, float
         kind = "fractions" if image.mode == "F" else "32 bit numbers"
         raise ValueError(f"its pixels are {kind} from {low:g} to {high:g}, not within 0 to {usual}")
     return 0, usual
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What a look at every image of a data set found."""
+
+    count: int = 0
+    turned: int = 0
+    """Those that their EXIF turns."""
+    transparent: int = 0
+    """Those that show the background."""
+    scaled: int = 0
+    """Those of more than 8 bits."""
+    values: tuple[float, float] | None = None
+    """The least and the greatest value in train's images of more than 8 bits."""
+    range: tuple[float, float] | None = None
+    """The values of black and white that these are scaled by, where they are the same for all."""
+
+    def in_words(self) -> str:
+        """For the summary."""
+        done = {"turned upright": self.turned, "over the background": self.transparent, "scaled to 8 bits": self.scaled}
+        said = ", ".join(f"{count:,} {what}" for what, count in done.items() if count)
+        return f"{self.count:,} decoded; {said or 'none turned, transparent or scaled'}"
+
+    def warnings(self) -> list[str]:
+        """Images that use little of their range look black, or all the same."""
+        if self.values is None or self.range is None:
+            return []
+        used = abs((self.values[1] - self.values[0]) / (self.range[1] - self.range[0]))
+        if used >= 1 / 8:
+            return []
+        low, high = (f"{value:g}" for value in self.values)
+        return [
+            f"images of more than 8 bits use {100 * used:.2g}% of their range in train; "
+            f"image.range=[{low},{high}] uses all of it"
+        ]
+
+
+def look_at_all(splits: dict[str, Dataset], settings: ImageSettings, quiet: bool) -> ImageFacts:
+    """Decodes every image once, with all cores.
+
+    Raises:
+        UserError: the first that cannot be used.
+    """
+
+    def one(place: tuple[str, int]) -> tuple[str, Opened]:
+        split, index = place
+        return split, look_at(splits[split][index], f"split {split}, row {index + 1}", settings)[1]
+
+    places = [(split, index) for split, rows in splits.items() for index in range(len(rows))]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            decoded = pool.map(one, places)
+            found = list(tqdm(decoded, total=len(places), desc="decoding images", disable=quiet, leave=False))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    wide = [opened for split, opened in found if split == "train" and opened.values]
+    ranges = {opened.range for opened in wide}
+    values = [value for opened in wide for value in opened.values or ()]
+    return ImageFacts(
+        count=len(found),
+        turned=sum(opened.turned for _, opened in found),
+        transparent=sum(opened.transparent for _, opened in found),
+        scaled=sum(opened.values is not None for _, opened in found),
+        values=(min(values), max(values)) if values else None,
+        range=ranges.pop() if len(ranges) == 1 else None,
+    )
 
 
 def image_content(row: dict[str, Any], where: str) -> bytes:

@@ -33,6 +33,7 @@ from fvae_lora.experiments.data.files import (
     Notes,
     has_suffix,
     listed,
+    refuse_two_folders,
     split_of_folder,
     splits_of_file,
     stem,
@@ -140,6 +141,7 @@ def _from_disk(path: Path, notes: Notes) -> Iterator[tuple[str, str, Rows]]:
         ]
         for file in set(visible_files(path, Notes())) - set(files):
             notes.leave_out("not a table", file.suffix.lower() or file.name)
+        refuse_two_folders(path, files)
         found = [(file, *_place(path, file)) for file in files]
         unnamed = {re.sub(r"\d+", "", stem(file.name)): file.name for file, split, _ in found if split is None}
         if len(unnamed) > 1:

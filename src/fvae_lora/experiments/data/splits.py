@@ -87,8 +87,11 @@ def _stratified(rows: Dataset, share: float, seed: int, refusal: str) -> tuple[D
     try:
         kept, taken = train_test_split(range(len(rows)), test_size=share, random_state=seed, stratify=strata)
     except ValueError as error:
-        kinds = "" if strata is None else f", of {len(np.unique(strata))} classes (and groups) with a row in each part"
-        raise UserError(f"dataset: {refusal}: {share:g} of {len(rows)} rows{kinds}: {error}") from error
+        reason = str(error)
+        if strata is not None:
+            kinds = "classes" if "group" not in rows.column_names else "classes with their groups"
+            reason = f"each part needs a row of each of {len(np.unique(strata))} {kinds}"
+        raise UserError(f"dataset: {refusal}: {share:g} of {len(rows)} rows; {reason}") from error
     return rows.select(sorted(kept)), rows.select(sorted(taken))
 
 

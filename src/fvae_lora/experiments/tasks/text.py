@@ -108,6 +108,11 @@ class TextTask(Task):
         rows = {"train": splits.train, "validation": splits.validation, "test": splits.test}
         return {name: Texts(part, name, processor, self.recipe.text.max_length) for name, part in rows.items()}
 
+    def truncated(self, splits: Splits) -> dict[str, int]:
+        """By the model's tokenizer."""
+        length = self.recipe.text.max_length
+        return {name: Texts(rows, name, self.tokenizer, length).truncated for name, rows in splits.by_name.items()}
+
     def facts(self, rows: dict[str, Texts]) -> dict[str, Any]:
         """How many rows of each split were cut at the recipe's `text.max_length`."""
         return {"truncated": {name: part.truncated for name, part in rows.items()}}

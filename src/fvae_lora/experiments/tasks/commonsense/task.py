@@ -22,6 +22,7 @@ from transformers import (
 from fvae_lora.experiments.classifiers import loading
 from fvae_lora.experiments.data import Splits
 from fvae_lora.experiments.data.files import Notes
+from fvae_lora.experiments.data.fingerprint import Identity, identify
 from fvae_lora.experiments.data.questions import open_questions
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.methods import METHODS
@@ -69,6 +70,10 @@ class CommonsenseTask(Task):
     def content(self, row: dict[str, Any], where: str) -> bytes:
         """The question, its options and which of them is right."""
         return json.dumps({key: value for key, value in row.items() if key != "where"}, sort_keys=True).encode()
+
+    def identify(self, official: dict[str, Dataset]) -> Identity:
+        """A question is the same in whichever split and set it stands."""
+        return identify(official, self.content, lambda row, where: self.content(row | {"set": ""}, where))
 
     def load_model(self, classes: list[str]) -> tuple[PreTrainedModel, Any]:
         """The causal language model and its tokenizer.
