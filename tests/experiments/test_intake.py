@@ -148,7 +148,7 @@ def test_files_that_are_not_used_are_noted(task: str, tmp_path: Path) -> None:
     TASKS[task][2](str(tmp_path), notes=notes)
     suffix = TASKS[task][0]
     assert notes.left_out["not a table"] == {".docx": 1}
-    assert notes.left_out["hidden, or not of a user"] == {f".hidden{suffix}": 1}
+    assert notes.left_out["hidden, or left by a program"] == {f".hidden{suffix}": 1}
     assert notes.sources == {"train": f"Train{suffix}", "test": f"test{suffix}"}
 
 
@@ -192,7 +192,7 @@ def test_train_and_test_of_timit_in_two_folders_each_and_hidden_copies(tmp_path:
     shutil.copy(sound, sound.with_name(f"._{sound.name}"))
     notes = Notes()
     assert sizes(open_timit(str(tmp_path), notes)) == whole
-    assert notes.left_out["hidden, or not of a user"] == {"._*": 1}
+    assert notes.left_out["hidden, or left by a program"] == {"._*": 1}
     train = next(p for p in tmp_path.iterdir() if p.name.upper() == "TRAIN")
     (tmp_path / ("train" if train.name != "train" else "Train")).mkdir()
     with pytest.raises(UserError, match="are both TRAIN"):
@@ -303,7 +303,7 @@ def test_what_is_no_data_is_left_out_of_folders_of_images_and_noted(data: Path) 
     notes = Notes()
     assert fingerprint(open_images(str(data), DEFAULT, notes), image_content) == before
     assert notes.left_out == {
-        "hidden, or not of a user": {"__MACOSX": 1, ".ipynb_checkpoints": 2, "._*": 2},
+        "hidden, or left by a program": {"__MACOSX": 1, ".ipynb_checkpoints": 2, "._*": 2},
         "in no split's folder": {"old/": 12},
         "in no class's folder": {".png": 1},
         "not an image that can be read": {".txt": 1, ".cr2": 1},

@@ -34,7 +34,7 @@ INTERRUPTED = 130
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (image/default) or a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.epochs=3.")]
 Model = Annotated[str | None, typer.Option(help="Pretrained model: a name on the hub or a folder.")]
-Dataset = Annotated[str | None, typer.Option(help="Data: a name on the hub, a folder of images, a folder of parquet.")]
+Dataset = Annotated[str | None, typer.Option(help="Data: a name on the hub, a folder of images or tables, a table.")]
 
 
 def _set_data_root(folder: Path | None) -> None:

@@ -113,7 +113,7 @@ def _visible(folder: Path, notes: Notes, above: set[str]) -> Iterator[Path]:
         raise UserError(f"{folder}: cannot be read: {error.strerror}") from error
     for entry in entries:
         if is_no_data(entry.name):
-            notes.leave_out("hidden, or not of a user", "._*" if entry.name.startswith("._") else entry.name)
+            notes.leave_out("hidden, or left by a program", "._*" if entry.name.startswith("._") else entry.name)
         elif entry.is_dir():
             yield from _visible(folder / entry.name, notes, above | {here})
         else:
@@ -161,7 +161,7 @@ def find_tables(folder: Path, suffixes: Sequence[str], notes: Notes) -> dict[str
         raise UserError(f"dataset {folder}: tables in each of {shown}; name one of these folders as the data set")
     chosen = [table for table in named or tables if table.home == first[0]]
     for table in tables:
-        if table not in chosen:
+        if table.home != first[0] or (named and not table.split):
             where = "of no split" if table.home == first[0] else "in a folder that is no split's"
             notes.leave_out(where, str(table.file.relative_to(folder)))
     by_split: dict[str, list[_Table]] = {}

@@ -56,7 +56,7 @@ def open_images(name: str, settings: DataSettings, notes: Notes | None = None) -
     splits = BUILT_IN[name]() if name in BUILT_IN else official_splits(name, settings, read, notes)
     typed = [column for column, feature in splits["train"].features.items() if isinstance(feature, Image)]
     images = [settings.image_column] if settings.image_column else [*typed, *IMAGE_COLUMNS]
-    splits = own_columns(name, splits, settings, {"image": ("data.image_column", images)})
+    splits = own_columns(name, splits, settings, {"image": ("data.image_column", images)}, notes)
     splits = {split: rows.cast_column("image", Image(decode=False)) for split, rows in splits.items()}
     return with_classes(name, without_hidden(splits, settings, notes), settings)
 
@@ -147,13 +147,10 @@ def _from_class_folders(folder: Path, notes: Notes) -> dict[str, Dataset]:
     for split, part in parts.items():
         mine = [image for image in images if image.is_relative_to(part) and image.parent != part]
         splits[split] = _rows(part, mine)
-        used |= set(mine)
+        used.update(mine)
         notes.sources[split] = f"{part.relative_to(folder)}/" if part != folder else "a folder for each class"
-        notes.warnings += [
-            f"{name}: no image in this folder, so no class"
-            for name in _folders(part)
-            if not any(image.is_relative_to(part / name) for image in mine)
-        ]
+        for name in sorted(set(_folders(part)) - set(class_names(splits[split]))):
+            notes.warnings.append(f"{name}: no image in this folder, so no class")
     for file in files:
         if file not in used:
             notes.leave_out(*_why_not(file, folder, list(parts.values())))
@@ -203,7 +200,5 @@ def _why_not(file: Path, folder: Path, parts: Sequence[Path]) -> tuple[str, str]
 def _rows(folder: Path, images: Sequence[Path]) -> Dataset:
     """Images by the first folder, below `folder`, that they lie in."""
     names = [image.relative_to(folder).parts[0] for image in images]
-    classes = sorted(set(names))
-    features = Features({"image": Image(), "label": ClassLabel(names=classes)})
-    labels = [classes.index(name) for name in names]
-    return Dataset.from_dict({"image": [str(image) for image in images], "label": labels}, features=features)
+    features = Features({"image": Image(), "label": ClassLabel(names=sorted(set(names)))})
+    return Dataset.from_dict({"image": [str(image) for image in images], "label": names}, features=features)

@@ -252,7 +252,11 @@ def _builder(name: str, config: str | None) -> datasets.DatasetBuilder:
 
 
 def own_columns(
-    name: str, splits: Mapping[str, Dataset], settings: DataSettings, inputs: Mapping[str, tuple[str, Sequence[str]]]
+    name: str,
+    splits: Mapping[str, Dataset],
+    settings: DataSettings,
+    inputs: Mapping[str, tuple[str, Sequence[str]]],
+    notes: Notes,
 ) -> dict[str, Dataset]:
     """The splits with their `label`, their `group` if the recipe asks for groups, their inputs, and no other column.
 
@@ -262,15 +266,21 @@ def own_columns(
         settings: says which columns are the label and the group.
         inputs: what a further column is to be called, mapped to the recipe's key that says which it is, and to the
             names that it may have, of which the first found is taken.
+        notes: gets the columns that are not used.
 
     Raises:
         UserError: an empty split, one without a column, or a column that is to be two things.
     """
-    return {split: _own_columns(name, split, rows, settings, inputs) for split, rows in splits.items()}
+    return {split: _own_columns(name, split, rows, settings, inputs, notes) for split, rows in splits.items()}
 
 
 def _own_columns(
-    name: str, split: str, rows: Dataset, settings: DataSettings, inputs: Mapping[str, tuple[str, Sequence[str]]]
+    name: str,
+    split: str,
+    rows: Dataset,
+    settings: DataSettings,
+    inputs: Mapping[str, tuple[str, Sequence[str]]],
+    notes: Notes,
 ) -> Dataset:
     if not len(rows):
         raise UserError(f"dataset {name}: split {split} is empty")
@@ -290,6 +300,8 @@ def _own_columns(
         if found in columns:
             raise UserError(f"dataset {name}: {key}: {found} is the {columns[found]} column already")
         columns[found] = what
+    for unused in set(rows.column_names) - columns.keys():
+        notes.leave_out("a column that is not used", unused, len(rows))
     return rows.select_columns(list(columns)).rename_columns(columns)
 
 

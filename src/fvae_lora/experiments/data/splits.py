@@ -102,7 +102,7 @@ def _refuse_single_rows(rows: Dataset, strata: np.ndarray, refusal: str) -> None
     if single:
         columns = {"class": "label", "group": "group"}
         names = [f"{what} {class_names(rows, c)[single[0][c]]}" for what, c in columns.items() if c in single[0]]
-        others = f" ({len(single) - 1} others, too)" if len(single) > 1 else ""
+        others = f", as of {len(single) - 1} more" if len(single) > 1 else ""
         needed = "each needs 2, or 3 where validation and test are both drawn"
         raise UserError(f"dataset: {refusal}: 1 row of {', '.join(names)} is there{others}; {needed}")
 

@@ -42,7 +42,7 @@ def open_texts(name: str, data: DataSettings, text: TextSettings, notes: Notes |
     splits = official_splits(name, data, read_tables, notes)
     names = [[column] for column in text.columns or []] or [["sentence", "text"]]
     inputs = {what: ("text.columns", candidates) for what, candidates in zip(COLUMNS, names, strict=False)}
-    splits = without_hidden(own_columns(name, splits, data, inputs), data, notes)
+    splits = without_hidden(own_columns(name, splits, data, inputs, notes), data, notes)
     for column in inputs:
         refuse_values(name, splits, data, column, partial(_no_text, column))
     return with_numbers(name, splits, data) if text.is_regression else with_classes(name, splits, data, FOR_NUMBERS)
