@@ -384,6 +384,22 @@ def test_a_table_of_paths_and_labels(tmp_path: Path, table: str, column: str) ->
         open_images(str(tmp_path), DEFAULT)
 
 
+def test_a_lone_table_whose_paths_lie_in_folders_of_splits_is_these_splits(tmp_path: Path) -> None:
+    rows = [{"image": f"{part}/{i}.png", "label": "ab"[i % 2]} for part in ("train", "Test") for i in range(4)]
+    for i, row in enumerate(rows):
+        (tmp_path / row["image"]).parent.mkdir(exist_ok=True)
+        (tmp_path / row["image"]).write_bytes(png(i))
+    write(tmp_path / "labels.csv", rows)
+    for place in (tmp_path, tmp_path / "labels.csv"):
+        opened = open_images(str(place), DEFAULT)
+        assert sizes(opened) == {"train": 4, "test": 4}
+        assert {Path(row["image"]["path"]).parent.name for row in opened["test"]} == {"Test"}
+    (tmp_path / "9.png").write_bytes(png())
+    write(tmp_path / "labels.csv", [*rows, {"image": "9.png", "label": "a"}])
+    with pytest.raises(UserError, match="row 9: its image lies in no split's folder, and those of other rows do"):
+        open_images(str(tmp_path), DEFAULT)
+
+
 def test_metadata_beside_the_images_of_each_split(tmp_path: Path) -> None:
     """The hub's convention for folders of images."""
     for part, count in (("train", 6), ("test", 4)):

@@ -24,7 +24,14 @@ from fvae_lora.experiments.data.files import (
     what_is_there,
 )
 from fvae_lora.experiments.data.images import readable_suffixes
-from fvae_lora.experiments.data.source import official_splits, own_columns, read_tables, with_classes, without_hidden
+from fvae_lora.experiments.data.source import (
+    READERS,
+    official_splits,
+    own_columns,
+    read_tables,
+    with_classes,
+    without_hidden,
+)
 from fvae_lora.experiments.data.spuco_animals import read_spuco_animals
 from fvae_lora.experiments.data.waterbirds import read_waterbirds
 from fvae_lora.experiments.errors import UserError
@@ -32,6 +39,8 @@ from fvae_lora.experiments.recipe import DataSettings
 
 IMAGE_COLUMNS = ("image", "img", "file_name", "filename", "file", "filepath", "path", "image_path")
 """What the column of images, or of their files, may be called; `file_name` is the hub's in `metadata.csv`."""
+
+FILE = Image(decode=False)
 
 UNDERSTOOD = (
     "a folder for each class with its images, also below train/ and test/; "
@@ -89,7 +98,7 @@ def _from_place(settings: DataSettings, place: Path, notes: Notes) -> dict[str, 
 
     A lone folder of images is a class only if no table says more.
     """
-    tables = partial(read_tables, place, beside=readable_suffixes(), prepare=partial(_with_files, settings))
+    tables = partial(_from_tables, settings, place)
     if place.is_file():
         return tables(notes)
     for read in PUBLISHED_LAYOUTS:
@@ -117,6 +126,36 @@ def _not_understood(folder: Path) -> str:
     return f"{len(images)} images, but neither folders nor a table that say their classes"
 
 
+def _from_tables(
+    settings: DataSettings, place: Path, notes: Notes, suffixes: Sequence[str] = tuple(READERS)
+) -> dict[str, Dataset]:
+    """The splits in tables; those of a lone table by the folders that its paths lie in, if they are named after splits.
+
+    Raises:
+        UserError: paths of which some lie in such folders, of several splits, and some do not.
+    """
+    splits = read_tables(place, notes, suffixes, readable_suffixes(), partial(_with_files, settings))
+    files = (
+        [name for name, kind in splits["train"].features.items() if kind == FILE] if list(splits) == ["train"] else []
+    )
+    if not files:
+        return splits
+    root, rows = place if place.is_dir() else place.parent, splits["train"]
+    found = [_split_of_path(Path(image["path"]), root) for image in rows[files[0]]]
+    if len(set(found) - {None}) < 2:
+        return splits
+    if None in found:
+        row = found.index(None) + 1
+        raise UserError(f"dataset {place}: row {row}: its image lies in no split's folder, and those of other rows do")
+    notes.sources = {split: f"{notes.sources['train']}, paths below {split}'s folder" for split in found if split}
+    return {split: rows.select([i for i, own in enumerate(found) if own == split]) for split in notes.sources}
+
+
+def _split_of_path(image: Path, root: Path) -> str | None:
+    inside = image.relative_to(root).parts[:-1] if image.is_relative_to(root) else ()
+    return next(filter(None, map(split_of_folder, inside)), None)
+
+
 def _with_files(settings: DataSettings, table: Path, rows: Dataset) -> Dataset:
     """A table's rows, where they name files with these as images; paths are relative to the table's folder.
 
@@ -132,7 +171,7 @@ def _with_files(settings: DataSettings, table: Path, rows: Dataset) -> Dataset:
         if path is None or not (table.parent / path).is_file():
             raise UserError(f"{table}, row {number}: no image {path}")
         images.append({"bytes": None, "path": str(table.parent / path)})
-    return rows.remove_columns(column).add_column(column, images).cast_column(column, Image(decode=False))
+    return rows.remove_columns(column).add_column(column, images).cast_column(column, FILE)
 
 
 def _from_class_folders(folder: Path, notes: Notes) -> dict[str, Dataset]:
