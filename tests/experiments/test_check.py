@@ -52,7 +52,7 @@ red 3 1 0
 Left out, not an image that can be read: .txt (1)
 Left out, in no split's folder: old/ (4)
 Images: 16 decoded; none turned, transparent or scaled
-In train, too: 0 rows of validation, 1 rows of test
+In train, too: 0 of 3 validation rows, 1 of 4 test rows
 Warning: no row in test of class red
 Warning: 1 row of test in train, too"""
 
@@ -107,24 +107,38 @@ def test_train_begins_with_the_summary_and_records_it(cli: Cli, small: list[str]
 
 
 def test_compare_begins_with_the_summary_of_each_data_set_once(
-    cli: Cli, small: list[str], data: Path, pictures: Path, tmp_path: Path
+    cli: Cli, small: list[str], data: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = ["--dataset", f"{data},{pictures}", "--methods", "linear-probe", "--seeds", "1,2", "--jobs", "2"]
-    compare = [
-        "compare",
-        "image/default",
-        *small,
-        "train.epochs=1",
-        "data.validation_share=0.25",
-        *both,
-        "--out",
-        tmp_path / "runs",
-    ]
-    code, out, err = cli(*compare)
-    assert code == 0, err
+    settings = [*small, "train.epochs=1", "data.validation_share=0.25"]
+    compare = ["compare", "image/default", *settings, "--methods", "linear-probe", "--out", tmp_path / "runs"]
+    asked: list[int] = []
+    monkeypatch.setattr("fvae_lora.experiments.sweep.sweep", lambda runs, *_: asked.append(len(runs)) or [])
+    code, out, err = cli(*compare, "--dataset", f"{data},{pictures}", "--seeds", "1,2")
+    assert (code, err, asked) == (0, "", [4])
     assert out.count("Data: ") == 2
-    assert out.index("Data: ") < out.index("done")
-    assert "Data: " not in cli(*compare)[1]
+    assert out.count("Left out") == 3
+    seed = ["--method", "linear-probe", "--seed", "1", "--out", tmp_path / "runs" / "linear-probe-seed1", "--quiet"]
+    assert cli("train", "image/default", *settings, *seed)[0] == 0
+    assert "Data: " not in cli(*compare, "--seeds", "1")[1], "all is done already"
+    assert cli(*compare, "--seeds", "1,2")[1].count("Data: ") == 1
+
+
+def test_a_comparison_on_data_that_are_refused_says_so_as_its_runs_do(
+    cli: Cli, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fvae_lora.experiments.sweep.sweep", lambda *_: ["a: dataset no/where: no such folder"])
+    code, out, err = cli("compare", "image/default", *small, "--dataset", "no/where", "--out", tmp_path / "runs")
+    assert code == 1
+    assert "Data: " not in out
+    assert err.count("\n") == 1
+
+
+def test_data_that_are_not_there_are_no_matter_of_the_task(cli: Cli, tmp_path: Path) -> None:
+    assert cli("check", tmp_path / "nowhere")[2] == f"fvae-lora: dataset {tmp_path}/nowhere: no such folder or file\n"
+    code, _, err = cli("check", "no/where")
+    assert code == 2
+    assert err.startswith("fvae-lora: dataset no/where: no such folder, and no such name in the cache; ")
+    assert "--task" not in err
 
 
 def test_rows_that_are_cut_are_counted_where_the_tokenizer_is_known(cli: Cli, tmp_path: Path) -> None:
@@ -149,7 +163,7 @@ def test_questions_and_recordings_are_summarised_too(cli: Cli, tmp_path: Path, m
     write(tmp_path / "questions" / "test.jsonl", questions(4))
     code, out, err = cli("check", "questions")
     assert code == 0, err
-    assert "In train, too: 0 rows of validation, 4 rows of test" in out
+    assert "In train, too: 0 of 2 validation rows, 4 of 4 test rows" in out
     write(tmp_path / "recordings" / "train.jsonl", recordings(20))
     code, _, err = cli("check", "recordings")
     assert code == 2

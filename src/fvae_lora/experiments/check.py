@@ -8,7 +8,7 @@ from datasets import Image
 
 from fvae_lora.experiments.data.files import Notes
 from fvae_lora.experiments.data.image_source import BUILT_IN, IMAGE_COLUMNS
-from fvae_lora.experiments.data.source import official_splits, read_tables
+from fvae_lora.experiments.data.source import official_splits, place_of, read_tables
 from fvae_lora.experiments.data.summary import Summary, summarise
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.plan import Planned
@@ -58,9 +58,14 @@ def look_at_each(runs: Iterable[Planned], seen: set[str]) -> Iterator[Summary]:
 
 
 def task_of(data: str) -> str:
-    """The task that a data set is for, by its columns; images where there are none."""
+    """The task that a data set is for, by its columns; images where there are none.
+
+    Raises:
+        UserError: no such data set.
+    """
     if data in BUILT_IN:
         return "image"
+    place = place_of(data, None)
     if Path(data).is_dir() and {"TRAIN", "TEST"} <= {p.name.upper() for p in Path(data).iterdir()}:
         sounds = (file for file in Path(data).glob("*/*/*/*") if file.suffix.lower() == ".phn")
         if next(sounds, None):
@@ -68,6 +73,8 @@ def task_of(data: str) -> str:
     try:
         features = official_splits(data, DataSettings(), read_tables, Notes())["train"].features
     except UserError:
+        if place is None:
+            raise
         return "image"
     if {"audio", "text"} <= features.keys():
         return "transcription"

@@ -153,7 +153,8 @@ def print_summary(summary: Summary, console: Console) -> None:
         line(f"Images: {summary.images.in_words()}")
     if summary.cut:
         line(f"Rows cut: {', '.join(f'{count:,} of {split}' for split, count in summary.cut.items())}")
-    line(f"In train, too: {', '.join(f'{count:,} rows of {split}' for split, count in summary.also_in_train.items())}")
+    shared = [f"{count:,} of {summary.rows[split]:,} {split} rows" for split, count in summary.also_in_train.items()]
+    line(f"In train, too: {', '.join(shared)}")
     for warning in summary.warnings:
         line(f"Warning: {warning}", "yellow")
 
