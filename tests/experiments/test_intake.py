@@ -259,6 +259,13 @@ def test_a_split_in_two_formats_is_read_from_one_and_that_is_noted(tmp_path: Pat
     assert notes.left_out == {"train is read from .parquet": {"train.csv": 1}}
 
 
+def test_two_folders_for_a_split_are_refused_whatever_their_formats(tmp_path: Path) -> None:
+    for name in ("train.csv", "val/a.csv", "valid/a.parquet"):
+        write(tmp_path / name, texts(6))
+    with pytest.raises(UserError, match="val/ and valid/ are both validation"):
+        open_as_text(str(tmp_path))
+
+
 def test_a_json_file_that_is_no_list_of_rows_is_named_by_line_or_row(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[{"text": "a", "label": "b"},\n {"text"]')
     with pytest.raises(UserError, match=r"a\.json, line 2: not JSON"):

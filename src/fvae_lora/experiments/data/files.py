@@ -164,6 +164,7 @@ def find_tables(folder: Path, suffixes: Sequence[str], notes: Notes) -> dict[str
         if table.home != first[0] or (named and not table.split):
             where = "of no split" if table.home == first[0] else "in a folder that is no split's"
             notes.leave_out(where, str(table.file.relative_to(folder)))
+    refuse_two_folders(folder, [table.file for table in chosen])
     by_split: dict[str, list[_Table]] = {}
     for table in chosen:
         _refuse_two_splits(folder, table)

@@ -104,19 +104,18 @@ def _from_place(settings: DataSettings, place: Path, notes: Notes) -> dict[str, 
     for read in PUBLISHED_LAYOUTS:
         if (published := read(place)) is not None:
             return published
-    lone: tuple[dict[str, Dataset], Notes] = {}, Notes()
+    lone = None
     for layout in (partial(tables, suffixes=[".parquet"]), partial(_from_class_folders, place), tables):
         own = Notes()
-        splits = layout(own)
-        if layout is not tables and splits and len(class_names(splits.get("train", next(iter(splits.values()))))) == 1:
-            lone = splits, own
-        elif splits:
+        if not (splits := layout(own)):
+            continue
+        if layout is tables or any(len(class_names(rows)) != 1 for rows in splits.values()):
             notes.add(own)
             return splits
-    notes.add(lone[1])
-    if not lone[0]:
+        lone = lone or splits
+    if lone is None:
         raise UserError(f"dataset {place}: {_not_understood(place)}; understood are: {UNDERSTOOD}")
-    return lone[0]
+    return lone
 
 
 def _not_understood(folder: Path) -> str:
@@ -135,13 +134,11 @@ def _from_tables(
         UserError: paths of which some lie in such folders, of several splits, and some do not.
     """
     splits = read_tables(place, notes, suffixes, readable_suffixes(), partial(_with_files, settings))
-    files = (
-        [name for name, kind in splits["train"].features.items() if kind == FILE] if list(splits) == ["train"] else []
-    )
-    if not files:
+    if list(splits) != ["train"]:
         return splits
     root, rows = place if place.is_dir() else place.parent, splits["train"]
-    found = [_split_of_path(Path(image["path"]), root) for image in rows[files[0]]]
+    files = next((column for column, feature in rows.features.items() if feature == FILE), None)
+    found = [_split_of_path(Path(image["path"]), root) for image in rows[files]] if files else []
     if len(set(found) - {None}) < 2:
         return splits
     if None in found:
