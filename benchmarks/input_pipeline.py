@@ -85,7 +85,7 @@ def main() -> None:
     ):
         print(f"| {name} | {per_image_ms(step, inputs):.2f} |")
     print("\n| worker processes | images per second |\n|---:|---:|")
-    images = Images(rows, "train", processor, "RGB", augment)
+    images = Images(rows, "train", processor, "RGB", augment=augment)
     for workers in map(int, chosen.workers.split(",")):
         print(f"| {workers} | {images_per_second(images, workers):.0f} |")
 

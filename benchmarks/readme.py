@@ -7,6 +7,7 @@ python benchmarks/readme.py
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 from collections.abc import Callable
@@ -14,8 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from fvae_lora.experiments.check import look
+from fvae_lora.experiments.data.summary import print_summary
+from fvae_lora.experiments.demo import RECIPE
 from fvae_lora.experiments.methods import METHODS
-from fvae_lora.experiments.recipe import AblationSettings, FvaeSettings, flatten
+from fvae_lora.experiments.recipe import AblationSettings, FvaeSettings, flatten, load_recipe
 from fvae_lora.experiments.record import write_atomically
 from fvae_lora.experiments.report import columns, summary_rows, write_markdown
 from fvae_lora.experiments.report.records import read_runs
@@ -31,6 +37,14 @@ def report_of(name: str) -> str:
         file = Path(folder, "report.md")
         write_markdown(summary_rows(RESULTS / name), file)
         return file.read_text(encoding="utf-8").strip()
+
+
+def demo_data() -> str:
+    """What the demo prints of its data before it trains."""
+    console = Console(file=io.StringIO(), width=80)
+    print_summary(look(load_recipe(RECIPE)), console)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return "\n".join(["```", *(line.rstrip() for line in lines), "```"])
 
 
 def reports_of(*names: str) -> dict[str, Callable[[], str]]:
@@ -117,7 +131,7 @@ def variant_of(method: str, recipe: dict[str, Any]) -> str | None:
 
 
 PAGES = {
-    PROJECT / "README.md": reports_of("demo") | {"cost": cost_table},
+    PROJECT / "README.md": {"demo data": demo_data} | reports_of("demo") | {"cost": cost_table},
     RESULTS / "README.md": {"overview": overview},
     RESULTS / "images.md": reports_of("clip", "clip-fashion-mnist"),
     RESULTS / "text.md": reports_of("minilm", "minilm-long", "minilm-spam"),

@@ -17,6 +17,7 @@ from fvae_lora.experiments.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from fvae_lora.experiments.launchers import Launcher
+    from fvae_lora.experiments.plan import Planned
 
 app = typer.Typer(
     help="FVAE-LoRA beside LoRA, its relatives, a linear probe and full fine-tuning: train, compare, report.",
@@ -33,7 +34,7 @@ INTERRUPTED = 130
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (image/default) or a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.epochs=3.")]
 Model = Annotated[str | None, typer.Option(help="Pretrained model: a name on the hub or a folder.")]
-Dataset = Annotated[str | None, typer.Option(help="Data: a name on the hub, a folder of images, a folder of parquet.")]
+Dataset = Annotated[str | None, typer.Option(help="Data: a name on the hub, a folder of images or tables, a table.")]
 
 
 def _set_data_root(folder: Path | None) -> None:
@@ -160,6 +161,8 @@ def compare(
     takes from its own variables (SBATCH_MEM_PER_NODE, SBATCH_QOS, SBATCH_CONSTRAINT). Their output is in OUT/.slurm
     until all runs of their array are complete.
     """
+    from fvae_lora.experiments.check import look_at_each
+    from fvae_lora.experiments.data.summary import print_summary
     from fvae_lora.experiments.grid import Grid, print_choices
     from fvae_lora.experiments.plan import contenders, parse_list, parse_values, runs_of
     from fvae_lora.experiments.report import print_table, summary_rows
@@ -179,10 +182,18 @@ def compare(
     )
     result_seeds = parse_list("--seeds", seeds)
     tried, lost = [], []
+    seen: set[str] = set()
+
+    def show_data(runs: list["Planned"]) -> None:
+        hush()
+        for summary in look_at_each(runs, seen):
+            print_summary(summary, console)
+
     if grid:
         choosing = parse_list("--selection-seeds", selection_seeds or "0")
         points = Grid(compared, parse_values("--grid", grid), choosing, result_seeds)
         tried = points.runs()
+        show_data(tried)
         sweep(tried, launch, console)
         choices = points.choices()
         print_choices(choices, console)
@@ -191,6 +202,7 @@ def compare(
     elif selection_seeds:
         raise UserError("--selection-seeds: of use with --grid only")
     runs = runs_of(compared, result_seeds)
+    show_data(runs)
     failures = sweep(runs, launch, console)
     if any(out.rglob("run.json")):
         print_table(summary_rows(out), console)
@@ -238,6 +250,39 @@ def evaluate(
     width = max(map(len, scores)) + 2
     for name, value in scores.items():
         console.print(f"{name:<{width}}{value:.6f}  recorded {recorded[name]:.6f}", highlight=False)
+
+
+@app.command()
+def check(
+    what: Annotated[str, typer.Argument(metavar="DATA|RECIPE", help="A data set as for --dataset, or a recipe.")],
+    overrides: Overrides = None,
+    model: Model = None,
+    dataset: Dataset = None,
+    data_root: DataRoot = None,
+    task: Annotated[
+        str | None, typer.Option(help="DATA: what for (default: what its columns say, else images).")
+    ] = None,
+) -> None:
+    """Shows what training would see of the data, and what is wrong with them; exit code 2 where it would be refused."""
+    from fvae_lora.experiments.check import RECIPES, look, task_of
+    from fvae_lora.experiments.data.summary import print_summary
+    from fvae_lora.experiments.recipe import load_recipe, shipped
+
+    hush()
+    if what in shipped() or Path(what).suffix in (".yaml", ".yml"):
+        recipe = load_recipe(what, overrides or [], _given(model=model, dataset=dataset))
+        print_summary(look(recipe), console)
+        return
+    if task is not None and task not in RECIPES:
+        raise UserError(f"--task {task}: no such task; allowed are {', '.join(RECIPES)}")
+    own = task or task_of(what)
+    recipe = load_recipe(RECIPES[own], overrides or [], {"model": model or "none", "dataset": what})
+    try:
+        print_summary(look(recipe, with_model=model is not None), console)
+    except UserError as error:
+        if task is None:
+            raise UserError(f"{error} (read for the task {own}; --task names another)") from error
+        raise
 
 
 @app.command()

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fvae_lora.experiments.check import look_at_each
+from fvae_lora.experiments.data.summary import print_summary
 from fvae_lora.experiments.launchers.local import LocalLauncher
 from fvae_lora.experiments.plan import plan
 from fvae_lora.experiments.report import print_table, summary_rows, write_page
@@ -34,6 +36,8 @@ def demo(out: Path, quick: bool, console: Console) -> list[str]:
         "validation, of one common grid.",
         highlight=False,
     )
+    for summary in look_at_each(runs, set()):
+        print_summary(summary, console)
     failures = sweep(runs, LocalLauncher(min(2, os.cpu_count() or 1)), console)
     print_table(summary_rows(out), console)
     page = write_page(out, out / "report.html")

@@ -1,11 +1,13 @@
 """Recipes: what a run does, as YAML that is checked against a schema before anything starts."""
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
+from PIL import ImageColor
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -67,13 +69,34 @@ class DataSettings(Section):
 
 
 class ImageSettings(Section):
-    """How images are augmented; training split only."""
+    """How images are opened, the same for all splits, and augmented, training split only."""
+
+    range: tuple[float, float] | None = None
+    """The values of black and of white in images of more than 8 bits; None is the range of their type."""
+    background: str = "white"
+    """What is behind transparent images: a colour's name, or `#rrggbb`."""
 
     augmentation: list[Literal["random_resized_crop", "horizontal_flip"]] = []
     min_crop: Annotated[float, Field(gt=0, le=1)] = 0.08
     """The smallest share of an image's area that a random crop keeps."""
     size: Count | None = None
     """Height and width that the model is given, its position embeddings interpolated; None is its own size."""
+
+    @field_validator("range")
+    @classmethod
+    def _black_is_not_white(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not (math.isfinite(value[0]) and math.isfinite(value[1]) and value[0] != value[1]):
+            raise PydanticCustomError("range", "input should be two different numbers, those of black and of white")
+        return value
+
+    @field_validator("background")
+    @classmethod
+    def _is_a_colour(cls, value: str) -> str:
+        try:
+            ImageColor.getrgb(value)
+        except ValueError as error:
+            raise PydanticCustomError("colour", "input should be a colour, as white or #ffffff") from error
+        return value
 
 
 class CommonsenseSettings(Section):

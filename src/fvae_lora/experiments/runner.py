@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from peft import PeftModel
+from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -30,6 +31,8 @@ from transformers import (
 from fvae_lora.experiments import processes
 from fvae_lora.experiments.cost import inference_flops, training_flops
 from fvae_lora.experiments.data import Splits, fingerprint, group_counts, unlike_published
+from fvae_lora.experiments.data.files import Notes
+from fvae_lora.experiments.data.summary import print_summary, summarise
 from fvae_lora.experiments.errors import DivergenceError, RunError, UserError
 from fvae_lora.experiments.frozen import collate, use_cached_states
 from fvae_lora.experiments.heads import head_modules
@@ -185,19 +188,26 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool) -> 
     set_seed(recipe.seed)
     task = load_task(recipe)
     arguments = trainer_arguments(recipe, folder.checkpoints, task.metric, quiet)
+    notes = Notes()
     with processes.main_first():  # what has to be downloaded is there when the others begin
-        official = task.open_source()
+        official = task.open_source(notes)
         splits = task.split(official)
         model, processor = task.load_model(splits.classes)
     note = unlike_published(official)
     if note is not None and processes.is_main():
         print(f"fvae-lora: warning: dataset {recipe.dataset}: {note}", file=sys.stderr)
-    data = {"name": short(recipe.dataset), "fingerprint": fingerprint(official, task.content)}
+    identity = task.identify(official)
+    data = {"name": short(recipe.dataset), "fingerprint": identity.fingerprint}
     base = {"name": short(recipe.model), "fingerprint": _model_fingerprint(model)}
     for what, contents in (("model", base), ("dataset", data)):
         _refuse_other_contents(record, what, contents["fingerprint"], contents["name"])
 
+    with processes.main_first():  # images that one has decoded are known to the others
+        summary = summarise(task, official, identity, notes, quiet)
     rows = task.datasets(splits, model, processor)
+    facts = task.facts(rows)
+    if not quiet:
+        print_summary(replace(summary, cut=facts.get("truncated", {})), Console())
     method = METHODS[recipe.method]
     total = sum(p.numel() for p in model.parameters())
     adapted = method.apply(model, recipe)
@@ -205,7 +215,7 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool) -> 
     record |= {
         "metric": asdict(task.metric),
         "model": base,
-        "dataset": data | _described(splits, recipe, note) | task.facts(rows),
+        "dataset": data | _described(splits, recipe, note) | facts | summary.facts(),
         "parameters": {
             "total": total,
             "trainable": sum(trained.values()),

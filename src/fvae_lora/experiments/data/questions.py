@@ -26,7 +26,21 @@ import datasets
 import pyarrow.parquet
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from fvae_lora.experiments.data.source import SPLIT_NAMES, copy_of
+from fvae_lora.experiments.data.files import (
+    BESIDE,
+    DESCRIPTIONS,
+    SPLIT_NAMES,
+    Notes,
+    has_suffix,
+    listed,
+    refuse_two_folders,
+    split_of_folder,
+    splits_of_file,
+    stem,
+    visible_files,
+    words,
+)
+from fvae_lora.experiments.data.source import copy_of, hub_splits, not_found, refuse_unusable_cache
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.names import is_local
 
@@ -66,7 +80,9 @@ Rows = Iterable[tuple[str, Any]]
 """Rows as they were read, each after the words that say where it stands."""
 
 
-def open_questions(name: str, config: str | None, test_sets: Sequence[str] | None) -> dict[str, Dataset]:
+def open_questions(
+    name: str, config: str | None, test_sets: Sequence[str] | None, notes: Notes | None = None
+) -> dict[str, Dataset]:
     """The official splits of a data set of questions: `train`, and `validation` and `test` where they exist.
 
     A file is the training data. In a folder the path of a file says what is in it: `ARC-Easy.test.jsonl.gz`,
@@ -78,12 +94,15 @@ def open_questions(name: str, config: str | None, test_sets: Sequence[str] | Non
         name: a file, a folder, or a name on the hub.
         config: which configuration of a data set on the hub.
         test_sets: the test sets that are wanted, in this order; None is all that are there.
+        notes: gets what is left out, and where the splits come from.
 
     Raises:
-        UserError: no such data; a row that cannot be used; a test set that is not there.
+        UserError: no such data; files of which the split cannot be told; a row that cannot be used; a test set that is
+            not there.
     """
     place = Path(name) if is_local(name) else copy_of(name, config)
-    tables = _from_disk(place) if place else _from_hub(name, config)
+    notes = Notes() if notes is None else notes
+    tables = _from_disk(place, notes) if place else _from_hub(name, config, notes)
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for split, test_set, table in tables:
         read = found.setdefault((split, test_set), [])
@@ -100,6 +119,8 @@ def open_questions(name: str, config: str | None, test_sets: Sequence[str] | Non
     for test_set in wanted:
         if test_set not in tests:
             raise UserError(f"dataset {name}: no test set {test_set}; it has {', '.join(tests) or 'none'}")
+    for test_set in tests.keys() - set(wanted):
+        notes.leave_out("not one of commonsense.test_sets", test_set, len(tests[test_set]))
     if wanted:
         splits["test"] = concatenate_datasets([tests[test_set] for test_set in wanted])
     return splits
@@ -110,46 +131,81 @@ def _title(part: tuple[str, str]) -> str:
     return f"test set {test_set}" if test_set else split
 
 
-def _from_disk(path: Path) -> Iterator[tuple[str, str, Rows]]:
+def _from_disk(path: Path, notes: Notes) -> Iterator[tuple[str, str, Rows]]:
     if path.is_file():
+        notes.sources["train"] = path.name
         yield "train", "", _read(path)
     elif path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES)):
-            yield *_place(file.relative_to(path)), _read(file)
+        files = [
+            p for p in visible_files(path, notes) if has_suffix(p, SUFFIXES) and p.name.lower() not in DESCRIPTIONS
+        ]
+        for file in set(visible_files(path, Notes())) - set(files):
+            notes.leave_out("not a table", file.suffix.lower() or file.name)
+        refuse_two_folders(path, files)
+        found = [(file, *_place(path, file)) for file in files]
+        unnamed = {re.sub(r"\d+", "", stem(file.name)): file.name for file, split, _ in found if split is None}
+        if len(unnamed) > 1:
+            raise UserError(
+                f"dataset {path}: {listed(list(unnamed.values()))}: which is train, validation or test? Say so in "
+                "their names, or put them into a folder train"
+            )
+        for split in ("train", "validation", "test"):
+            if of_split := [str(f.relative_to(path)) for f, its, _ in found if (its or "train") == split]:
+                notes.sources[split] = listed(of_split, of="files")
+        for file, its, test_set in found:
+            yield its or "train", test_set, _read(file)
     else:
         raise UserError(f"dataset {path}: no such file or folder")
 
 
-def _place(file: Path) -> tuple[str, str]:
-    """The split and the test set that a file's path speaks of."""
-    stem = file.name.partition(".")[0]
-    words = [*file.name.split("."), stem.split("-")[0], *(parent.name for parent in file.parents)]
-    known = next((TEST_SETS[word.lower()] for word in words if word.lower() in TEST_SETS), None)
-    split = next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "test" if known else "train")
-    return split, (known or ("test" if stem.split("-")[0] in SPLIT_NAMES else stem)) if split == "test" else ""
+def _place(folder: Path, file: Path) -> tuple[str | None, str]:
+    """The split, if it is told, and the test set that a file's path speaks of; its name counts before its folders'."""
+    inside = file.relative_to(folder)
+    parents = [parent.name for parent in inside.parents if parent.name]
+    spoken = splits_of_file(inside.name)
+    if len(spoken) > 1:
+        raise UserError(f"dataset {folder}: {inside}: its name speaks of {' and of '.join(sorted(spoken))}; rename it")
+    sets = [TEST_SETS[word] for word in map(str.lower, [*_pieces(inside.name), *parents]) if word in TEST_SETS]
+    split = next(filter(None, [*spoken, *map(split_of_folder, parents)]), "test" if sets else None)
+    if split != "test":
+        return split, ""
+    own = inside.name.partition(".")[0]
+    rest = [piece for piece in re.split(r"[-_]", own) if not BESIDE.union(SPLIT_NAMES, ["of"]).issuperset(words(piece))]
+    return split, next(iter(sets), ("-".join(rest) or "test") if splits_of_file(own) else own)
 
 
-def _from_hub(name: str, config: str | None) -> Iterator[tuple[str, str, Rows]]:
+def _pieces(name: str) -> list[str]:
+    """What a test set's name may be: `ARC-Easy.test.jsonl.gz` has ARC-Easy, `piqa_test.json` piqa."""
+    return [*name.split("."), *re.split(r"[._]", stem(name)), stem(name).split("-")[0]]
+
+
+def _from_hub(name: str, config: str | None, notes: Notes) -> Iterator[tuple[str, str, Rows]]:
+    refuse_unusable_cache()
     try:
         found = datasets.load_dataset(name, config)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        line = str(error).strip().partition("\n")[0]
-        raise UserError(f"dataset {name}: neither a local folder nor to be had from the hub: {line}") from error
+        raise not_found(name, error) from error
+    used = hub_splits([split for split in found if split.lower() not in TEST_SETS])
     for split, rows in found.items():
         numbered = ((f"dataset {name}, split {split}, row {n}", row) for n, row in enumerate(rows, 1))
         if split.lower() in TEST_SETS:
             yield "test", TEST_SETS[split.lower()], numbered
-        elif split in SPLIT_NAMES:
-            yield SPLIT_NAMES[split], "test" if SPLIT_NAMES[split] == "test" else "", numbered
+        elif split in used:
+            notes.sources[used[split]] = f"split {split} on the hub"
+            yield used[split], "test" if used[split] == "test" else "", numbered
+        else:
+            notes.leave_out("a split that is not used", split)
 
 
 def _read(file: Path) -> Iterator[tuple[str, Any]]:
     """A file's rows: parquet, a JSON list, or JSON row by row on lines, the latter two perhaps packed by gzip."""
     try:
-        if file.suffix == ".parquet":
+        if file.suffix.lower() == ".parquet":
             rows = pyarrow.parquet.read_table(file).to_pylist()
         else:
-            text = (gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()).decode("utf-8")
+            text = (gzip.decompress(file.read_bytes()) if file.suffix.lower() == ".gz" else file.read_bytes()).decode(
+                "utf-8"
+            )
             if not text.lstrip().startswith("["):
                 yield from _lines(file, text)
                 return

@@ -81,11 +81,30 @@ def _clean(parts: dict[str, Dataset], settings: DataSettings, _: int) -> Splits:
 
 def _stratified(rows: Dataset, share: float, seed: int, refusal: str) -> tuple[Dataset, Dataset]:
     """What is left of `rows` and the `share` (a fraction, or a number of rows) that is taken away."""
+    strata = _strata(rows)
+    if strata is not None:
+        _refuse_single_rows(rows, strata, refusal)
     try:
-        kept, taken = train_test_split(range(len(rows)), test_size=share, random_state=seed, stratify=_strata(rows))
+        kept, taken = train_test_split(range(len(rows)), test_size=share, random_state=seed, stratify=strata)
     except ValueError as error:
-        raise UserError(f"dataset: {refusal}: {error}") from error
+        reason = str(error)
+        if strata is not None:
+            kinds = "classes" if "group" not in rows.column_names else "classes with their groups"
+            reason = f"each part needs a row of each of {len(np.unique(strata))} {kinds}"
+        raise UserError(f"dataset: {refusal}: {share:g} of {len(rows)} rows; {reason}") from error
     return rows.select(sorted(kept)), rows.select(sorted(taken))
+
+
+def _refuse_single_rows(rows: Dataset, strata: np.ndarray, refusal: str) -> None:
+    """A class of which there is one row cannot be in both parts."""
+    _, first, counts = np.unique(strata, return_index=True, return_counts=True)
+    single = [rows[index] for index in first[counts < 2].tolist()]
+    if single:
+        columns = {"class": "label", "group": "group"}
+        names = [f"{what} {class_names(rows, c)[single[0][c]]}" for what, c in columns.items() if c in single[0]]
+        others = f", as of {len(single) - 1} more" if len(single) > 1 else ""
+        needed = "each needs 2, or 3 where validation and test are both drawn"
+        raise UserError(f"dataset: {refusal}: 1 row of {', '.join(names)} is there{others}; {needed}")
 
 
 def _strata(rows: Dataset) -> np.ndarray | None:

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from fvae_lora.experiments.data.files import Notes
 from fvae_lora.experiments.data.source import (
     official_splits,
     own_columns,
@@ -22,25 +23,29 @@ from fvae_lora.experiments.recipe import DataSettings, TextSettings
 COLUMNS = ("text", "text_pair")
 """What the columns of a text and of its other half are called, whatever they were called in the data set."""
 
+FOR_NUMBERS = "text.metrics=[pearson]"
+"""The recipe's setting for labels that are numbers."""
+
 log = logging.getLogger(__name__)
 
 
-def open_texts(name: str, data: DataSettings, text: TextSettings) -> dict[str, Dataset]:
+def open_texts(name: str, data: DataSettings, text: TextSettings, notes: Notes | None = None) -> dict[str, Dataset]:
     """The official splits of a data set: `train`, and `validation` and `test` where they exist with known labels.
 
     Each has a `text`, a `text_pair` if the recipe names two columns, and a `label`: a class, or a
-    number; and a `group`, if the recipe asks for groups.
+    number; and a `group`, if the recipe asks for groups. `notes` gets what is left out.
 
     Raises:
         UserError: no such data set or column; a row without text or with a label that is none of the allowed.
     """
-    splits = official_splits(name, data, read_tables)
+    notes = Notes() if notes is None else notes
+    splits = official_splits(name, data, read_tables, notes)
     names = [[column] for column in text.columns or []] or [["sentence", "text"]]
     inputs = {what: ("text.columns", candidates) for what, candidates in zip(COLUMNS, names, strict=False)}
-    splits = without_hidden(own_columns(name, splits, data, inputs))
+    splits = without_hidden(own_columns(name, splits, data, inputs, notes), data, notes)
     for column in inputs:
         refuse_values(name, splits, data, column, partial(_no_text, column))
-    return with_numbers(name, splits, data) if text.is_regression else with_classes(name, splits, data)
+    return with_numbers(name, splits, data) if text.is_regression else with_classes(name, splits, data, FOR_NUMBERS)
 
 
 def _no_text(column: str, value: Any) -> str | None:

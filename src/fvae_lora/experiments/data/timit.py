@@ -11,6 +11,7 @@ import soundfile
 from datasets import ClassLabel, Dataset, Features, List, Value
 
 from fvae_lora.experiments.data.audio import SOUND
+from fvae_lora.experiments.data.files import Notes, listed, refuse_two_for_one, visible_files
 from fvae_lora.experiments.errors import UserError
 
 _KEPT = [
@@ -51,18 +52,20 @@ FEATURES = Features(
 )
 
 
-def open_timit(name: str) -> dict[str, Dataset]:
+def open_timit(name: str, notes: Notes | None = None) -> dict[str, Dataset]:
     """`train`, `validation` and `test`: rows of `audio`, `label` (its phones), `speaker` and `where`: the sound's file.
 
     Args:
         name: the folder that holds TRAIN and TEST; upper and lower case are the same, in all names below it.
+        notes: gets what is left out.
 
     Raises:
         UserError: no such folder, a split without a sentence, or a sentence whose labels are missing or wrong.
     """
     if not Path(name).is_dir():
         raise UserError(f"dataset {name}: no such folder; TIMIT is read from the folder that holds TRAIN and TEST")
-    sentences = {half: _sentences(Path(name), half) for half in ("TRAIN", "TEST")}
+    notes = Notes() if notes is None else notes
+    sentences = {half: _sentences(Path(name), half, notes) for half in ("TRAIN", "TEST")}
     splits = {
         "train": sentences["TRAIN"],
         "validation": [file for file in sentences["TEST"] if _speaker(file) in DEVELOPMENT_SPEAKERS],
@@ -75,13 +78,24 @@ def open_timit(name: str) -> dict[str, Dataset]:
     return {split: _rows(files) for split, files in splits.items()}
 
 
-def _sentences(folder: Path, half: str) -> list[Path]:
+def _sentences(folder: Path, half: str, notes: Notes) -> list[Path]:
     """The sound files of TRAIN or TEST, in order, without SA sentences and copies such as SX1.WAV.wav."""
-    inside = next((p for p in sorted(folder.iterdir()) if p.is_dir() and p.name.upper() == half), None)
-    if inside is None:
+    halves = [p for p in sorted(folder.iterdir()) if p.is_dir() and p.name.upper() == half]
+    if not halves:
         raise UserError(f"dataset {folder}: no {half} folder; expected TRAIN and TEST there, as TIMIT is distributed")
-    sounds = [file for file in inside.glob("*/*/*") if file.suffix.lower() == ".wav" and not Path(file.stem).suffix]
-    return sorted(file for file in sounds if not file.name.upper().startswith("SA"))
+    if len(halves) > 1:
+        refuse_two_for_one(folder, half, listed([f"{p.name}/" for p in halves]))
+    notes.sources["train" if half == "TRAIN" else "test"] = f"{halves[0].name}/"
+    sounds = []
+    for file in visible_files(halves[0], notes):
+        if file.suffix.lower() == ".wav" and len(file.relative_to(halves[0]).parts) == 3:
+            if file.name.upper().startswith("SA"):
+                notes.leave_out("read by every speaker", "SA sentence")
+            elif not Path(file.stem).suffix:
+                sounds.append(file)
+            else:
+                notes.leave_out("a copy of another", file.suffix.lower())
+    return sounds
 
 
 def _speaker(file: Path) -> str:

@@ -12,12 +12,15 @@ import torch
 from transformers import default_data_collator
 
 from fvae_lora.experiments.data import Splits, split
+from fvae_lora.experiments.data.fingerprint import Identity, identify
 
 if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
     from transformers import PreTrainedModel
 
+    from fvae_lora.experiments.data.files import Notes
+    from fvae_lora.experiments.data.images import ImageFacts
     from fvae_lora.experiments.recipe import Recipe
 
 TASKS = {
@@ -54,8 +57,11 @@ class Task(ABC):
             self.metric = Metric("worst_group_accuracy")
 
     @abstractmethod
-    def open_source(self) -> dict[str, Dataset]:
+    def open_source(self, notes: Notes | None = None) -> dict[str, Dataset]:
         """The official splits of the recipe's data set, `train` among them.
+
+        Args:
+            notes: gets where they come from and what is left out.
 
         Raises:
             UserError: no such data set, or one that cannot be used.
@@ -64,6 +70,10 @@ class Task(ABC):
     @abstractmethod
     def content(self, row: dict[str, Any], where: str) -> bytes:
         """What a row is, for the data set's fingerprint; `where` it is helps to name one that cannot be read."""
+
+    def identify(self, official: dict[str, Dataset]) -> Identity:
+        """The identity of the official splits: their fingerprint, and what tells their rows apart."""
+        return identify(official, self.content)
 
     def split(self, official: dict[str, Dataset]) -> Splits:
         """The splits of this run, under the recipe's protocol."""
@@ -84,6 +94,18 @@ class Task(ABC):
         Raises:
             UserError: a row that cannot be used; found before any training.
         """
+
+    def look_at_images(self, official: dict[str, Dataset], fingerprint: str, quiet: bool) -> ImageFacts | None:
+        """What a look at every image of the official splits finds; None where there are none.
+
+        Raises:
+            UserError: an image that cannot be used.
+        """
+        return None
+
+    def truncated(self, splits: Splits) -> dict[str, int]:
+        """How many rows of each split are cut, where that can be told without the model; none here."""
+        return {}
 
     def facts(self, rows: dict[str, Any]) -> dict[str, Any]:
         """What else a record says of the data; `rows` are those of `datasets`."""

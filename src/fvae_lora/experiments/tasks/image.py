@@ -1,10 +1,15 @@
 """Image classification with any `AutoModelForImageClassification`."""
 
+import hashlib
 import inspect
+import json
+from contextlib import suppress
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from datasets import Dataset
 from PIL import Image
@@ -12,7 +17,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 
 from fvae_lora.experiments.classifiers import load_classifier, loading
 from fvae_lora.experiments.data import Splits, accuracies, open_images
-from fvae_lora.experiments.data.images import Images, augmentation, image_content, process
+from fvae_lora.experiments.data.files import Notes
+from fvae_lora.experiments.data.images import ImageFacts, Images, augmentation, image_content, look_at_all, process
+from fvae_lora.experiments.record import write_atomically
 from fvae_lora.experiments.tasks import Task
 
 BUILT_IN = {"vit-fashion-mnist": Path(str(files("fvae_lora.experiments"))) / "assets" / "vit-fashion-mnist"}
@@ -22,13 +29,27 @@ BUILT_IN = {"vit-fashion-mnist": Path(str(files("fvae_lora.experiments"))) / "as
 class ImageTask(Task):
     """Images and their classes; judged by accuracy or by that of the worst group, a fraction."""
 
-    def open_source(self) -> dict[str, Dataset]:
+    def open_source(self, notes: Notes | None = None) -> dict[str, Dataset]:
         """As `data.image_source.open_images`."""
-        return open_images(self.recipe.dataset, self.recipe.data)
+        return open_images(self.recipe.dataset, self.recipe.data, notes)
 
     def content(self, row: dict[str, Any], where: str) -> bytes:
         """The encoded image."""
         return image_content(row, where)
+
+    def look_at_images(self, official: dict[str, Dataset], fingerprint: str, quiet: bool) -> ImageFacts:
+        """Decodes each once: what was found is kept in the cache of data sets, by the fingerprint."""
+        settings = self.recipe.image
+        opened = settings.model_dump_json(include={"range", "background"})
+        key = hashlib.sha256(f"{fingerprint} {opened}".encode()).hexdigest()
+        file = Path(datasets.config.HF_DATASETS_CACHE) / "fvae-lora" / "images" / f"{key}.json"
+        with suppress(OSError, ValueError, TypeError):
+            return ImageFacts(**json.loads(file.read_text(encoding="utf-8")))
+        facts = look_at_all(official, settings, quiet)
+        with suppress(OSError):  # it is found again, then
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps(asdict(facts)))
+        return facts
 
     def load_model(self, classes: list[str]) -> tuple[PreTrainedModel, Any]:
         """The model in float32 with a head for `classes`, and its image processor, both for the recipe's image size.
@@ -49,9 +70,8 @@ class ImageTask(Task):
         height, width = process(processor, Image.new(mode, (64, 64))).shape[-2:]
         augment = augmentation(self.recipe.image, (height, width))
         return {
-            "train": Images(splits.train, "train", processor, mode, augment),
-            "validation": Images(splits.validation, "validation", processor, mode),
-            "test": Images(splits.test, "test", processor, mode),
+            name: Images(rows, name, processor, mode, self.recipe.image, augment if name == "train" else None)
+            for name, rows in splits.by_name.items()
         }
 
     def scores(self, outputs: np.ndarray, labels: np.ndarray, rows: Any) -> dict[str, float]:

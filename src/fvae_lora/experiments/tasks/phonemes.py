@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, PreT
 from fvae_lora.experiments.classifiers import loading
 from fvae_lora.experiments.data import Splits
 from fvae_lora.experiments.data.audio import read_sound, sound_content
+from fvae_lora.experiments.data.files import Notes
 from fvae_lora.experiments.data.timit import CORE_TEST_SPEAKERS, DEVELOPMENT_SPEAKERS, open_timit
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.heads import draw_new_head
@@ -30,9 +31,9 @@ class PhonemeTask(Task):
 
     metric = Metric("per", greater_is_better=False)
 
-    def open_source(self) -> dict[str, Dataset]:
+    def open_source(self, notes: Notes | None = None) -> dict[str, Dataset]:
         """As `data.timit.open_timit`."""
-        return open_timit(self.recipe.dataset)
+        return open_timit(self.recipe.dataset, notes)
 
     def content(self, row: dict[str, Any], where: str) -> bytes:
         """The encoded sound; the phones are the row's label."""

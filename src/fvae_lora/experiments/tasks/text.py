@@ -19,6 +19,7 @@ from transformers import (
 
 from fvae_lora.experiments.classifiers import load_classifier, loading
 from fvae_lora.experiments.data import Splits, accuracies
+from fvae_lora.experiments.data.files import Notes
 from fvae_lora.experiments.data.text import Texts, open_texts, text_content
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.heads import head_modules
@@ -68,14 +69,14 @@ class TextTask(Task):
             raise UserError(f"model {self.recipe.model}: its tokenizer has no token to pad a batch with")
         return tokenizer
 
-    def open_source(self) -> dict[str, Dataset]:
+    def open_source(self, notes: Notes | None = None) -> dict[str, Dataset]:
         """As `data.text.open_texts`.
 
         Raises:
             UserError: also where F1 is asked for and there are more than two classes.
         """
         recipe = self.recipe
-        splits = open_texts(recipe.dataset, recipe.data, recipe.text)
+        splits = open_texts(recipe.dataset, recipe.data, recipe.text, notes)
         label = splits["train"].features["label"]
         if "f1" in recipe.text.metrics and len(label.names) > 2:
             raise UserError(f"text.metrics: f1 is of two classes; dataset {recipe.dataset} has {len(label.names)}")
@@ -106,6 +107,11 @@ class TextTask(Task):
         """The three splits as tokens, not padded."""
         rows = {"train": splits.train, "validation": splits.validation, "test": splits.test}
         return {name: Texts(part, name, processor, self.recipe.text.max_length) for name, part in rows.items()}
+
+    def truncated(self, splits: Splits) -> dict[str, int]:
+        """By the model's tokenizer."""
+        length = self.recipe.text.max_length
+        return {name: Texts(rows, name, self.tokenizer, length).truncated for name, rows in splits.by_name.items()}
 
     def facts(self, rows: dict[str, Texts]) -> dict[str, Any]:
         """How many rows of each split were cut at the recipe's `text.max_length`."""

@@ -15,6 +15,7 @@ from transformers.models.whisper.english_normalizer import BasicTextNormalizer, 
 from fvae_lora.experiments.classifiers import loading
 from fvae_lora.experiments.data import Splits
 from fvae_lora.experiments.data.audio import read_sound
+from fvae_lora.experiments.data.files import Notes
 from fvae_lora.experiments.data.recordings import open_recordings, recording_content
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.frozen import STATES, collate
@@ -33,9 +34,9 @@ class TranscriptionTask(Task):
 
     metric = Metric("wer", greater_is_better=False)
 
-    def open_source(self) -> dict[str, Dataset]:
+    def open_source(self, notes: Notes | None = None) -> dict[str, Dataset]:
         """As `data.recordings.open_recordings`."""
-        return open_recordings(self.recipe.dataset, self.recipe.data)
+        return open_recordings(self.recipe.dataset, self.recipe.data, notes)
 
     def content(self, row: dict[str, Any], where: str) -> bytes:
         """The encoded sound and the text."""

@@ -21,6 +21,8 @@ from transformers import (
 
 from fvae_lora.experiments.classifiers import loading
 from fvae_lora.experiments.data import Splits
+from fvae_lora.experiments.data.files import Notes
+from fvae_lora.experiments.data.fingerprint import Identity, identify
 from fvae_lora.experiments.data.questions import open_questions
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.methods import METHODS
@@ -61,13 +63,17 @@ class CommonsenseTask(Task):
 
     metric = Metric("choice_accuracy")
 
-    def open_source(self) -> dict[str, Dataset]:
+    def open_source(self, notes: Notes | None = None) -> dict[str, Dataset]:
         """As `data.questions.open_questions`."""
-        return open_questions(self.recipe.dataset, self.recipe.data.config, self.recipe.commonsense.test_sets)
+        return open_questions(self.recipe.dataset, self.recipe.data.config, self.recipe.commonsense.test_sets, notes)
 
     def content(self, row: dict[str, Any], where: str) -> bytes:
         """The question, its options and which of them is right."""
         return json.dumps({key: value for key, value in row.items() if key != "where"}, sort_keys=True).encode()
+
+    def identify(self, official: dict[str, Dataset]) -> Identity:
+        """A question is the same in whichever split and set it stands."""
+        return identify(official, self.content, lambda row, where: self.content(row | {"set": ""}, where))
 
     def load_model(self, classes: list[str]) -> tuple[PreTrainedModel, Any]:
         """The causal language model and its tokenizer.
