@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from .idle import warn_of_idle_layers
 from .masks import IGNORED_LABEL, SEQUENCES, TokenMasks, is_encoder_decoder
 from .recorder import Forward, Recorder, add, check_reached, task_weight
 
@@ -72,6 +73,7 @@ def _close_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     recorder: Recorder = getattr(model, ATTRIBUTE)
     forward = recorder.forward
     forward.is_open = False
+    warn_of_idle_layers(model, recorder)
     if not forward.runs:
         return None
     inputs = _by_name(model, args, kwargs)

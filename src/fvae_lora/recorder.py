@@ -103,6 +103,8 @@ class Recorder:
         self.micro_batch: MicroBatch | None = None
         self.loss_uses_num_items: bool | None = None
         self.warned = False
+        self.ran: set[str] = set()  # names of layers that have run in training
+        self.training_forwards = 0
 
     def __reduce__(self) -> tuple[type[Recorder], tuple[()]]:
         return Recorder, ()  # a copy starts empty: what is recorded belongs to one forward of one model

@@ -1,0 +1,57 @@
+"""Layers that are adapted and never run: their parameters would not be trained, and nothing else would say so."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import torch
+from torch import nn
+
+from .checkpoint import some
+from .layer import FVAELoraLayer
+from .recorder import Recorder
+
+PATIENCE = 100
+
+
+def warn_of_idle_layers(model: nn.Module, recorder: Recorder) -> None:
+    """Name, once, the adapted layers that do not run, at the end of a training forward of the model.
+
+    Some models read a layer's weight and never call the layer, as Mamba's ``dt_proj`` or the ``out_proj`` of
+    `torch.nn.MultiheadAttention`. Layers of one name but for its numbers do the same work: where one of them runs, the
+    others may be waiting for their turn, an expert for its first token or a layer that was dropped for its next chance.
+    So the first training forward tells of layers of which none ran, and the last of `PATIENCE` of all others.
+
+    Args:
+        model: The adapted model.
+        recorder: Its recorder.
+    """
+    if recorder.training_forwards >= PATIENCE or not (model.training and torch.is_grad_enabled()):
+        return
+    recorder.training_forwards += 1
+    recorder.ran.update(layer for layer, _ in recorder.forward.runs)  # compiled layers are seen here alone
+    if recorder.training_forwards not in (1, PATIENCE):
+        return
+    kinds = {_kind(name) for name in recorder.ran}
+    idle = [
+        layer.name
+        for layer in model.modules()
+        if isinstance(layer, FVAELoraLayer)
+        and layer.name not in recorder.ran
+        and layer.trains
+        and (recorder.ran or layer.records)  # what is compiled and has no ELBO is not seen at all
+        and (recorder.training_forwards == PATIENCE or _kind(layer.name) not in kinds)
+    ]
+    recorder.ran.update(idle)  # told of
+    if idle:
+        forwards = "a training forward" if recorder.training_forwards == 1 else f"{PATIENCE} training forwards"
+        warnings.warn(
+            f"adapted layers that did not run in {forwards} of {type(model).__name__} are not trained by it: "
+            f"{some(idle)}; if the model never calls them, leave them out of target_modules",
+            stacklevel=2,
+        )
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
