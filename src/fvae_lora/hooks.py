@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from .idle import warn_of_idle_layers
-from .masks import IGNORED_LABEL, SEQUENCES, TokenMasks, is_encoder_decoder
+from .masks import IGNORED_LABEL, SEQUENCES, TokenMasks, is_encoder_decoder, warn_of_padding
 from .recorder import Forward, Recorder, add, check_reached, task_weight
 
 ATTRIBUTE = "_fvae_lora_recorder"
@@ -76,6 +76,8 @@ def _close_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     warn_of_idle_layers(model, recorder)
     if not forward.runs:
         return None
+    if forward.masks is not None and not recorder.warned_of_padding:
+        recorder.warned_of_padding = warn_of_padding(forward.masks)
     inputs = _by_name(model, args, kwargs)
     if (key := _loss_key(output, inputs)) is not None:
         loss = output if key is Ellipsis else output[key]

@@ -103,6 +103,7 @@ class Recorder:
         self.micro_batch: MicroBatch | None = None
         self.loss_uses_num_items: bool | None = None
         self.warned = False
+        self.warned_of_padding = False
         self.ran: set[str] = set()  # names of layers that have run in training
         self.training_forwards = 0
 
