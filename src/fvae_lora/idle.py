@@ -29,23 +29,23 @@ def warn_of_idle_layers(model: nn.Module, recorder: Recorder) -> None:
     """
     if recorder.training_forwards >= PATIENCE or not (model.training and torch.is_grad_enabled()):
         return
-    recorder.training_forwards += 1
     recorder.ran.update(layer for layer, _ in recorder.forward.runs)  # compiled layers are seen here alone
-    if recorder.training_forwards not in (1, PATIENCE):
-        return
-    kinds = {_kind(name) for name in recorder.ran}
+    first, last = recorder.training_forwards == 0, recorder.training_forwards == PATIENCE - 1
+    trained = [m for m in model.modules() if isinstance(m, FVAELoraLayer) and m.trains] if first or last else []
+    if first and not trained:
+        return  # the adapters are disabled
+    recorder.training_forwards += 1
+    kinds = {_kind(name) for name in recorder.ran} if first else set()
     idle = [
         layer.name
-        for layer in model.modules()
-        if isinstance(layer, FVAELoraLayer)
-        and layer.name not in recorder.ran
-        and layer.trains
+        for layer in trained
+        if layer.name not in recorder.ran
+        and (last or _kind(layer.name) not in kinds)
         and (recorder.ran or layer.records)  # what is compiled and has no ELBO is not seen at all
-        and (recorder.training_forwards == PATIENCE or _kind(layer.name) not in kinds)
     ]
     recorder.ran.update(idle)  # told of
     if idle:
-        forwards = "a training forward" if recorder.training_forwards == 1 else f"{PATIENCE} training forwards"
+        forwards = "a training forward" if first else f"{PATIENCE} training forwards"
         warnings.warn(
             f"adapted layers that did not run in {forwards} of {type(model).__name__} are not trained by it: "
             f"{some(idle)}; if the model never calls them, leave them out of target_modules",

@@ -90,22 +90,23 @@ class TokenMasks:
             x: Its input, (..., d).
         """
         sequence, tokens = self.sequence(layer), x.shape[:-1]
-        key = (sequence, tokens, x.device, x.dtype)
+        mask = self._mask(sequence)
+        told_by_shape = mask is None or mask.shape == tokens != mask.T.shape
+        sequence_first = not told_by_shape and _is_sequence_first(self.model, layer)
+        key = (sequence, sequence_first, tokens, x.device, x.dtype)
         if key not in self._found:
-            self._found[key] = self._weights(sequence, layer, x)
+            self._found[key] = self._weights(mask, sequence_first, x)
         if (found := self._found[key]) is not None:
             return found
         self._unfit[layer] = (sequence, tokens.numel())
         return TokenWeights(None, tokens.numel())
 
-    def _weights(self, sequence: Sequence, layer: str, x: Tensor) -> TokenWeights | None:
-        tokens, mask = x.shape[:-1], self._mask(sequence)
+    def _weights(self, mask: Tensor | None, sequence_first: bool, x: Tensor) -> TokenWeights | None:
+        tokens = x.shape[:-1]
         if mask is None or tokens.numel() == len(mask) != mask.numel():
             return TokenWeights(None, tokens.numel())  # the latter is one vector for each sample, as of a pooler
         if len(tokens) == 2 and mask.shape != tokens and (frames := _frames(self.model, mask, tokens[1])) is not None:
             mask = frames
-        told_by_shape = mask.shape == tokens != mask.T.shape
-        sequence_first = not told_by_shape and _is_sequence_first(self.model, layer)
         fitted = _fitted(_padded(self.model, mask, tokens), tokens, sequence_first)
         if fitted is None:
             return None
