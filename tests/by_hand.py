@@ -44,7 +44,7 @@ def adapted(kind: str | PreTrainedModel, dtype: torch.dtype = torch.float64, **f
 
 def elbo_of_tokens(layer: FVAELoraLayer, adapter: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """What an adapter adds to a layer's output, (..., out), and L_FVAE of each token, (...,)."""
-    vae, B = layer.fvae_lora_vae[adapter], layer.fvae_lora_B[adapter]
+    vae, B = layer.fvae_lora_vae[adapter], layer.fvae_lora_B[adapter].weight
     settings, w = vae.config, dict(vae.named_parameters())
 
     def linear(name: str, h: Tensor) -> Tensor:

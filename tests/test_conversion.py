@@ -196,7 +196,7 @@ def test_the_fit_is_that_of_least_squares_on_the_tokens_that_count(tmp_path: Pat
         z = encoder_by_hand(layer, x)
         design = torch.cat([x, torch.ones(len(x), 1)], 1) if bias == "keep" else x
         solution = torch.linalg.lstsq(design, z, driver="gelsd", rcond=1e-7).solution
-        B = layer.fvae_lora_B["default"].double().detach()
+        B = layer.fvae_lora_B["default"].weight.double().detach()
         update, fitted = z @ B.mT, design @ solution @ B.mT
         error = (fitted - update).norm() / update.norm()
         assert report.errors[name] == pytest.approx(float(error), rel=1e-4)

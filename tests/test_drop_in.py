@@ -60,12 +60,13 @@ def evaluated(model: nn.Module, kind: str = "bert") -> Tensor:
 
 
 def samples(model: nn.Module, kind: str = "bert") -> bool:
-    return not torch.equal(outputs(model, kind), outputs(model, kind))
+    batch = batch_for(BUILDERS[kind]())
+    return not torch.equal(model(**batch).logits, model(**batch).logits)
 
 
 def adapter_modules(model: nn.Module, name: str = "default") -> set[str]:
     """Names of the modules that have this adapter."""
-    suffix = f".fvae_lora_B.{name}"
+    suffix = f".fvae_lora_B.{name}.weight"
     names = [key.removesuffix(suffix) for key, _ in model.named_parameters() if key.endswith(suffix)]
     return {key.removeprefix("base_model.model.") for key in names}
 
@@ -164,7 +165,7 @@ def test_rank_and_alpha_patterns() -> None:
     query, value = layers[1].attention.self.query, layers[1].attention.self.value
     assert (query.r["default"], query.scaling["default"]) == (4, 1.5)
     assert (value.r["default"], value.scaling["default"]) == (2, 1.0)
-    assert value.fvae_lora_B["default"].shape == (16, 2)
+    assert value.fvae_lora_B["default"].weight.shape == (16, 2)
     assert layers[0].attention.self.value.r["default"] == 4
     assert torch.isfinite(model.train()(**batch_for(tiny_bert())).loss)
 
@@ -607,7 +608,7 @@ def test_disabling_a_merged_adapter_unmerges_it() -> None:
 
 def test_safe_merge_refuses_what_is_not_finite() -> None:
     model = adapted_linear(encoder_hidden_dims=[])
-    nn.init.constant_(model.base_model.model[0].fvae_lora_B["default"], float("inf"))
+    nn.init.constant_(model.base_model.model[0].fvae_lora_B["default"].weight, float("inf"))
     before = model.base_model.model[0].base_layer.weight.clone()
     with pytest.raises(ValueError, match="not finite"):
         model.merge_adapter(safe_merge=True)

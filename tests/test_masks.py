@@ -47,8 +47,8 @@ SMALL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def elbo_of(model: PeftModel, batch: Batch) -> Tensor:
+    model(**batch)
     with torch.no_grad():
-        model(**batch)
         return elbo_loss(model)
 
 

@@ -204,7 +204,7 @@ def test_the_reconstruction_is_an_unbiased_estimate() -> None:
         spread = parameters.decoder_output_weight.square() @ torch.cat([v1, v2], -1).exp().squeeze()
         tau = parameters.log_tau.exp()
         expected = Independent(Normal(mean, tau), 1).log_prob(x) - 0.5 * (spread / tau**2).sum()
-        model(x.expand(100_000, 6))
+    model(x.expand(100_000, 6))
     (terms,) = elbo_terms(model).values()
     assert terms["reconstruction"] == pytest.approx(float(expected), rel=0.02)
 
@@ -231,15 +231,15 @@ def test_the_output_is_the_base_layers_plus_c_b_z1(with_noises: Callable[[list[T
     with_noises([eps, torch.zeros(4, 3)])
     layer = model.base_model.model[0]
     hand = ByHand(model, "0", x, eps, torch.zeros(4, 3))
-    expected = layer.base_layer(x) + 2 * hand.z1 @ layer.fvae_lora_B["default"].T
+    expected = layer.base_layer(x) + 2 * hand.z1 @ layer.fvae_lora_B["default"].weight.T
     torch.testing.assert_close(model(x), expected, **EXACT)
-    mean = layer.base_layer(x) + 2 * hand.q1.mean @ layer.fvae_lora_B["default"].T
+    mean = layer.base_layer(x) + 2 * hand.q1.mean @ layer.fvae_lora_B["default"].weight.T
     torch.testing.assert_close(model.eval()(x), mean, **EXACT)
 
 
 def test_z1_starts_as_pure_noise_and_the_layer_as_the_reference_does() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(64, 4000)), FVAELoraConfig(target_modules=["0"], r=8))
-    vae, b = model.base_model.model[0].fvae_lora_vae["default"], model.base_model.model[0].fvae_lora_B["default"]
+    vae, b = model.base_model.model[0].fvae_lora_vae["default"], model.base_model.model[0].fvae_lora_B["default"].weight
     mean, logvar = vae.encode("encoder1", torch.randn(5, 64))
     assert not mean.any()
     assert not logvar.any()
@@ -391,8 +391,8 @@ def test_the_elbo_trains_the_layers_below() -> None:
     model(torch.randn(4, 6, dtype=torch.float64))
     elbo_loss(model).backward()
     first, last = model.base_model.model
-    assert first.fvae_lora_B["default"].grad.any()
-    assert last.fvae_lora_B["default"].grad is None
+    assert first.fvae_lora_B["default"].weight.grad.any()
+    assert last.fvae_lora_B["default"].weight.grad is None
 
 
 # Precision

@@ -222,7 +222,7 @@ def test_an_adapted_convolution_is_the_layer_on_each_patch(fields: dict[str, obj
     cut = nn.Conv2d(3, 18, (3, 2), **fields | {"bias": False}).double()
     cut.weight.data = torch.eye(18, dtype=torch.float64).reshape(18, 3, 3, 2)
     patches = cut(x).movedim(-3, -1)
-    vae, B = layer.fvae_lora_vae["default"], layer.fvae_lora_B["default"]
+    vae, B = layer.fvae_lora_vae["default"], layer.fvae_lora_B["default"].weight
     expected = base(x) + nn.functional.linear(vae.encode_mean("encoder1", patches), B).movedim(-1, -3)
     torch.testing.assert_close(model(x), expected)
 

@@ -202,10 +202,11 @@ def test_numbers_are_read_from_the_device_at_logging_steps_alone(
     # Tensors without data: whatever reads a number raises.
     meta: dict[str, Any] = {"device": "meta"}
     run = Run.__new__(Run)
+    run.layer, run.adapter = "layer", "default"
     run.names, run.weighted = ("reconstruction", "kl_z1"), torch.ones(2, **meta)
     run.terms = type("Terms", (), {"weights": type("Weights", (), {"count": torch.ones((), **meta)})})()
     forward = Forward(per_token={("layer", "default"): torch.ones((), **meta)})
-    forward.runs["layer", "default"].append(run)
+    forward.runs.append(run)
     log = LossLog()
     for step in range(2):
         log.add(torch.ones((), **meta), [forward], 2, step)

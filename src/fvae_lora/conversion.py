@@ -324,7 +324,7 @@ def _fit(layer: FVAELoraLayer, adapter_name: str, moments: Moments | None, bias:
     if vae.encoder_depth == 0:
         # Where the data say nothing, a linear encoder stays what it is.
         start[:-1] = vae.encoder1_mean_weight.mT
-    B = layer.fvae_lora_B[adapter_name]
+    B = layer.B(adapter_name)
     fit = moments.fit(start, intercept=bias == "keep").to(B.dtype)  # the error is that of what is written
     return AffineEncoder(fit[:-1].mT, fit[-1], moments.relative_error(fit, B), moments.tokens)
 
@@ -363,7 +363,7 @@ def _lora_state(
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
     state = {key: value for key, value in saved.items() if ".fvae_lora_" not in key}
     for name, layer in layers.items():
-        B, encoder, key = layer.fvae_lora_B[adapter_name], encoders[name], PEFT_PREFIX + name
+        B, encoder, key = layer.B(adapter_name), encoders[name], PEFT_PREFIX + name
         scaled = layer.scaling[adapter_name] * raised(B)
         # Servers read one rank and one scale for all layers: lower ranks are filled with zeros.
         empty = rank - layer.r[adapter_name]

@@ -1,19 +1,21 @@
-"""The hooks on an adapted model: they open and close a forward, and add the ELBO to the loss that the model returns."""
+"""When a forward of an adapted model begins and ends."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from .idle import warn_of_idle_layers
-from .masks import IGNORED_LABEL, SEQUENCES, TokenMasks, is_encoder_decoder, warn_of_padding
-from .recorder import Forward, Recorder, add, check_reached, task_weight
+from .masks import SEQUENCES, TokenMasks, warn_of_padding
+from .model_loss import is_normalised, loss_key, share_of_items, with_loss
+from .recorder import Forward, Recorder, State, add, check_reached, is_inside_backward, task_weight
+from .transforms import is_transforming
 
 ATTRIBUTE = "_fvae_lora_recorder"
 
@@ -29,10 +31,35 @@ def recorder_of(model: nn.Module) -> Recorder:
     return recorder
 
 
+def call_by_name(model: nn.Module) -> None:
+    """Make ``model.forward(...)`` a call of the model, which runs its hooks.
+
+    Who holds a model that an adapter was injected into may call its forward by name, as sentence-transformers does.
+
+    Args:
+        model: The adapted model.
+    """
+    if not isinstance(vars(model).get("forward"), _Forward):
+        # As accelerate does it: a partial goes along with copies of the model, and keeps its signature.
+        model.forward = functools.update_wrapper(_Forward(_forward, model, model.forward), model.forward)
+
+
+class _Forward(functools.partial[Any]):
+    """The forward of a model whose hooks are to run."""
+
+
+def _forward(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if getattr(model, ATTRIBUTE).running is None and not torch.compiler.is_compiling():
+        return model(*args, **kwargs)
+    return original(*args, **kwargs)
+
+
 def forget(model: nn.Module) -> None:
     """Take recorder and hooks off a model that has no adapted layers any more."""
     if ATTRIBUTE in vars(model):
         delattr(model, ATTRIBUTE)
+    if isinstance(vars(model).get("forward"), _Forward):
+        del model.forward
     for hooks, hook in ((model._forward_pre_hooks, _begin_forward), (model._forward_hooks, _end_forward)):
         for key in [key for key, registered in hooks.items() if registered is hook]:
             del hooks[key]
@@ -40,14 +67,13 @@ def forget(model: nn.Module) -> None:
 
 def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     if torch.compiler.is_compiling() and not model.training:
-        getattr(model, ATTRIBUTE).forward = Forward(is_open=False)  # one graph, and what training recorded is gone
+        getattr(model, ATTRIBUTE).forwards = []  # one graph, and what training recorded is gone
         return None
     return _open_forward(model, args, kwargs)
 
 
 def _end_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    forward: Forward = getattr(model, ATTRIBUTE).forward
-    if torch.compiler.is_compiling() and not model.training and not forward.runs:
+    if torch.compiler.is_compiling() and not model.training:
         return None
     return _close_forward(model, args, kwargs, output)
 
@@ -58,8 +84,8 @@ def _open_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         raise RuntimeError("FVAE-LoRA does not support torch.nn.DataParallel; use torchrun or accelerate launch")
     recorder: Recorder = getattr(model, ATTRIBUTE)
     inputs = _by_name(model, args, kwargs)
-    announced = {} if recorder.micro_batch is None else {"labels": recorder.micro_batch.labels}
-    recorder.begin(Forward(TokenMasks.of(model, announced | inputs)))
+    masks = TokenMasks.of(model, {**(recorder.micro_batch or {}), **inputs})
+    recorder.begin(Forward(masks, trains=torch.is_grad_enabled(), inside_backward=is_inside_backward()))
     num_items = inputs.get("num_items_in_batch")
     if num_items is not None and recorder.loss_uses_num_items is None and torch.is_grad_enabled():
         # Whether the model's own loss divides by this number is not written anywhere: follow its gradient, once.
@@ -71,28 +97,26 @@ def _open_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 @torch.compiler.disable(reason="the ELBO joins the loss outside the graph; train without fullgraph=True")
 def _close_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     recorder: Recorder = getattr(model, ATTRIBUTE)
-    forward = recorder.forward
-    forward.is_open = False
-    warn_of_idle_layers(model, recorder)
+    if recorder.running is None:
+        return None
+    forward = recorder.end()
+    warn_of_idle_layers(model, recorder, forward)
     if not forward.runs:
         return None
     if forward.masks is not None and not recorder.warned_of_padding:
         recorder.warned_of_padding = warn_of_padding(forward.masks)
     inputs = _by_name(model, args, kwargs)
-    if (key := _loss_key(output, inputs)) is not None:
+    if (key := loss_key(output, inputs)) is not None:
         loss = output if key is Ellipsis else output[key]
-        share = _share_of_items(model, inputs)
-        if share is not None and not _normalised(model, recorder, loss, inputs["num_items_in_batch"]):
+        share = share_of_items(model, inputs)
+        if share is not None and not is_normalised(model, recorder, loss, inputs["num_items_in_batch"]):
             loss = loss * share  # the model returned the mean over this micro-batch alone
         if recorder.micro_batch is None:
-            forward.in_loss = True
-            loss = add(
-                task_weight([forward]) * loss, [forward], {} if share is None else dict.fromkeys(SEQUENCES, share)
-            )
-        output = _replaced(output, key, loss)
-    if recorder.micro_batch is not None:
-        recorder.micro_batch.forwards.append(forward)
-    _watch(recorder, forward, output)
+            shares: dict[str, float] = {} if share is None else dict.fromkeys(SEQUENCES, share)
+            loss = add(task_weight([forward]) * loss, [forward], shares, State.RETURNED)
+        output = with_loss(output, key, loss)
+    if not is_transforming():
+        _watch(recorder, forward, output)
     return output
 
 
@@ -100,12 +124,17 @@ def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return dict(inspect.signature(model.forward).bind_partial(*args).arguments) | kwargs if args else kwargs
 
 
+class _Outputs:
+    """Lives as long as the graph of what a forward returned."""
+
+
 def _watch(recorder: Recorder, forward: Forward, output: Any) -> None:
     """Have a backward say whose it is, as soon as it reaches one of the outputs."""
     # Weak references: an output's graph is part of what the forward holds, and must not hold itself.
-    owner, reference = weakref.ref(recorder), weakref.ref(forward)
+    owner, reference, outputs = weakref.ref(recorder), weakref.ref(forward), _Outputs()
+    forward.outputs = weakref.ref(outputs)
 
-    def enter(_: Tensor) -> None:
+    def enter(_: Tensor, outputs: _Outputs = outputs) -> None:
         if (recorder := owner()) is not None:
             recorder.backward = reference()
 
@@ -113,62 +142,9 @@ def _watch(recorder: Recorder, forward: Forward, output: Any) -> None:
         if tensor.requires_grad:
             tensor.register_hook(enter)
     # A compiled region is one node of the graph, layers and ELBO together.
-    compiled = [run.negative_elbo.grad_fn for run in forward.all_runs() if not run.attached]
+    compiled = [run.negative_elbo.grad_fn for run in forward.runs if run.node is None]
     for node in {id(node): node for node in compiled if node is not None}.values():
         node.register_prehook(lambda _: check_reached(reference))
-
-
-def _share_of_items(model: nn.Module, inputs: Mapping[str, Any]) -> float | None:
-    """This micro-batch's share of the labels of the optimizer's step, counted as transformers' Trainer counts."""
-    labels, num_items = inputs.get("labels"), inputs.get("num_items_in_batch")
-    if num_items is None or not isinstance(labels, Tensor):
-        return None
-    shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and not is_encoder_decoder(model)
-    if isinstance(inputs.get("shift_labels"), Tensor):
-        labels = inputs["shift_labels"]
-    elif shifts:
-        labels = labels[..., 1:]
-    return int((labels != IGNORED_LABEL).sum()) / float(torch.as_tensor(num_items).detach())
-
-
-def _normalised(model: nn.Module, recorder: Recorder, loss: Tensor, num_items: Any) -> bool:
-    """Whether the losses of an optimizer's micro-batches add up as the model returns them."""
-    if recorder.loss_uses_num_items is None and isinstance(num_items, Tensor) and num_items.requires_grad:
-        if not loss.requires_grad:
-            return True
-        (gradient,) = torch.autograd.grad(loss, num_items, retain_graph=True, allow_unused=True)
-        recorder.loss_uses_num_items = gradient is not None
-    # Configurations of sound have this field for other heads as well; not every version has loss_type "ForCTC".
-    config: Any = model.config if type(model).__name__.endswith("ForCTC") else None
-    summed = config is not None and config.ctc_loss_reduction == "sum"
-    return summed or recorder.loss_uses_num_items is not False
-
-
-def _loss_key(output: Any, inputs: Mapping[str, Any]) -> Any:
-    """Where the loss lies in a model's output: a key, an index, `...` for the output itself, ``None`` for nowhere."""
-    if isinstance(output, Mapping):
-        return "loss" if _is_scalar(output.get("loss")) else None
-    names = {name for name, value in inputs.items() if value is not None and value is not False}
-    if not any("label" in name or name in ("start_positions", "return_loss") for name in names):
-        return None
-    if isinstance(output, tuple) and output and _is_scalar(output[0]):
-        return 0
-    return ... if _is_scalar(output) else None
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
-
-
-def _replaced(output: Any, key: Any, loss: Tensor) -> Any:
-    if key is Ellipsis:
-        return loss
-    if isinstance(output, Mapping):
-        output["loss"] = loss  # type: ignore[index]
-        return output
-    if hasattr(output, "_replace"):
-        return output._replace(**{output._fields[0]: loss})
-    return (loss, *output[1:])
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

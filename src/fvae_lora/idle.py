@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 import warnings
 
-import torch
 from torch import nn
 
 from .checkpoint import some
 from .layer import FVAELoraLayer
-from .recorder import Recorder
+from .recorder import Forward, Recorder
 
 PATIENCE = 100
 
 
-def warn_of_idle_layers(model: nn.Module, recorder: Recorder) -> None:
+def warn_of_idle_layers(model: nn.Module, recorder: Recorder, forward: Forward) -> None:
     """Name, once, the adapted layers that do not run, at the end of a training forward of the model.
 
     Some models read a layer's weight and never call the layer, as Mamba's ``dt_proj`` or the ``out_proj`` of
@@ -26,10 +25,11 @@ def warn_of_idle_layers(model: nn.Module, recorder: Recorder) -> None:
     Args:
         model: The adapted model.
         recorder: Its recorder.
+        forward: The forward that has ended.
     """
-    if recorder.training_forwards >= PATIENCE or not (model.training and torch.is_grad_enabled()):
+    if recorder.training_forwards >= PATIENCE or not (model.training and forward.trains):
         return
-    recorder.ran.update(layer for layer, _ in recorder.forward.runs)  # compiled layers are seen here alone
+    recorder.ran.update(run.layer for run in forward.runs)  # compiled layers are seen here alone
     first, last = recorder.training_forwards == 0, recorder.training_forwards == PATIENCE - 1
     trained = [m for m in model.modules() if isinstance(m, FVAELoraLayer) and m.trains] if first or last else []
     if first and not trained:

@@ -27,7 +27,8 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
     r"""A frozen layer beside B and the autoencoder whose first encoder takes the place of LoRA's A.
 
     In training ``y = W x + b + c B z1`` with ``z1 = mean1(x) + sigma1(x) * eps``, and the layer records its ELBO with
-    `recorder`. At inference ``z1 = mean1(x)``: encoder 1's mean and B run, nothing else.
+    `recorder`. At inference, and in a forward of the model that began without gradients, ``z1 = mean1(x)``: encoder
+    1's mean and B run, nothing else.
 
     Args:
         base_layer: A layer that `features` accepts, or a peft layer around one.
@@ -66,11 +67,12 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         self.name = name
         self.recorder = recorder
         self.fvae_lora_vae = nn.ModuleDict()
-        self.fvae_lora_B = nn.ParameterDict()
+        self.fvae_lora_B = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.in_features, self.out_features = features(self.get_base_layer())
         self.merged_adapters: list[str] = []
+        self.register_load_state_dict_pre_hook(_with_todays_names)
         self._bias_is_ours = False  # merging gave the base layer one
         self._disable_adapters = False
         self._active_adapter = adapter_name
@@ -90,9 +92,14 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         # The reference adds 1e-5 to the rank.
         self.scaling[adapter_name] = lora_alpha / (r + 1e-5 if config.objective == "reference" else r)
         self.fvae_lora_vae[adapter_name] = FVAE(config, self.in_features, r).train(self.training)
-        self.fvae_lora_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, r).normal_(0, B_STD))
+        self.fvae_lora_B[adapter_name] = _UpProjection(self.out_features, r)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def B(self, adapter: str) -> Tensor:  # noqa: N802
+        """An adapter's up-projection, (out, r)."""
+        weight: Tensor = self.fvae_lora_B[adapter].weight  # type: ignore[assignment]
+        return weight
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The base layer's output, plus that of each active adapter.
@@ -143,17 +150,18 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
             (..., out).
         """
         vae: Any = self.fvae_lora_vae[adapter]
-        B, config = self.fvae_lora_B[adapter], vae.config
+        B, config = self.B(adapter), vae.config
         if self.training and config.inference_only:
             raise RuntimeError(f"adapter {adapter!r} is inference_only and cannot be trained; call model.eval()")
-        encoder_input = F.dropout(self._cast_input_dtype(x, B.dtype), config.lora_dropout, self.training)
-        if not (self.training or config.sample_at_inference):
+        encoder_input = vae.input_dropout(self._cast_input_dtype(x, B.dtype))
+        trains = self.training and self.recorder.trains()
+        if not (trains or config.sample_at_inference):
             return F.linear(vae.encode_mean("encoder1", encoder_input) * self.scaling[adapter], B)
         q1 = Posterior.drawn(vae, "encoder1", encoder_input)
         output = F.linear((q1.sample * self.scaling[adapter]).to(B.dtype), B)
-        if self.training and not torch.compiler.is_compiling():
+        if trains and not torch.compiler.is_compiling():
             self.recorder.ran.add(self.name)
-        if self.training and config.has_residual:
+        if trains and config.has_residual:
             terms = elbo(vae, x, encoder_input, q1, self._token_weights(x))
             output = self.recorder.record(self.name, adapter, output, terms)
         return output
@@ -190,7 +198,7 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
             ValueError: If the encoder is not linear.
         """
         vae: Any = self.fvae_lora_vae[adapter]
-        B = raised(self.fvae_lora_B[adapter])
+        B = raised(self.B(adapter))
         if vae.encoder_depth:
             raise ValueError(
                 f"adapter {adapter!r} cannot be merged: its encoder has a ReLU, so the update is not linear in x; "
@@ -250,6 +258,21 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "fvae_lora." + super().__repr__()
+
+
+class _UpProjection(nn.Module):
+    """An adapter's B; a module, so that its parameter's name has the adapter's between two dots."""
+
+    def __init__(self, out_features: int, r: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, r).normal_(0, B_STD))
+
+
+def _with_todays_names(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Rename what version 0.1 wrote; see `fvae_lora.names.todays_parameter`."""
+    for adapter in layer.fvae_lora_B:
+        if (weight := state_dict.pop(f"{prefix}fvae_lora_B.{adapter}", None)) is not None:
+            state_dict[f"{prefix}fvae_lora_B.{adapter}.weight"] = weight
 
 
 def _cannot_requantize(*_: Any) -> NoReturn:

@@ -36,10 +36,9 @@ class LossLog:
         terms: list[Term] = [("task_loss",)]
         values = [task_loss.detach().reshape(1)]
         for forward in forwards:
-            for key, runs in forward.runs.items():
-                for run in runs:
-                    terms += [(*key, name) for name in run.names]
-                    values.append((run.weighted * (run.tokens * forward.per_token[key])).neg().to(task_loss.device))
+            for run in forward.runs:
+                terms += [(*run.key, name) for name in run.names]
+                values.append((run.weighted * (run.tokens * forward.per_token[run.key])).neg().to(task_loss.device))
         part = torch.cat(values) / divisor
         if not self._sums:
             self._first_step = step

@@ -23,10 +23,10 @@ from torch import nn
 
 from . import checkpoint
 from .config import FVAELoraConfig
-from .hooks import forget, recorder_of
+from .hooks import call_by_name, forget, recorder_of
 from .layer import FVAELoraLayer, features, layer_class
 from .loading import LoadOptions
-from .names import is_all_linear, resolve_targets, todays_name, warn_of_experts
+from .names import is_all_linear, resolve_targets, todays_name, todays_parameter, warn_of_experts
 from .vae import FVAE
 
 
@@ -61,6 +61,8 @@ class FVAELoraModel(BaseTuner):
         # mode, over an eval base too, and adapters that it gets later follow it.
         object.__setattr__(self, "_keep_mode", isinstance(peft_config, PeftConfig))  # before nn.Module.__init__
         super().__init__(model, peft_config, adapter_name, **kwargs)
+        if self._keep_mode:
+            call_by_name(self.model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted model's, by way of its hooks: peft before 0.21 called its `forward` without them."""
@@ -109,7 +111,7 @@ class FVAELoraModel(BaseTuner):
         found = {}
         for key, shape in (config.checkpoint_shapes or {}).items():
             layer, separator, rest = options.renamed(key).partition(f".{self.prefix}")
-            found[todays_name(model, layer) + separator + rest if separator else layer] = shape
+            found[todays_parameter(todays_name(model, layer) + separator + rest) if separator else layer] = shape
         expected: dict[str, tuple[int, ...]] = {}
         for name, module in targets.items():
             in_features, out_features = features(module)
@@ -117,12 +119,19 @@ class FVAELoraModel(BaseTuner):
             with torch.device("meta"):
                 parameters = FVAE(config, in_features, r).named_parameters()
             expected |= {f"{name}.{self.prefix}vae.{key}": tuple(value.shape) for key, value in parameters}
-            expected[f"{name}.{self.prefix}B"] = (out_features, r)
+            expected[f"{name}.{self.prefix}B.weight"] = (out_features, r)
         # Whoever maps names is told by peft of those that do not fit; it loads the others.
         if not options.key_mapping:
             checkpoint.check_names(found, expected, self.prefix, model)
         if not options.ignore_mismatched_sizes:
             checkpoint.check_shapes(found, expected, model)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, *, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """What peft, from 0.21 on, does with the names in an adapter's file; earlier ones leave them to the layers."""
+        state_dict = {todays_parameter(name): value for name, value in state_dict.items()}
+        remapped: dict[str, Any] = super()._remap_adapter_state_dict_for_load(state_dict=state_dict, **kwargs)
+        return remapped
 
     def _create_and_replace(
         self,
@@ -148,13 +157,6 @@ class FVAELoraModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        layers = [module for module in self.modules() if isinstance(module, FVAELoraLayer)]
-        Bs = {layer: layer.fvae_lora_B[adapter_name] for layer in layers if adapter_name in layer.fvae_lora_B}
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for layer, B in Bs.items():  # what peft casts is a new parameter, which would train
-            layer.fvae_lora_B[adapter_name].requires_grad_(B.requires_grad)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, FVAELoraLayer):

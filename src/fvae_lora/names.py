@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,11 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import match_target_against_key
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
@@ -22,6 +27,26 @@ SYNONYMS = (
     {"value", "v_proj", "v_lin", "v"},
     {"o_proj", "out_proj", "out_lin", "o"},
 )
+
+
+def todays_parameter(name: str) -> str:
+    """The name of a parameter in an adapter's file, given that of version 0.1.
+
+    B was a parameter then and is a layer with a weight: who builds on peft looks for an adapter's name between two
+    dots.
+    """
+    return f"{name}.weight" if name.endswith(".fvae_lora_B") else name
+
+
+@functools.cache
+def teach_transformers() -> None:
+    """Have transformers' ``load_adapter`` know the names of version 0.1, too; it goes by a list of its own.
+
+    Such lists are kept by model, with one for what is older than today's models of any kind.
+    """
+    with_adapters_name = WeightRenaming(r"(fvae_lora_B\.[^.]+)$", r"\1.weight")
+    known = get_checkpoint_conversion_mapping("legacy") or []
+    register_checkpoint_conversion_mapping("legacy", [*known, with_adapters_name], overwrite=True)
 
 
 def todays_name(model: nn.Module, name: str) -> str:

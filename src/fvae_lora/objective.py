@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .config import FVAELoraConfig
 from .kernels.likelihood import LOG_2PI, summed_log_likelihood
-from .vae import FVAE, draw, raised
+from .vae import FVAE, draw
 
 
 def kl_to_prior(mean: Tensor, logvar: Tensor, prior_mean: float = 0.0, prior_std: float = 1.0) -> Tensor:
@@ -169,7 +169,7 @@ def elbo(vae: FVAE, x: Tensor, encoder_input: Tensor, q1: Posterior, weights: To
         q1 = Posterior.drawn(vae, "encoder1", encoder_input)  # through the one at hand the task's gradient reaches x
     q2 = Posterior.drawn(vae, "encoder2", encoder_input)
     reconstruction = summed_log_likelihood(
-        raised(x),
+        x,
         vae.decode_hidden(q1.sample, q2.sample),
         vae.decoder_output_weight,
         vae.decoder_output_bias,

@@ -2,8 +2,9 @@ r"""How a layer's ELBO reaches the loss.
 
 1. A layer that runs in training mode hands its negative ELBO, a mean over tokens, to its model's `Recorder`
    (`Recorder.record`), which keeps it with the `Forward` that is running.
-2. `add` sums over layers, with the weights of the configuration, and adds the sum to a loss: a hook on the model does
-   that to the model's own loss (`fvae_lora.hooks`), `fvae_lora.add_elbo` and `fvae_lora.FVAELoraTrainer` to others.
+2. `add` takes the forwards that wait for a loss, sums over layers with the weights of the configuration, and adds the
+   sum to the loss: a hook on the model does that to the model's own loss (`fvae_lora.hooks`), `fvae_lora.add_elbo` and
+   `fvae_lora.FVAELoraTrainer` to others.
 3. In the backward, the loss is reached first (`_Add`) and the layers after it (`_Attach`). A gradient that reaches a
    layer but not the sum comes from a loss without the ELBO, and is an error: the ELBO never vanishes silently.
 
@@ -18,6 +19,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from .masks import TokenMasks
 from .objective import LayerElbo, TokenWeights
+from .transforms import is_transforming
 
 ADVICE = "add it with fvae_lora.add_elbo(loss, model), or train with fvae_lora.FVAELoraTrainer"
 
@@ -32,75 +35,137 @@ Key = tuple[str, str]  # a layer's name and an adapter's
 Shares = Mapping[str, float]  # of the optimizer step's tokens that a forward has, for each sequence
 
 
+class State(Enum):
+    """What has become of a forward's ELBO."""
+
+    WAITING = auto()  # for the loss that it is to be added to
+    ADDED = auto()  # to a loss, by who computes it
+    RETURNED = auto()  # in the loss that the model itself returned
+    MISSED = auto()  # added, but a gradient has reached a layer and not the sum; that may have a backward of its own
+    REACHED = auto()  # a gradient has reached the sum
+
+
 @dataclass
 class Run:
     """One run of one layer."""
 
+    layer: str
+    adapter: str
     negative_elbo: Tensor  # weighted by the objective, a mean over the tokens that count
     names: tuple[str, ...]  # of the objective's terms
     weighted: Tensor  # these terms with their weights, of which the sum is the ELBO; without graph
     terms: LayerElbo  # without graph
     grad_enabled: bool
-    attached: bool  # to the layer's output
+    node: weakref.ref[Any] | None = None  # of the layer's output in the graph; None in a compiled region
+
+    @property
+    def key(self) -> Key:
+        """The layer's name and the adapter's."""
+        return self.layer, self.adapter
 
     @property
     def tokens(self) -> Tensor | int:
         """How many tokens count."""
         return self.terms.weights.count
 
+    def release(self) -> None:
+        """Let go of the graph."""
+        self.negative_elbo = self.negative_elbo.detach()
+
 
 @dataclass(eq=False)
 class Forward:
-    """A forward pass of the model: what its layers recorded, and what became of that."""
+    """A forward pass of the model: what its layers recorded, and what became of that.
 
-    masks: TokenMasks | None = None  # None where layers run outside a forward of the adapted model
-    is_open: bool = True
-    runs: dict[Key, list[Run]] = field(default_factory=lambda: defaultdict(list))
-    added: bool = False
-    in_loss: bool = False  # added to the loss that the model itself returned
+    Args:
+        masks: Which tokens count; ``None`` where layers run outside a forward of the adapted model.
+        trains: Whether it began with gradients. Without them it is a reference or a look at the model, whose layers
+            take z1's mean and record nothing.
+    """
+
+    masks: TokenMasks | None = None
+    trains: bool = True
+    inside_backward: bool = False
+    state: State = State.WAITING
+    runs: list[Run] = field(default_factory=list)
     shares: Shares = field(default_factory=dict)
     per_token: dict[Key, Tensor | float] = field(default_factory=dict)
     scale: Tensor | None = None  # the gradient that reached the sum
-    missed: bool = False  # a gradient reached a layer and not the sum, so far
+    outputs: weakref.ref[Any] | None = None  # alive as long as a graph hangs on what the model returned
     handed_over: set[Key] = field(default_factory=set)
 
-    def all_runs(self) -> list[Run]:
-        """Every run of every layer."""
-        return [run for runs in self.runs.values() for run in runs]
+    def by_key(self) -> dict[Key, list[Run]]:
+        """The runs of each layer and adapter."""
+        return by_key([self])
 
     def release(self) -> None:
         """Let go of the graph."""
-        for run in self.all_runs():
-            run.negative_elbo = run.negative_elbo.detach()
+        for run in self.runs:
+            run.release()
+
+    def drop_unused(self) -> bool:
+        """Let go of the runs whose outputs nobody has any more; whether one of them could have been trained.
+
+        A run's ELBO depends on earlier runs, so the latest are looked at first.
+        """
+        unused = False
+        for run in reversed(self.runs.copy()):
+            kept = self.outputs if not run.grad_enabled else run.node
+            if kept is None or kept() is None:
+                unused = unused or run.negative_elbo.requires_grad
+                run.release()
+                self.runs.remove(run)
+        return unused
 
     def check(self) -> None:
         """A gradient has reached a layer: is the ELBO in the loss that it comes from?"""
-        if self.scale is None and self.added and not self.in_loss:
-            self.missed = True  # the sum may still get its gradient, in a backward of its own
-        elif self.scale is None:
+        if self.state is State.ADDED:
+            self.state = State.MISSED
+        elif self.state in (State.WAITING, State.RETURNED):
             raise _not_in_loss(self)
 
 
 def _not_in_loss(forward: Forward | None) -> RuntimeError:
-    unlabelled = "call the model without labels and " if forward is not None and forward.in_loss else ""
-    return RuntimeError(f"the ELBO of FVAE-LoRA is not in the loss that runs backward; {unlabelled}{ADVICE}")
+    if forward is not None and forward.inside_backward:
+        return RuntimeError(
+            "FVAE-LoRA cannot train with a loss that runs the model again inside its backward, as cached contrastive "
+            "losses do: the two runs would see different z1, and the ELBO would be in no loss; use the loss without "
+            "the cache, with gradient checkpointing to save memory"
+        )
+    where = ""
+    if forward is not None and forward.state is State.RETURNED:
+        where = "call the model without labels and "
+    elif forward is None or forward.masks is None:
+        where = "call the model itself rather than a part of it, keep its outputs until the loss is made, and "
+    return RuntimeError(f"the ELBO of FVAE-LoRA is not in the loss that runs backward; {where}{ADVICE}")
 
 
-@dataclass
-class MicroBatch:
-    """A micro-batch of a Trainer that adds the ELBO of all its forwards to the loss by itself."""
-
-    labels: Any
-    forwards: list[Forward] = field(default_factory=list)
+def by_key(forwards: Sequence[Forward]) -> dict[Key, list[Run]]:
+    """The runs of each layer and adapter in some forwards."""
+    groups: dict[Key, list[Run]] = defaultdict(list)
+    for forward in forwards:
+        for run in forward.runs:
+            groups[run.key].append(run)
+    return groups
 
 
 class Recorder:
-    """Collects the ELBO of one model's layers, forward by forward; shared by the model and its layers."""
+    """Collects the ELBO of one model's layers, forward by forward; shared by the model and its layers.
+
+    Attributes:
+        forwards: Those that recorded something since an ELBO was last added to a loss; they have one mean.
+        running: The forward that is running.
+        backward: The forward whose backward is running.
+        micro_batch: What a Trainer announces that adds the ELBO of all forwards of a micro-batch by itself: inputs by
+            name that the model may not get to see.
+        loss_uses_num_items: Whether the model's own loss divides by the number of labels of a step, once it is known.
+    """
 
     def __init__(self) -> None:
-        self.forward = Forward(is_open=False)
-        self.backward: Forward | None = None  # whose backward is running
-        self.micro_batch: MicroBatch | None = None
+        self.forwards: list[Forward] = []
+        self.running: Forward | None = None
+        self.backward: Forward | None = None
+        self.micro_batch: Mapping[str, Any] | None = None
         self.loss_uses_num_items: bool | None = None
         self.warned = False
         self.warned_of_padding = False
@@ -110,28 +175,55 @@ class Recorder:
     def __reduce__(self) -> tuple[type[Recorder], tuple[()]]:
         return Recorder, ()  # a copy starts empty: what is recorded belongs to one forward of one model
 
+    def trains(self) -> bool:
+        """Whether a layer that runs now draws z1 and records its ELBO, if it is in training mode."""
+        if (forward := self.running or self._rerun()) is not None:
+            return forward.trains
+        return torch.is_grad_enabled()
+
     def masks(self) -> TokenMasks | None:
         """The masks of the forward that is running, or running again inside its backward."""
-        if (rerun := self._rerun()) is not None:
-            return rerun.masks
-        return self.forward.masks if self.forward.is_open else None
+        forward = self.running or self._rerun()
+        return None if forward is None else forward.masks
 
     def _rerun(self) -> Forward | None:
         """The forward of which gradient checkpointing runs a part again, if it does."""
-        return (self.backward or self.forward) if not self.forward.is_open and _inside_backward() else None
+        if self.running is not None or not is_inside_backward():
+            return None
+        return self.backward or (self.forwards[-1] if self.forwards else None)
 
     def begin(self, forward: Forward) -> None:
-        """Start a forward pass; what the last one left is dropped, which must not go unseen."""
-        last = self.forward
-        if last.missed and last.scale is None:
-            last.missed = False
+        """Start a forward pass."""
+        self._let_go()
+        self.running, self.backward = forward, None
+
+    def end(self) -> Forward:
+        """End the forward pass that is running."""
+        forward = self.running
+        assert forward is not None
+        self.running = None
+        return forward
+
+    def clear(self) -> None:
+        """Forget what waits for a loss, as at the beginning of a Trainer's micro-batch."""
+        self._let_go()
+        for forward in self.forwards:
+            forward.release()
+        self.forwards = []
+
+    def _let_go(self) -> None:
+        """Keep the forwards that wait for a loss and may still get one; that one was left out must not go unseen."""
+        if any(forward.state is State.MISSED for forward in self.forwards):
+            self.forwards = []
             raise RuntimeError(f"the ELBO of the last forward was not in the loss that ran backward; {ADVICE}")
-        if self.micro_batch is None or last not in self.micro_batch.forwards:
-            if not last.added and not self.warned and any(run.negative_elbo.requires_grad for run in last.all_runs()):
-                self.warned = True
-                warnings.warn(f"the ELBO of a training forward was never used; {ADVICE}", stacklevel=2)
-            last.release()
-        self.forward, self.backward = forward, None
+        self.forwards = [forward for forward in self.forwards if forward.state is State.WAITING]
+        if self.micro_batch is not None:
+            return
+        unused = [forward.drop_unused() for forward in self.forwards]
+        self.forwards = [forward for forward in self.forwards if forward.runs]
+        if any(unused) and not self.warned:
+            self.warned = True
+            warnings.warn(f"the ELBO of a training forward was never used; {ADVICE}", stacklevel=2)
 
     def record(self, layer: str, adapter: str, output: Tensor, terms: LayerElbo) -> Tensor:
         """Record the ELBO of a layer's run.
@@ -145,33 +237,48 @@ class Recorder:
         Returns:
             The output to go on with.
         """
-        key, named = (layer, adapter), terms.weighted()
+        named = terms.weighted()
         weighted = torch.stack(list(named.values()))
         negative_elbo = -weighted.sum()
         if (rerun := self._rerun()) is not None:
-            return _hand_over(rerun, key, output, negative_elbo, terms.weights)
-        last = self.forward
-        if not last.is_open and (last.added or last.masks is not None or key in last.runs):
-            # The layer runs outside a forward of the adapted model, as when somebody calls a part of it.
-            self.begin(Forward(is_open=False))
-        attached = not torch.compiler.is_compiling()
-        run = Run(negative_elbo, tuple(named), weighted.detach(), terms.detached(), torch.is_grad_enabled(), attached)
-        self.forward.runs[key].append(run)
-        return _Attach.apply(output, negative_elbo, weakref.ref(self.forward), None) if attached else output
+            return _hand_over(rerun, (layer, adapter), output, negative_elbo, terms.weights)
+        forward = self.running or self._outside((layer, adapter))
+        if not forward.runs:
+            self.forwards.append(forward)
+        run = Run(
+            layer, adapter, negative_elbo, tuple(named), weighted.detach(), terms.detached(), torch.is_grad_enabled()
+        )
+        forward.runs.append(run)
+        if torch.compiler.is_compiling() or is_transforming():
+            return output
+        attached: Tensor = _Attach.apply(output, negative_elbo, weakref.ref(forward), None)
+        if attached.grad_fn is not None:
+            run.node = weakref.ref(attached.grad_fn)
+        return attached
+
+    def _outside(self, key: Key) -> Forward:
+        """The forward of a layer that runs outside one of the adapted model, as when somebody calls a part of it."""
+        last = self.forwards[-1] if self.forwards else None
+        if last is not None and last.masks is None and last.state is State.WAITING and key not in last.by_key():
+            return last
+        self._let_go()
+        return Forward(inside_backward=is_inside_backward())
 
 
 def _hand_over(forward: Forward, key: Key, output: Tensor, negative_elbo: Tensor, weights: TokenWeights) -> Tensor:
     """What a layer returns that checkpointing runs again inside the backward."""
-    if key in forward.runs and forward.runs[key][0].grad_enabled:
+    runs = forward.by_key().get(key)
+    if runs and runs[0].grad_enabled:
         return output  # it has a graph, which only wants its tensors back
-    if forward.scale is None or key not in forward.runs:
+    if forward.scale is None or not runs:
         raise _not_in_loss(forward)
     forward.handed_over.add(key)
     coefficient = forward.scale.to(negative_elbo) * (forward.per_token[key] * weights.count)
     return _Attach.apply(output, negative_elbo, None, coefficient)
 
 
-def _inside_backward() -> bool:
+def is_inside_backward() -> bool:
+    """Whether this runs inside a backward, as what gradient checkpointing runs again."""
     # torch.utils.checkpoint asks the same way; torch has no public name for it.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
@@ -200,7 +307,7 @@ class _Attach(torch.autograd.Function):
 def check_reached(reference: weakref.ref[Forward]) -> None:
     """A gradient has reached a layer; see `Forward.check`."""
     if (forward := reference()) is None:
-        raise _not_in_loss(None)  # the next one came before its ELBO was added
+        raise _not_in_loss(None)  # it was dropped before its ELBO was added
     forward.check()
 
 
@@ -215,9 +322,9 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # type: ignore[no-untyped-def]
         for forward in ctx.forwards:
-            forward.scale = grad.detach()
+            forward.state, forward.scale = State.REACHED, grad.detach()
             forward.release()
-        if any(not run.grad_enabled for forward in ctx.forwards for run in forward.all_runs()):
+        if any(not run.grad_enabled for forward in ctx.forwards for run in forward.runs):
             torch.autograd.Variable._execution_engine.queue_callback(lambda: _require_hand_over(ctx.forwards))
         return grad, grad, None
 
@@ -225,10 +332,10 @@ class _Add(torch.autograd.Function):
 def _require_hand_over(forwards: Sequence[Forward]) -> None:
     """After a backward: a layer without graph should have run again, unless there is nothing in it to train."""
     for forward in forwards:
-        for key, runs in forward.runs.items():
-            if not runs[0].grad_enabled and key not in forward.handed_over and _trainable(forward, key[0]):
+        for run in forward.runs:
+            if not run.grad_enabled and run.key not in forward.handed_over and _trainable(forward, run.layer):
                 raise RuntimeError(
-                    f"the ELBO of {key[0]} has no graph, so it cannot be trained: nothing before the checkpointed "
+                    f"the ELBO of {run.layer} has no graph, so it cannot be trained: nothing before the checkpointed "
                     "layers requires a gradient; call model.enable_input_require_grads(), or use_reentrant=False"
                 )
 
@@ -237,7 +344,7 @@ def _trainable(forward: Forward, layer: str) -> bool:
     return forward.masks is None or any(p.requires_grad for p in forward.masks.model.get_submodule(layer).parameters())
 
 
-def add(loss: Tensor, forwards: Sequence[Forward], shares: Shares) -> Tensor:
+def add(loss: Tensor, forwards: Sequence[Forward], shares: Shares, state: State = State.ADDED) -> Tensor:
     """Add the ELBO of a model's forward passes to a scalar.
 
     Each layer's is the mean over the tokens of all its runs, times the share of these tokens in the optimizer's step;
@@ -247,37 +354,36 @@ def add(loss: Tensor, forwards: Sequence[Forward], shares: Shares) -> Tensor:
         loss: The scalar.
         forwards: The forwards, whose ELBO counts as used from now on; several have one mean.
         shares: The share for each sequence; 1 for those that are missing.
+        state: What becomes of the forwards by that.
 
     Returns:
         ``loss + negative ELBO``.
     """
     per_token = _per_token(forwards, shares)
-    values = [
-        run.negative_elbo * (run.tokens * per_token[key])
-        for forward in forwards
-        for key, runs in forward.runs.items()
-        for run in runs
-    ]
+    values = [run.negative_elbo * (run.tokens * per_token[run.key]) for forward in forwards for run in forward.runs]
     for forward in forwards:
-        forward.added = forward.added or torch.is_grad_enabled()
+        if torch.is_grad_enabled() and forward.state is State.WAITING:
+            forward.state = state
         forward.shares, forward.per_token = shares, per_token
-    return _Add.apply(loss, torch.stack([value.to(loss.device) for value in values]).sum(), forwards)
+    negative_elbo = torch.stack([value.to(loss.device) for value in values]).sum()
+    if is_transforming():
+        for forward in forwards:
+            forward.runs.clear()  # outside the transform its tensors are none
+        return loss + negative_elbo
+    return _Add.apply(loss, negative_elbo, forwards)
 
 
 def _per_token(forwards: Sequence[Forward], shares: Shares) -> dict[Key, Tensor | float]:
     """The weight in the loss of one token's ELBO, for each layer and adapter."""
-    groups: dict[Key, list[tuple[Forward, Run]]] = defaultdict(list)
-    for forward in forwards:
-        for key, runs in forward.runs.items():
-            groups[key] += [(forward, run) for run in runs]
+    groups = by_key(forwards)
     layers = Counter(adapter for _, adapter in groups)
+    masks = next((forward.masks for forward in forwards if forward.masks is not None), None)
     weights: dict[Key, Tensor | float] = {}
-    for (layer, adapter), group in groups.items():
-        forward, run = group[0]
-        config = run.terms.config
+    for (layer, adapter), runs in groups.items():
+        config = runs[0].terms.config
         weight = config.elbo_weight / (layers[adapter] if config.layer_reduction == "mean" else 1)
-        share = 1.0 if forward.masks is None else shares.get(forward.masks.sequence(layer), 1.0)
-        tokens = sum((run.tokens for _, run in group), start=0)
+        share = shares.get("input" if masks is None else masks.sequence(layer), 1.0)
+        tokens = sum((run.tokens for run in runs), start=0)
         weights[layer, adapter] = (
             weight * share / (tokens.clamp(min=1) if isinstance(tokens, Tensor) else max(tokens, 1))
         )
@@ -290,7 +396,7 @@ def task_weight(forwards: Sequence[Forward]) -> float:
     Raises:
         ValueError: If they do not.
     """
-    weights = {run.terms.config.task_weight for forward in forwards for run in forward.all_runs()}
+    weights = {run.terms.config.task_weight for forward in forwards for run in forward.runs}
     if len(weights) > 1:
         raise ValueError(f"task_weight must be the same for all active adapters, not {sorted(weights)}")
     return weights.pop()

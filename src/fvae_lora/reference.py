@@ -232,7 +232,7 @@ def our_name(name: str) -> str:
         ValueError: If the reference has no such parameter.
     """
     if name == "lora_B":
-        return "fvae_lora_B"
+        return "fvae_lora_B.weight"
     encoder = re.fullmatch(
         re.escape(ENCODER) + r"([01])\.(?:layers(?:_(mean|logvar))?\.(\d+)|(mean|logvar))\.(\w+)", name
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +13,7 @@ from transformers import Trainer
 from .hooks import ATTRIBUTE
 from .loss_log import LossLog
 from .masks import count_tokens
-from .recorder import MicroBatch
-from .training import recorders, with_elbo
+from .training import last_forwards, recorders, with_elbo
 
 # For the type checker a Trainer; at run time a plain mixin, to stand before any of the Trainer's subclasses.
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -24,8 +24,8 @@ class ElboTrainerMixin(_Base):
 
     Use: ``class MyTrainer(ElboTrainerMixin, SFTTrainer)``. An optimizer's step gets the mean of the ELBO over all its
     tokens that are no padding, across accumulated micro-batches and processes. It is added to whatever loss the
-    Trainer behind the mixin computes: the model's, one with label smoothing, one of its own. A model without FVAE-LoRA
-    layers trains as with the plain Trainer.
+    Trainer computes, before or behind the mixin: the model's, one with label smoothing, one of its own. A model
+    without FVAE-LoRA layers trains as with the plain Trainer.
 
     Its logs say what the loss is made of: ``loss = task_weight * task_loss + the sum of elbo/<term>``, all means over
     the steps since the last log. The terms are those of the negative ELBO with all their weights, summed over layers;
@@ -69,48 +69,61 @@ class ElboTrainerMixin(_Base):
             self._tokens_in_step = self.accelerator.reduce(counts.sum(0), "sum").tolist()
         return batches, num_items
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
-        """The task loss and, in training, this micro-batch's share of the ELBO of the step.
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """As the Trainer's, with this micro-batch's share of the ELBO of the step in whatever `compute_loss` returns.
 
         Args:
             model: The model, wrapped as the Trainer does.
             inputs: A micro-batch.
-            return_outputs: Whether to return the model's outputs as well.
-            num_items_in_batch: Number of labels in the step, as the Trainer counts them.
+            *args: As the Trainer's.
+            **kwargs: As the Trainer's.
 
         Returns:
-            A scalar, and with `return_outputs` the outputs behind it.
+            The loss, detached.
         """
-        root = _root(self.model)
-        if root is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if _root(self.model) is None:
+            step: Tensor = super().training_step(model, inputs, *args, **kwargs)
+            return step
         if self.args.n_gpu > 1:
             raise RuntimeError("FVAE-LoRA does not support torch.nn.DataParallel; use torchrun or accelerate launch")
-        shares = self._shares(root, inputs, num_items_in_batch)
-        micro_batches = {recorder: MicroBatch(inputs.get("labels")) for recorder in recorders(self.model)}
-        for recorder, micro_batch in micro_batches.items():
-            recorder.micro_batch = micro_batch
+        # The loss is caught on its way from compute_loss to the backward: subclasses may compute it as they like.
+        attributes: dict[str, Any] = self.__dict__
+        own = {name: value for name, value in attributes.items() if name == "compute_loss"}
+        attributes["compute_loss"] = functools.partial(self._loss_with_elbo, self.compute_loss)
         try:
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            step = super().training_step(model, inputs, *args, **kwargs)
         finally:
-            for recorder in micro_batches:
-                recorder.micro_batch = None
-        task_loss, *outputs = result if return_outputs else (result,)
-        loss = with_elbo(task_loss, [(micro_batch.forwards, shares) for micro_batch in micro_batches.values()])
-        if self._loss_log is not None:
-            forwards = [forward for micro_batch in micro_batches.values() for forward in micro_batch.forwards]
-            self._loss_log.add(task_loss, forwards, self._divisor(num_items_in_batch), self.state.global_step)
-        return (loss, *outputs) if return_outputs else loss
+            del attributes["compute_loss"]
+            attributes |= own
+        return step
 
-    def _shares(self, root: nn.Module, inputs: Mapping[str, Any], num_items: Tensor | int | None) -> dict[str, float]:
+    def _loss_with_elbo(
+        self, compute_loss: Callable[..., Any], model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        num_items = kwargs.get("num_items_in_batch")
+        shares = self._shares(inputs, num_items)
+        announced = {"labels": inputs.get("labels")}
+        collecting = recorders(self.model)
+        for recorder in collecting:
+            recorder.clear()
+            recorder.micro_batch = announced
+        try:
+            result = compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            for recorder in collecting:
+                recorder.micro_batch = None
+        task_loss, *outputs = result if isinstance(result, tuple) else (result,)
+        groups = last_forwards(self.model)
+        loss = with_elbo(task_loss, [(group, shares) for group in groups])
+        if self._loss_log is not None:
+            forwards = [forward for group in groups for forward in group]
+            self._loss_log.add(task_loss, forwards, self._divisor(num_items), self.state.global_step)
+        return (loss, *outputs) if outputs else loss
+
+    def _shares(self, inputs: Mapping[str, Any], num_items: Tensor | int | None) -> dict[str, float]:
         """This micro-batch's share of the step's tokens, in the scale that the Trainer's later steps expect."""
-        if self._tokens_in_step is None:
+        root = _root(self.model)
+        if self._tokens_in_step is None or root is None:
             return {}
         # The gradients of the processes are averaged.
         parts = self.accelerator.num_processes * self._divisor(num_items)

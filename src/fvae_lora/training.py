@@ -9,54 +9,58 @@ import torch
 from torch import Tensor, nn
 
 from .layer import FVAELoraLayer
-from .recorder import Forward, Recorder, Run, Shares, add, task_weight
+from .recorder import Forward, Recorder, Run, Shares, State, add, by_key, task_weight
 
 
 def elbo_loss(model: nn.Module) -> Tensor:
     """The weighted negative ELBO of the model's last forward pass, to be added to the task loss.
 
-    Under the paper's profile ``- lambda * sum over layers of L_FVAE``, each a mean over the tokens that are no padding;
-    active adapters add up. Source: arXiv 2510.19640.
+    Several forwards without labels, as of two towers or of a pair, have one mean: it is that of all those since an ELBO
+    was last added to a loss. Under the paper's profile ``- lambda * sum over layers of L_FVAE``, each a mean over the
+    tokens that are no padding; active adapters add up. Source: arXiv 2510.19640.
 
     Args:
         model: An adapted model, or one that contains it; wrappers such as DDP or `torch.compile` are fine.
 
     Returns:
-        A scalar in at least fp32. Zero without a graph when nothing was recorded: in eval mode, with adapters disabled,
-        with ``elbo_weight=0``.
+        A scalar in at least fp32. Zero without a graph when nothing was recorded: in eval mode, without gradients, with
+        adapters disabled, with ``elbo_weight=0``.
     """
-    forwards = last_forwards(model)
     total = torch.zeros((), device=next(model.parameters()).device)
-    if not forwards:
+    groups = last_forwards(model)
+    if not groups:
         return total
-    if torch.is_grad_enabled() and any(forward.in_loss for forward in forwards):
+    if torch.is_grad_enabled() and any(forward.state is State.RETURNED for group in groups for forward in group):
         warnings.warn("this forward's own loss contains the ELBO already; do not add it a second time", stacklevel=2)
     total.requires_grad_(torch.is_grad_enabled())
-    for forward in forwards:
-        total = add(total, [forward], forward.shares)
+    for group in groups:
+        total = add(total, group, group[0].shares)
     return total
 
 
 def add_elbo(task_loss: Tensor, model: nn.Module) -> Tensor:
     """``task_weight * task_loss + elbo_loss(model)``, for loops that compute their own loss.
 
+    It takes all forwards of the model since an ELBO was last added to a loss, whatever ran without gradients, in eval
+    mode or without adapters in between. Forwards whose outputs were dropped do not count.
+
     Args:
         task_loss: The loss that the loop computed from the model's outputs, a scalar.
-        model: The adapted model, after the forward pass that gave those outputs.
+        model: The adapted model, after the forward passes that gave those outputs.
 
     Returns:
         The loss to call ``backward`` on, a scalar; `task_loss` itself when nothing was recorded.
 
     Raises:
-        RuntimeError: If that forward returned a loss of its own, which contains the ELBO already.
+        RuntimeError: If one of the forwards returned a loss of its own, which contains the ELBO already.
         ValueError: If `task_loss` is no scalar, or the active adapters disagree on ``task_weight``.
     """
-    forwards = last_forwards(model)
-    if any(forward.in_loss for forward in forwards):
+    groups = last_forwards(model)
+    if any(forward.state is State.RETURNED for group in groups for forward in group):
         raise RuntimeError(
             "the loss that this forward returned contains the ELBO already; use it, or call the model without labels"
         )
-    return with_elbo(task_loss, [([forward], forward.shares) for forward in forwards])
+    return with_elbo(task_loss, [(group, group[0].shares) for group in groups])
 
 
 def with_elbo(task_loss: Tensor, groups: Sequence[tuple[Sequence[Forward], Shares]]) -> Tensor:
@@ -87,7 +91,8 @@ def with_elbo(task_loss: Tensor, groups: Sequence[tuple[Sequence[Forward], Share
 def elbo_terms(model: nn.Module) -> dict[str, dict[str, float]]:
     """The unweighted terms of the ELBO of the model's last forward pass in training mode, layer by layer.
 
-    They are means over tokens, as they stand in ``L_FVAE = alpha reconstruction - beta kl_z1 + delta gamma``.
+    They are means over tokens, as they stand in ``L_FVAE = alpha reconstruction - beta kl_z1 + delta gamma``, of the
+    forwards that `elbo_loss` is of.
 
     Args:
         model: An adapted model, or one that contains it.
@@ -99,12 +104,13 @@ def elbo_terms(model: nn.Module) -> dict[str, dict[str, float]]:
         ``objective="reference"``.
         Empty when nothing was recorded.
     """
-    return {
-        module: _mean_terms(runs)
-        for forward in last_forwards(model)
-        for (layer, adapter), runs in forward.runs.items()
-        for module in [layer if _single(forward) else f"{layer}.{adapter}"]
-    }
+    terms = {}
+    for group in last_forwards(model):
+        runs_by_key = by_key(group)
+        single = len({adapter for _, adapter in runs_by_key}) == 1
+        for (layer, adapter), runs in runs_by_key.items():
+            terms[layer if single else f"{layer}.{adapter}"] = _mean_terms(runs)
+    return terms
 
 
 def _mean_terms(runs: Sequence[Run]) -> dict[str, float]:
@@ -115,15 +121,12 @@ def _mean_terms(runs: Sequence[Run]) -> dict[str, float]:
     return dict(zip(names, means.tolist(), strict=True))
 
 
-def _single(forward: Forward) -> bool:
-    return len({adapter for _, adapter in forward.runs}) == 1
-
-
 def recorders(model: nn.Module) -> list[Recorder]:
     """The recorders of the adapted models inside a model, each once."""
     return list(dict.fromkeys(module.recorder for module in model.modules() if isinstance(module, FVAELoraLayer)))
 
 
-def last_forwards(model: nn.Module) -> list[Forward]:
-    """The last forward of each adapted model inside a model, of those that recorded something."""
-    return [recorder.forward for recorder in recorders(model) if recorder.forward.runs]
+def last_forwards(model: nn.Module) -> list[list[Forward]]:
+    """For each adapted model inside a model the forwards whose ELBO is to be added next, or was added last."""
+    groups = ([forward for forward in recorder.forwards if forward.runs] for recorder in recorders(model))
+    return [group for group in groups if group]

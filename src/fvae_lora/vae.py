@@ -39,6 +39,9 @@ class FVAE(nn.Module):
         self.in_features = in_features
         self.rank = rank
         self.residual_dim = config.residual_dim or rank
+        self.input_dropout = nn.Dropout(config.lora_dropout)
+        self.encoder_dropout = nn.Dropout(config.encoder_dropout)
+        self.decoder_dropout = nn.Dropout(config.decoder_dropout)
         hidden = [rank] if config.encoder_hidden_dims is None else config.encoder_hidden_dims
         self.encoder_depth = len(hidden)
         self.decoder_depth = len(config.decoder_hidden_dims)
@@ -88,9 +91,9 @@ class FVAE(nn.Module):
         """Apply the layer of that name, (..., in) -> (..., out)."""
         return F.linear(x, getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias"))
 
-    def _hidden(self, name: str, x: Tensor, depth: int, dropout: float) -> Tensor:
+    def _hidden(self, name: str, x: Tensor, depth: int, dropout: nn.Dropout) -> Tensor:
         for i in range(depth):
-            x = F.dropout(F.relu(self.linear(f"{name}_hidden{i}", x)), dropout, self.training)
+            x = dropout(F.relu(self.linear(f"{name}_hidden{i}", x)))
         return x
 
     def encode_mean(self, encoder: str, x: Tensor) -> Tensor:
@@ -104,7 +107,7 @@ class FVAE(nn.Module):
             The mean, (..., r).
         """
         trunk = encoder if self.config.shared_encoder_trunk else f"{encoder}_mean"
-        return self.linear(f"{encoder}_mean", self._hidden(trunk, x, self.encoder_depth, self.config.encoder_dropout))
+        return self.linear(f"{encoder}_mean", self._hidden(trunk, x, self.encoder_depth, self.encoder_dropout))
 
     def encode(self, encoder: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the posterior, the latter clamped to [-20, 20].
@@ -116,13 +119,12 @@ class FVAE(nn.Module):
         Returns:
             Mean and log-variance, each (..., r) and in at least fp32.
         """
-        dropout = self.config.encoder_dropout
         if self.config.shared_encoder_trunk:
-            hidden = self._hidden(encoder, x, self.encoder_depth, dropout)
+            hidden = self._hidden(encoder, x, self.encoder_depth, self.encoder_dropout)
             mean, logvar = self.linear(f"{encoder}_mean", hidden), self.linear(f"{encoder}_logvar", hidden)
         else:
             mean = self.encode_mean(encoder, x)
-            hidden = self._hidden(f"{encoder}_logvar", x, self.encoder_depth, dropout)
+            hidden = self._hidden(f"{encoder}_logvar", x, self.encoder_depth, self.encoder_dropout)
             logvar = self.linear(f"{encoder}_logvar", hidden)
         return raised(mean), raised(logvar).clamp(*LOGVAR_RANGE)
 
@@ -138,7 +140,7 @@ class FVAE(nn.Module):
         """
         fused = (z1 + z2) / 2 if self.config.latent_fusion == "average" else torch.cat([z1, z2], dim=-1)
         fused = fused.to(self.log_tau.dtype)
-        return self._hidden("decoder", fused, self.decoder_depth, self.config.decoder_dropout)
+        return self._hidden("decoder", fused, self.decoder_depth, self.decoder_dropout)
 
 
 def draw(mean: Tensor, logvar: Tensor) -> Tensor:

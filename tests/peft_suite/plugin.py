@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from fvae_lora import FVAELoraConfig, elbo_loss, hooks, objective
 from fvae_lora import model as tuner
 from fvae_lora.layer import FVAELoraLayer
+from fvae_lora.recorder import State as ElboState
 
 PROFILES: dict[str, dict[str, Any]] = {
     "full": {"decoder_hidden_dims": [8]},
@@ -139,7 +140,7 @@ def with_elbo(backward: Callable[..., None]) -> Callable[..., None]:
     def run(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         for model in list(State.adapted):
             recorder = vars(model).get(hooks.ATTRIBUTE)
-            if recorder is not None and not recorder.forward.added:
+            if recorder is not None and any(forward.state is ElboState.WAITING for forward in recorder.forwards):
                 loss = loss + elbo_loss(model)
         backward(loss, *args, **kwargs)
 
