@@ -80,6 +80,7 @@ def layers_by_hand() -> Iterator[dict[tuple[str, str], list[Tensor]]]:
 
     def forward(layer: FVAELoraLayer, x: Tensor) -> Tensor:
         result = layer.base_layer(x)
+        layer.recorder.ran.add(layer.name)
         for adapter in layer.active_adapters:
             update, elbo = elbo_of_tokens(layer, adapter, x)
             found[layer.name, adapter].append(elbo)

@@ -30,7 +30,7 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 
 from fvae_lora import FVAELoraConfig, add_elbo
-from tiny import BUILDERS, TARGETS, batch_for, tiny_bert, tiny_llama
+from tiny import BUILDERS, TARGETS, batch_for, tiny_bert, tiny_llama, tiny_mixtral
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- compatibility:begin -->", "<!-- compatibility:end -->"
@@ -186,6 +186,18 @@ def conv2d(method: Method) -> None:
     differ(shaken(model)(x), before)
 
 
+def of_a_mixture(method: Method) -> None:
+    model = get_peft_model(tiny_mixtral(), method(target_modules="all-linear"))
+    model(**batch_for(tiny_mixtral())).loss.backward()
+    assert {f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"} <= set(model.targeted_module_names)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def experts(method: Method) -> None:
+    model = get_peft_model(tiny_mixtral(), method(target_parameters=["experts.gate_up_proj", "experts.down_proj"]))
+    assert any("experts" in name and p.requires_grad for name, p in model.named_parameters())
+
+
 def embedding(method: Method) -> None:
     get_peft_model(tiny_bert(), method(target_modules=["word_embeddings"]))
 
@@ -294,6 +306,12 @@ FEATURES = (
         "`Embedding`",
         embedding,
         {"FVAE-LoRA": "a token's index is no input that can be encoded", "PVeRA": "linear layers only"},
+    ),
+    Feature("mixtures of experts: their linear layers, `all-linear`", of_a_mixture),
+    Feature(
+        "experts stacked in a parameter (`target_parameters`)",
+        experts,
+        {"FVAE-LoRA": "a parameter has no input; `all-linear` warns of those", "PVeRA": NO_OPTION},
     ),
     Feature("fp16 and bf16 base models", half_precision),
     Feature(

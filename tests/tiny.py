@@ -17,6 +17,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -67,6 +69,13 @@ def tiny_llama(dtype: torch.dtype = torch.float32, **fields: object) -> LlamaFor
     config = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32}
     return LlamaForCausalLM(LlamaConfig(**config | fields)).to(dtype)
+
+
+def tiny_mixtral(dtype: torch.dtype = torch.float32, **fields: object) -> MixtralForCausalLM:
+    """A causal language model of which each layer has three experts, stacked in two parameters."""
+    config = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32}
+    return MixtralForCausalLM(MixtralConfig(**config | {"num_local_experts": 3} | fields)).to(dtype)
 
 
 def tiny_t5(dtype: torch.dtype = torch.float32, **fields: object) -> T5ForConditionalGeneration:

@@ -60,13 +60,13 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_fit(
+def check_names(
     found: Mapping[str, tuple[int, ...]],
     expected: Mapping[str, tuple[int, ...]],
     prefix: str,
     model: nn.Module,
 ) -> None:
-    """Refuse weights that do not fit a model, before anything of the model is changed.
+    """Refuse weights of other layers than a model's, before anything of the model is changed.
 
     Args:
         found: Names and shapes in the checkpoint, without ``base_model.model.``.
@@ -75,18 +75,33 @@ def check_fit(
         model: The model to be adapted.
 
     Raises:
-        ValueError: If a weight is missing, belongs to no layer of the model, or has another shape.
+        ValueError: If a weight is missing, or belongs to no layer of the model.
     """
-    where = type(model).__name__
     own = {key for key in found if f".{prefix}" in f".{key}"}
     if missing := sorted(expected.keys() - own):
-        raise ValueError(f"the adapter does not fit {where}: it lacks {some(missing)}")
+        raise ValueError(f"the adapter does not fit {type(model).__name__}: it lacks {some(missing)}")
     if extra := sorted(own - expected.keys()):
-        raise ValueError(f"the adapter does not fit {where}, which has no place for {some(extra)}")
+        raise ValueError(f"the adapter does not fit {type(model).__name__}, which has no place for {some(extra)}")
+
+
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], model: nn.Module
+) -> None:
+    """Refuse weights of other shapes than a model needs, before anything of the model is changed.
+
+    Args:
+        found: As in `check_names`.
+        expected: As in `check_names`.
+        model: The model to be adapted.
+
+    Raises:
+        ValueError: If a weight has another shape than the layer or the base model's weight of its name.
+    """
     base = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for key, shape in found.items():
         wanted = expected.get(key) or base.get(key.replace(".base_layer.", "."))
         if wanted is not None and wanted != shape:
+            where = type(model).__name__
             raise ValueError(f"the adapter does not fit {where}: {key} has shape {shape}, the model needs {wanted}")
 
 

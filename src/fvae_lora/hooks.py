@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .masks import SEQUENCES, TokenMasks
+from .idle import warn_of_idle_layers
+from .masks import SEQUENCES, TokenMasks, warn_of_padding
 from .model_loss import is_normalised, loss_key, share_of_items, with_loss
 from .recorder import Forward, Recorder, State, add, check_reached, is_inside_backward, task_weight
 from .transforms import is_transforming
@@ -99,8 +100,11 @@ def _close_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if recorder.running is None:
         return None
     forward = recorder.end()
+    warn_of_idle_layers(model, recorder, forward)
     if not forward.runs:
         return None
+    if forward.masks is not None and not recorder.warned_of_padding:
+        recorder.warned_of_padding = warn_of_padding(forward.masks)
     inputs = _by_name(model, args, kwargs)
     if (key := loss_key(output, inputs)) is not None:
         loss = output if key is Ellipsis else output[key]

@@ -87,6 +87,7 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
             r: Its rank in this layer.
             lora_alpha: Its alpha in this layer.
         """
+        self.recorder.training_forwards = 0
         self.r[adapter_name] = r
         # The reference adds 1e-5 to the rank.
         self.scaling[adapter_name] = lora_alpha / (r + 1e-5 if config.objective == "reference" else r)
@@ -158,10 +159,27 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
             return F.linear(vae.encode_mean("encoder1", encoder_input) * self.scaling[adapter], B)
         q1 = Posterior.drawn(vae, "encoder1", encoder_input)
         output = F.linear((q1.sample * self.scaling[adapter]).to(B.dtype), B)
+        if trains and not torch.compiler.is_compiling():
+            self.recorder.ran.add(self.name)
         if trains and config.has_residual:
             terms = elbo(vae, x, encoder_input, q1, self._token_weights(x))
             output = self.recorder.record(self.name, adapter, output, terms)
         return output
+
+    @property
+    def trains(self) -> bool:
+        """Whether an active adapter is to be trained, so that a forward in training should run it."""
+        parameters = (parameter for vae in self._active_vaes() for parameter in vae.parameters())
+        running = self.training and not self.disable_adapters and not self.merged
+        return running and any(parameter.requires_grad for parameter in parameters)
+
+    @property
+    def records(self) -> bool:
+        """Whether an active adapter has an ELBO."""
+        return any(vae.config.has_residual for vae in self._active_vaes())
+
+    def _active_vaes(self) -> list[Any]:
+        return [self.fvae_lora_vae[name] for name in self.active_adapters if name in self.fvae_lora_vae]
 
     def _token_weights(self, x: Tensor) -> TokenWeights:
         masks = self.recorder.masks()

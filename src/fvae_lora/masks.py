@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checkpoint import some
 from .objective import TokenWeights
 
 Sequence = Literal["input", "decoder", "image"]
 SEQUENCES: tuple[Sequence, ...] = get_args(Sequence)
 IGNORED_LABEL = -100
 CROSS_ATTENTION = {"encoder_attn", "EncDecAttention", "crossattention", "cross_attn", "cross_attention"}
+MASKED = -5000.0  # what is added to a score that is not to count is at most this; position biases are above it
+PADDING_METHODS = ("_pad_to_window_size", "_pad_to_block_size")
+TORCHS_TRANSFORMERS = (nn.Transformer, nn.MultiheadAttention)
+PADDING_MASKS = {"input": ("key_padding_mask", "src_key_padding_mask"), "decoder": ("tgt_key_padding_mask",)}
 KEYS_AND_VALUES = {"k", "v", "k_proj", "v_proj", "key", "value", "k_lin", "v_lin"}
 
 
@@ -31,25 +38,30 @@ class TokenMasks:
         model: The adapted model.
         input: Mask of its input, (batch, length) of bool, or ``None``; that of an audio model has a place per sample.
         decoder: The same of its decoder's input.
+        has_decoder: Whether the model has an encoder and a decoder.
     """
 
     model: nn.Module
     input: Tensor | None
     decoder: Tensor | None
-    _found: dict[tuple[Any, ...], TokenWeights] = field(default_factory=dict)
+    has_decoder: bool = False
+    _found: dict[tuple[Any, ...], TokenWeights | None] = field(default_factory=dict)
+    _unfit: dict[str, tuple[Sequence, int]] = field(default_factory=dict)  # by layer: what it reads, how many tokens
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Mapping[str, Any]) -> TokenMasks:
         """Find the masks in the arguments of a model's forward, given by name."""
-        mask, decoder, labels = (
-            value if isinstance(value := inputs.get(name), Tensor) and value.dim() == 2 else None
-            for name in ("attention_mask", "decoder_attention_mask", "labels")
-        )
-        if decoder is None and labels is not None:
+        mask = _kept(inputs.get("attention_mask"), inputs)
+        decoder = _kept(inputs.get("decoder_attention_mask"), {})
+        mask = _not_padding("input", inputs) if mask is None else mask
+        decoder = _not_padding("decoder", inputs) if decoder is None else decoder
+        has_decoder = is_encoder_decoder(model) or any(name in inputs for name in PADDING_MASKS["decoder"])
+        labels = inputs.get("labels")
+        if decoder is None and isinstance(labels, Tensor) and labels.dim() == 2:
             decoder = labels != IGNORED_LABEL  # the decoder reads the labels, shifted by one
         elif decoder is None and inputs.get("decoder_input_ids") is None:
             decoder = mask  # or, without labels to read, the input
-        return cls(model, None if mask is None else mask.bool(), None if decoder is None else decoder.bool())
+        return cls(model, mask, decoder, has_decoder)
 
     def sequence(self, layer: str) -> Sequence:
         """The sequence that a layer reads.
@@ -64,35 +76,156 @@ class TokenMasks:
         parts = layer.split(".")
         if any("vision" in part or "visual" in part for part in parts):
             return "image"
-        if not is_encoder_decoder(self.model) or (CROSS_ATTENTION.intersection(parts) and parts[-1] in KEYS_AND_VALUES):
+        if not self.has_decoder or (CROSS_ATTENTION.intersection(parts) and parts[-1] in KEYS_AND_VALUES):
             return "input"
         # A decoder may be a model with an encoder of its own name: the outermost name tells.
         half = next((part for part in parts if "encoder" in part or "decoder" in part), "decoder")
         return "decoder" if "decoder" in half else "input"
 
     def weights(self, layer: str, x: Tensor) -> TokenWeights:
-        """The weights of a layer's tokens; all count where no mask of their length exists.
+        """The weights of a layer's tokens; all count where no mask fits.
 
         Args:
             layer: Name of the adapted module inside the model.
             x: Its input, (..., d).
         """
-        key = (self.sequence(layer), x.shape[:-1], x.device, x.dtype)
+        sequence, tokens = self.sequence(layer), x.shape[:-1]
+        mask = self._mask(sequence)
+        told_by_shape = mask is None or mask.shape == tokens != mask.T.shape
+        sequence_first = not told_by_shape and _is_sequence_first(self.model, layer)
+        key = (sequence, sequence_first, tokens, x.device, x.dtype)
         if key not in self._found:
-            self._found[key] = self._weights(key[0], x)
-        return self._found[key]
+            self._found[key] = self._weights(mask, sequence_first, x)
+        if (found := self._found[key]) is not None:
+            return found
+        self._unfit[layer] = (sequence, tokens.numel())
+        return TokenWeights(None, tokens.numel())
 
-    def _weights(self, sequence: Sequence, x: Tensor) -> TokenWeights:
-        tokens, mask = x.shape[:-1], self._mask(sequence)
-        if mask is not None and len(tokens) == 2 and mask.shape != tokens:
-            mask = _frames(self.model, mask, tokens[1])
-        if mask is None or (mask.shape != tokens and (mask.numel(),) != tokens):  # flattened, as some models do
-            return TokenWeights(None, tokens.numel())
-        counted = mask.to(x.device).reshape(tokens).to(torch.float32 if x.dtype != torch.float64 else x.dtype)
+    def _weights(self, mask: Tensor | None, sequence_first: bool, x: Tensor) -> TokenWeights | None:
+        tokens = x.shape[:-1]
+        if mask is None or tokens.numel() == len(mask) != mask.numel():
+            return TokenWeights(None, tokens.numel())  # the latter is one vector for each sample, as of a pooler
+        if len(tokens) == 2 and mask.shape != tokens and (frames := _frames(self.model, mask, tokens[1])) is not None:
+            mask = frames
+        fitted = _fitted(_padded(self.model, mask, tokens), tokens, sequence_first)
+        if fitted is None:
+            return None
+        counted = fitted.to(x.device, torch.float32 if x.dtype != torch.float64 else x.dtype)
         return TokenWeights(counted, counted.sum())
+
+    def layers_that_count_padding(self) -> list[str]:
+        """The layers so far that have padding among their tokens, as far as their masks tell, and count it.
+
+        The tokens of a layer that reads as many as are no padding are those.
+        """
+        layers = []
+        for layer, (sequence, tokens) in self._unfit.items():
+            mask = self._mask(sequence)
+            if mask is not None and int(mask.sum()) not in (mask.numel(), tokens):
+                layers.append(layer)
+        return layers
 
     def _mask(self, sequence: Sequence) -> Tensor | None:
         return {"input": self.input, "decoder": self.decoder, "image": None}[sequence]
+
+
+def warn_of_padding(masks: TokenMasks) -> bool:
+    """Say in which layers of a forward padding counts; whether there was something to say."""
+    layers = masks.layers_that_count_padding()
+    if layers:
+        warnings.warn(
+            f"every token counts in the ELBO of {some(layers)}, padding too: the mask does not fit what they read",
+            stacklevel=2,
+        )
+    return bool(layers)
+
+
+def _kept(mask: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Which tokens an attention mask of any layout keeps, (batch, length) of bool.
+
+    Args:
+        mask: (batch, length); or (batch, ..., queries, keys), where a key that no query attends to is padding; or
+            several of these by their kinds. Of bool, of 0 and 1, or of what is added to the scores.
+        inputs: All arguments of the forward, by name.
+
+    Returns:
+        ``None`` where there is no mask, or one that is not a tensor.
+    """
+    if isinstance(mask, Mapping):
+        kinds = [_kept(value, inputs) for value in mask.values()]
+        known = [kind for kind in kinds if kind is not None]
+        return torch.stack(known).any(0) if known and len(known) == len(kinds) else None
+    if not isinstance(mask, Tensor) or mask.dim() == 0:
+        return None
+    kept, shape = _attended(mask), _shape_of_text(inputs)
+    if shape == mask.shape:
+        kept = kept.flatten(0, -2)  # also where a sample is several texts, as in a multiple choice
+    elif mask.dim() > 2:
+        kept = kept.flatten(1, -2).any(1)
+    kept = kept.reshape(-1, mask.shape[-1])
+    if len(shape) == 2 and inputs.get("past_key_values") is not None:
+        kept = kept[:, -shape[1] :]  # the mask begins with what the cache holds
+    return kept
+
+
+def _shape_of_text(inputs: Mapping[str, Any]) -> torch.Size:
+    ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if isinstance(ids, Tensor):
+        return ids.shape
+    return embeddings.shape[:-1] if isinstance(embeddings, Tensor) else torch.Size()
+
+
+def _attended(mask: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return mask
+    added = (mask < 0).any()
+    if mask.dim() > 2 and mask.is_floating_point():
+        added = added | ~(mask > 0).any()  # nothing but zeros adds nothing
+    return torch.where(added, mask > MASKED, mask != 0)
+
+
+def _not_padding(sequence: str, inputs: Mapping[str, Any]) -> Tensor | None:
+    """The same from the masks of torch's own transformer, which are true, or very negative, where padding is."""
+    for name in PADDING_MASKS[sequence]:
+        if isinstance(mask := inputs.get(name), Tensor):
+            return (mask > MASKED if mask.is_floating_point() else mask == 0).reshape(-1, mask.shape[-1])
+    return None
+
+
+def _fitted(mask: Tensor, tokens: torch.Size, sequence_first: bool) -> Tensor | None:
+    """A mask, (batch, length), in the shape of a layer's tokens; ``None`` if there is no telling which is which."""
+    batch, length = mask.shape
+    masks = (mask.T, mask) if sequence_first else (mask, mask.T)
+    if (same := next((mask for mask in masks if mask.shape == tokens), None)) is not None:
+        return same
+    if batch == 1 and tokens[-1] == length:
+        return mask.expand(tokens)  # one for all samples
+    if tokens.numel() == mask.numel():
+        return masks[0].reshape(tokens)  # flattened, or cut into windows
+    if len(tokens) > 2 and tokens[:2] == mask.shape:
+        return mask.reshape(batch, length, *[1] * (len(tokens) - 2)).expand(tokens)  # several heads of a token
+    if len(tokens) > 2 and (tokens[0], tokens[-1]) == mask.shape:
+        return mask.reshape(batch, *[1] * (len(tokens) - 2), length).expand(tokens)
+    return None
+
+
+def _is_sequence_first(model: nn.Module, layer: str) -> bool:
+    """Whether a layer lies in one of torch's transformers that read (length, batch, width).
+
+    Other models that do so are told by the shapes alone, and not from a batch of as many samples as tokens.
+    """
+    parts = layer.split(".")[:-1]
+    above = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
+    around = [module for parent in above for module in (parent, *parent.children())]
+    return any(isinstance(m, TORCHS_TRANSFORMERS) and getattr(m, "batch_first", None) is False for m in around)
+
+
+def _padded(model: nn.Module, mask: Tensor, tokens: torch.Size) -> Tensor:
+    """The mask of what a model reads that pads its input to a whole number of windows or blocks."""
+    missing = tokens.numel() // len(mask) - mask.shape[1] if len(tokens) == 2 and len(mask) in tokens else 0
+    if missing <= 0 or not any(hasattr(module, name) for module in model.modules() for name in PADDING_METHODS):
+        return mask
+    return F.pad(mask, (0, missing))
 
 
 def count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[Sequence, int]:

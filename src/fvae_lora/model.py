@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
     get_quantization_kwargs,
 )
-from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import get_pattern_key
 from torch import nn
 
@@ -24,7 +25,8 @@ from . import checkpoint
 from .config import FVAELoraConfig
 from .hooks import call_by_name, forget, recorder_of
 from .layer import FVAELoraLayer, features, layer_class
-from .names import resolve_targets, todays_name, todays_parameter
+from .loading import LoadOptions
+from .names import is_all_linear, resolve_targets, todays_name, todays_parameter, warn_of_experts
 from .vae import FVAE
 
 
@@ -69,7 +71,7 @@ class FVAELoraModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: FVAELoraConfig, model_config: dict[str, Any]) -> FVAELoraConfig:
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
         assert peft_config.target_modules is not None
-        if peft_config.target_modules not in (INCLUDE_LINEAR_LAYERS_SHORTHAND, DUMMY_TARGET_MODULES):
+        if not (is_all_linear(peft_config.target_modules) or peft_config.target_modules == DUMMY_TARGET_MODULES):
             peft_config.target_modules = resolve_targets(self.model, peft_config.target_modules)
         return peft_config
 
@@ -77,26 +79,38 @@ class FVAELoraModel(BaseTuner):
         """Refuse what cannot work before the first layer is replaced."""
         if peft_config.inference_only and not peft_config.inference_mode:
             raise ValueError("inference_only adapters cannot be trained; load this one with is_trainable=False")
-        if peft_config.target_modules in (INCLUDE_LINEAR_LAYERS_SHORTHAND, DUMMY_TARGET_MODULES):
+        if peft_config.target_modules == DUMMY_TARGET_MODULES:
             return
+        resolved = _maybe_include_all_linear_layers(copy.copy(peft_config), model)
         modules = dict(model.named_modules())
         inside_adapters = tuple(f"{name}." for name, module in modules.items() if isinstance(module, FVAELoraLayer))
         targets = {
             name: _base(module)
             for name, module in modules.items()
-            if name and not name.startswith(inside_adapters) and self._check_target_module_exists(peft_config, name)
+            if name and not name.startswith(inside_adapters) and self._check_target_module_exists(resolved, name)
         }
         for name, module in targets.items():
+            self._check_target_module_compatiblity(resolved, model, name.rpartition(".")[2])
             _check_supported(name, module)
         if peft_config.checkpoint_shapes == {} and peft_config.inference_mode:
             raise ValueError("the adapter's folder holds no adapter_model.safetensors: its weights are missing")
         if peft_config.checkpoint_shapes:
             self._check_checkpoint(peft_config, model, targets)
+        if not peft_config.inference_mode:
+            warn_of_experts(model, peft_config.target_modules)
+
+    def _check_target_module_compatiblity(self, _: PeftConfig, model: nn.Module, target_name: str) -> None:
+        """Refuse what peft refuses for LoRA: layers that a Mamba's kernels never call."""
+        try:
+            super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
+        except ValueError as error:
+            raise ValueError(f"target_modules: {str(error).partition('] ')[2] or error}") from None
 
     def _check_checkpoint(self, config: FVAELoraConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
+        options = LoadOptions.of_the_running_call() or LoadOptions()
         found = {}
         for key, shape in (config.checkpoint_shapes or {}).items():
-            layer, separator, rest = key.removeprefix(checkpoint.PEFT_PREFIX).partition(f".{self.prefix}")
+            layer, separator, rest = options.renamed(key).partition(f".{self.prefix}")
             found[todays_parameter(todays_name(model, layer) + separator + rest) if separator else layer] = shape
         expected: dict[str, tuple[int, ...]] = {}
         for name, module in targets.items():
@@ -106,7 +120,11 @@ class FVAELoraModel(BaseTuner):
                 parameters = FVAE(config, in_features, r).named_parameters()
             expected |= {f"{name}.{self.prefix}vae.{key}": tuple(value.shape) for key, value in parameters}
             expected[f"{name}.{self.prefix}B.weight"] = (out_features, r)
-        checkpoint.check_fit(found, expected, self.prefix, model)
+        # Whoever maps names is told by peft of those that do not fit; it loads the others.
+        if not options.key_mapping:
+            checkpoint.check_names(found, expected, self.prefix, model)
+        if not options.ignore_mismatched_sizes:
+            checkpoint.check_shapes(found, expected, model)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, *, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import match_target_against_key
 from torch import nn
 from transformers import PreTrainedModel
@@ -110,6 +111,51 @@ def _resolve(model: nn.Module, names: list[str], target: str) -> str:
     raise ValueError(_no_match(model, target))
 
 
+def is_all_linear(targets: Iterable[str] | str | None) -> bool:
+    """Whether targets are peft's word for all linear layers; peft takes it in capitals, too."""
+    return isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+
+
+def warn_of_experts(model: nn.Module, targets: Iterable[str] | str | None) -> None:
+    """Say which weights of a mixture of experts stay as they are although the targets ask for them.
+
+    Experts and routers whose weights lie in parameters of their own are no modules that could be adapted, as LoRA
+    adapts them. What older versions of transformers called ``gate_proj`` and ``up_proj`` is ``gate_up_proj`` today.
+
+    Args:
+        model: The model to be adapted.
+        targets: Names, a regular expression or ``"all-linear"``.
+    """
+
+    def asked_for(name: str) -> bool:
+        if is_all_linear(targets):
+            return True
+        if isinstance(targets, str):
+            return match_target_against_key(targets, name)
+        words = set(name.rpartition(".")[2].split("_"))
+        return any(words.issuperset(target.rpartition(".")[2].split("_")) for target in targets or ())
+
+    left_out = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in expert_weights(model) if asked_for(name))
+    if left_out:
+        warnings.warn(
+            f"target_modules: {', '.join(left_out)} of {type(model).__name__} stay as they are: parameters that "
+            "belong to no linear layer cannot be adapted",
+            stacklevel=2,
+        )
+
+
+def expert_weights(model: nn.Module) -> Iterator[str]:
+    """Names of the weights of experts and routers that belong to no linear layer."""
+    linear = (nn.Linear, Conv1D, nn.Embedding, BaseTunerLayer)
+    for name, module in model.named_modules():
+        path = f"{name}.{type(module).__name__}".lower()
+        if isinstance(module, linear) or not ("expert" in path or "router" in path):
+            continue
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1 and "bias" not in parameter_name:
+                yield f"{name}.{parameter_name}"
+
+
 def _no_match(model: nn.Module, target: str) -> str:
     linear: set[str] = set()
     adapted: tuple[str, ...] = ()
@@ -122,4 +168,6 @@ def _no_match(model: nn.Module, target: str) -> str:
             linear.add(name.rpartition(".")[2])
     could_be = ", ".join(sorted(name for name in linear if not re.fullmatch(r"\d*", name))) or "none"
     where = type(model).__name__
-    return f"target_modules: {target!r} matches no module of {where}; its linear layers are named {could_be}"
+    message = f"target_modules: {target!r} matches no module of {where}; its linear layers are named {could_be}"
+    experts = sorted({".".join(name.split(".")[-2:]) for name in expert_weights(model)})
+    return message + (f"; no layers, and so no targets, are {', '.join(experts)}" if experts else "")

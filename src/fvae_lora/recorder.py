@@ -168,6 +168,9 @@ class Recorder:
         self.micro_batch: Mapping[str, Any] | None = None
         self.loss_uses_num_items: bool | None = None
         self.warned = False
+        self.warned_of_padding = False
+        self.ran: set[str] = set()  # names of layers that have run in training
+        self.training_forwards = 0
 
     def __reduce__(self) -> tuple[type[Recorder], tuple[()]]:
         return Recorder, ()  # a copy starts empty: what is recorded belongs to one forward of one model
