@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fvae_lora import FVAELoraConfig, FVAEPEFTConfig
-from fvae_lora.names import todays_name
+from fvae_lora.module_names import todays_name
 from tiny import BUILDERS, batch_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
 
 RENAMED = "has other names for these"

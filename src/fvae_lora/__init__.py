@@ -14,8 +14,8 @@ registration.add_peft_type()
 
 from .config import FVAELoraConfig  # noqa: E402
 from .export import export_for_inference  # noqa: E402
+from .loss import add_elbo, elbo_loss, elbo_terms  # noqa: E402
 from .reference import FVAEPEFTConfig, load_reference_adapter  # noqa: E402
-from .training import add_elbo, elbo_loss, elbo_terms  # noqa: E402
 
 registration.register()
 

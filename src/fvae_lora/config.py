@@ -16,7 +16,7 @@ import peft
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 
-from . import checkpoint, model_card, names
+from . import checkpoint, model_card, module_names
 
 CHOICES = {
     "objective": ("fvae", "vae2lat", "reference"),
@@ -171,7 +171,7 @@ class FVAELoraConfig(PeftConfig):
         Raises:
             ValueError: If the folder's configuration is unreadable, or its weights are truncated.
         """
-        names.teach_transformers()
+        module_names.teach_transformers()
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         local = (folder / CONFIG_NAME).is_file()
         if local:

@@ -269,7 +269,7 @@ class _UpProjection(nn.Module):
 
 
 def _with_todays_names(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Rename what version 0.1 wrote; see `fvae_lora.names.todays_parameter`."""
+    """Rename what version 0.1 wrote; see `fvae_lora.module_names.todays_parameter`."""
     for adapter in layer.fvae_lora_B:
         if (weight := state_dict.pop(f"{prefix}fvae_lora_B.{adapter}", None)) is not None:
             state_dict[f"{prefix}fvae_lora_B.{adapter}.weight"] = weight

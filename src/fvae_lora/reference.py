@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .config import FVAELoraConfig
-from .names import todays_name
+from .module_names import todays_name
 from .registration import REFERENCE_TYPES
 
 TAU_OFFSET = 1e-5  # the reference adds it to the stored tau

@@ -27,7 +27,7 @@ def add_peft_type() -> None:
 def register() -> None:
     """Register configuration and tuner; harmless when called again."""
     from .config import FVAELoraConfig
-    from .model import FVAELoraModel
+    from .peft_model import FVAELoraModel
 
     if PeftType(NAME) in PEFT_TYPE_TO_CONFIG_MAPPING:
         return

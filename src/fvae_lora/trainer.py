@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from .hooks import ATTRIBUTE
+from .loss import last_forwards, recorders, with_elbo
 from .loss_log import LossLog
 from .masks import count_tokens
-from .training import last_forwards, recorders, with_elbo
 
 # For the type checker a Trainer; at run time a plain mixin, to stand before any of the Trainer's subclasses.
 _Base: Any = Trainer if TYPE_CHECKING else object

@@ -31,7 +31,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from fvae_lora import FVAELoraConfig, elbo_loss, hooks, objective
-from fvae_lora import model as tuner
+from fvae_lora import peft_model as tuner
 from fvae_lora.layer import FVAELoraLayer
 from fvae_lora.recorder import State as ElboState
 

@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from fvae_lora import checkpoint, export_for_inference, load_reference_adapter
-from fvae_lora.conversion import ConversionReport, convert_to_lora
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.names import is_local
 from fvae_lora.experiments.recipe import ImageSettings
@@ -29,6 +28,7 @@ from fvae_lora.experiments.record import RunFolder
 from fvae_lora.experiments.runner import finished_run, open_base, open_data, scorer
 from fvae_lora.experiments.tasks import load_task
 from fvae_lora.export import new_folder
+from fvae_lora.to_lora import ConversionReport, convert_to_lora
 
 TASK_CLASSES = {
     "SEQ_CLS": AutoModelForSequenceClassification,
@@ -72,7 +72,7 @@ def export_lora(
         out: the folder to write; must not exist, or be empty.
         model: where the base model is, if not where the run or the adapter says.
         dataset: where the data are, if not where the run says.
-        bias: where the encoders' constant goes, see `fvae_lora.conversion`.
+        bias: where the encoders' constant goes, see `fvae_lora.to_lora`.
         max_error: the largest relative error of a layer's update that is accepted.
         rows: how many rows of the training split to fit on.
 
@@ -80,7 +80,7 @@ def export_lora(
         What was done.
 
     Raises:
-        UserError: as `export_small`, and what `fvae_lora.conversion.convert_to_lora` refuses.
+        UserError: as `export_small`, and what `fvae_lora.to_lora.convert_to_lora` refuses.
     """
     with _refusals():
         folder = _adapter_folder(source)

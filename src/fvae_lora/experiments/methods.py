@@ -28,7 +28,7 @@ from fvae_lora.experiments.ablation import ablate
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.heads import head_modules
 from fvae_lora.export import is_training_only
-from fvae_lora.names import resolve_targets
+from fvae_lora.module_names import resolve_targets
 
 if TYPE_CHECKING:
     from fvae_lora.experiments.recipe import Recipe

@@ -26,7 +26,7 @@ from .config import FVAELoraConfig
 from .hooks import call_by_name, forget, recorder_of
 from .layer import FVAELoraLayer, features, layer_class
 from .loading import LoadOptions
-from .names import is_all_linear, resolve_targets, todays_name, todays_parameter, warn_of_experts
+from .module_names import is_all_linear, resolve_targets, todays_name, todays_parameter, warn_of_experts
 from .vae import FVAE
 
 

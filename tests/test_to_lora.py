@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from fvae_lora import FVAELoraConfig
 from fvae_lora.config import PEFT_SAVES_BIASES
-from fvae_lora.conversion import ConversionReport, convert_to_lora
 from fvae_lora.layer import FVAELoraLayer
+from fvae_lora.to_lora import ConversionReport, convert_to_lora
 from tiny import BUILDERS, TARGETS, adapted_linear, batch_for, randomised, tiny_bert, tiny_llama, tiny_vit
 
 LINEAR: dict[str, Any] = {"encoder_hidden_dims": []}
