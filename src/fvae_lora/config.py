@@ -16,7 +16,7 @@ import peft
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 
-from . import checkpoint, model_card, module_names
+from . import adapter_folder, module_names
 
 CHOICES = {
     "objective": ("fvae", "vae2lat", "reference"),
@@ -175,11 +175,11 @@ class FVAELoraConfig(PeftConfig):
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         local = (folder / CONFIG_NAME).is_file()
         if local:
-            checkpoint.check_json(folder / CONFIG_NAME)
+            adapter_folder.check_json(folder / CONFIG_NAME)
         config: FVAELoraConfig = super().from_pretrained(str(pretrained_model_name_or_path), subfolder, **kwargs)
         if local and isinstance(config, FVAELoraConfig):
             has_weights = (folder / SAFETENSORS_WEIGHTS_NAME).is_file()  # a configuration may be saved alone
-            config.checkpoint_shapes = checkpoint.shapes(folder) if has_weights else {}
+            config.checkpoint_shapes = adapter_folder.shapes(folder) if has_weights else {}
         return config
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -190,7 +190,7 @@ class FVAELoraConfig(PeftConfig):
             **kwargs: As in `peft.PeftConfig.save_pretrained`.
         """
         super().save_pretrained(str(save_directory), **kwargs)
-        model_card.say_how_to_load(Path(save_directory), self.r, self.base_model_name_or_path)
+        adapter_folder.say_how_to_load(Path(save_directory), self.r, self.base_model_name_or_path)
 
     @property
     def checkpoint_shapes(self) -> Mapping[str, tuple[int, ...]] | None:

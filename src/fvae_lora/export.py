@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -14,6 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .adapter_folder import new_folder
 from .config import FVAELoraConfig
 
 TRAINING_ONLY = ("encoder2_", "decoder_", "log_tau", "_logvar_")
@@ -67,27 +65,6 @@ def deterministic_config(model: nn.Module, adapter_name: str) -> FVAELoraConfig:
     if config.sample_at_inference:
         raise ValueError("sample_at_inference: an adapter that samples at inference cannot be exported without it")
     return config
-
-
-@contextmanager
-def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to write into, which takes its name once it is whole.
-
-    Args:
-        folder: The folder; must not exist, or be empty.
-
-    Raises:
-        ValueError: If it holds something.
-    """
-    target = Path(folder).resolve()
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise ValueError(f"folder: {target} exists and is not empty")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as unfinished:
-        inside = Path(unfinished, target.name)
-        inside.mkdir()
-        yield inside
-        inside.replace(target)
 
 
 def write_adapter(model: PeftModel, config: PeftConfig, state: dict[str, Tensor], folder: Path) -> None:

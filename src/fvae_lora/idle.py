@@ -7,8 +7,8 @@ import warnings
 
 from torch import nn
 
-from .checkpoint import some
 from .layer import FVAELoraLayer
+from .module_names import some
 from .recorder import Forward, Recorder
 
 PATIENCE = 100

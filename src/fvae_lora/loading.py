@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from peft import PeftModel
 
-from .checkpoint import PEFT_PREFIX
+from .adapter_folder import PEFT_PREFIX
 
 LOADERS = {PeftModel.from_pretrained.__func__.__code__, PeftModel.load_adapter.__code__}
 

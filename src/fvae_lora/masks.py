@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoint import some
+from .module_names import some
 from .objective import TokenWeights
 
 Sequence = Literal["input", "decoder", "image"]

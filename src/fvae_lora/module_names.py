@@ -171,3 +171,9 @@ def _no_match(model: nn.Module, target: str) -> str:
     message = f"target_modules: {target!r} matches no module of {where}; its linear layers are named {could_be}"
     experts = sorted({".".join(name.split(".")[-2:]) for name in expert_weights(model)})
     return message + (f"; no layers, and so no targets, are {', '.join(experts)}" if experts else "")
+
+
+def some(names: list[str], limit: int = 3) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -21,12 +21,12 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from . import checkpoint
+from . import adapter_folder
 from .config import FVAELoraConfig
 from .hooks import call_by_name, forget, recorder_of
 from .layer import FVAELoraLayer, features, layer_class
 from .loading import LoadOptions
-from .module_names import is_all_linear, resolve_targets, todays_name, todays_parameter, warn_of_experts
+from .module_names import is_all_linear, resolve_targets, some, todays_name, todays_parameter, warn_of_experts
 from .vae import FVAE
 
 
@@ -122,9 +122,9 @@ class FVAELoraModel(BaseTuner):
             expected[f"{name}.{self.prefix}B.weight"] = (out_features, r)
         # Whoever maps names is told by peft of those that do not fit; it loads the others.
         if not options.key_mapping:
-            checkpoint.check_names(found, expected, self.prefix, model)
+            adapter_folder.check_names(found, expected, self.prefix, model)
         if not options.ignore_mismatched_sizes:
-            checkpoint.check_shapes(found, expected, model)
+            adapter_folder.check_shapes(found, expected, model)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, *, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -202,7 +202,7 @@ class FVAELoraModel(BaseTuner):
         if merge and without_bias:
             # transformers ignores keys that a model's class does not know.
             warnings.warn(
-                f"merging gives a bias to {checkpoint.some(without_bias)}; {type(model).__name__} has none there, so "
+                f"merging gives a bias to {some(without_bias)}; {type(model).__name__} has none there, so "
                 "its from_pretrained would leave the saved bias out",
                 stacklevel=3,
             )

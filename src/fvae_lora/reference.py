@@ -14,7 +14,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import adapter_folder
 from .config import FVAELoraConfig
 from .module_names import todays_name
 from .registration import REFERENCE_TYPES
@@ -171,13 +171,13 @@ def load_reference_adapter(
             the model, which is unchanged then.
     """
     path = Path(folder)
-    fields = checkpoint.check_json(path / CONFIG_NAME)
+    fields = adapter_folder.check_json(path / CONFIG_NAME)
     if fields.get("peft_type") not in REFERENCE_TYPES:
         raise ValueError(
             f"{path / CONFIG_NAME} has peft_type {fields.get('peft_type')!r}, which is none of the reference's "
             f"({', '.join(REFERENCE_TYPES)}); load it with peft.PeftModel.from_pretrained"
         )
-    checkpoint.shapes(path)
+    adapter_folder.shapes(path)
     try:
         config = FVAEPEFTConfig(**fields)
     except TypeError as error:
@@ -206,7 +206,7 @@ def convert_state_dict(state: Mapping[str, Tensor], model: nn.Module) -> dict[st
     """
     converted = {}
     for key, value in state.items():
-        match = ADAPTER_KEY.match(key.removeprefix(checkpoint.PEFT_PREFIX))
+        match = ADAPTER_KEY.match(key.removeprefix(adapter_folder.PEFT_PREFIX))
         if match is None:
             converted[key] = value
             continue
@@ -218,7 +218,7 @@ def convert_state_dict(state: Mapping[str, Tensor], model: nn.Module) -> dict[st
                 raise ValueError(f"{key}: tau must be positive")
             value = torch.log(value)
         layer = todays_name(model, match["layer"])
-        converted[f"{checkpoint.PEFT_PREFIX}{layer}.{our_name(match['rest'])}"] = value
+        converted[f"{adapter_folder.PEFT_PREFIX}{layer}.{our_name(match['rest'])}"] = value
     return converted
 
 

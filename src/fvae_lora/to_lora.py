@@ -31,9 +31,9 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from .checkpoint import PEFT_PREFIX
+from .adapter_folder import PEFT_PREFIX, new_folder
 from .config import FVAELoraConfig
-from .export import deterministic_config, new_folder, write_adapter
+from .export import deterministic_config, write_adapter
 from .layer import FVAELoraConv2d, FVAELoraLayer
 from .vae import FVAE, raised
 

@@ -20,14 +20,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fvae_lora import checkpoint, export_for_inference, load_reference_adapter
+from fvae_lora import adapter_folder, export_for_inference, load_reference_adapter
+from fvae_lora.adapter_folder import new_folder
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.names import is_local
 from fvae_lora.experiments.recipe import ImageSettings
 from fvae_lora.experiments.record import RunFolder
 from fvae_lora.experiments.runner import finished_run, open_base, open_data, scorer
 from fvae_lora.experiments.tasks import load_task
-from fvae_lora.export import new_folder
 from fvae_lora.to_lora import ConversionReport, convert_to_lora
 
 TASK_CLASSES = {
@@ -84,7 +84,7 @@ def export_lora(
     """
     with _refusals():
         folder = _adapter_folder(source)
-        linear = checkpoint.check_json(folder / "adapter_config.json").get("encoder_hidden_dims") == []
+        linear = adapter_folder.check_json(folder / "adapter_config.json").get("encoder_hidden_dims") == []
         if folder == source or (linear and bias == "keep"):
             return convert_to_lora(_adapted(source, model), out, max_error=max_error, bias=bias)
         recipe, record = finished_run(source, model, dataset)
@@ -132,7 +132,7 @@ def _adapter_folder(source: Path) -> Path:
     folder = RunFolder(source).adapter if RunFolder(source).record_file.exists() else source
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{source}: neither a run with an adapter nor an adapter's folder")
-    kind = checkpoint.check_json(folder / "adapter_config.json").get("peft_type")
+    kind = adapter_folder.check_json(folder / "adapter_config.json").get("peft_type")
     if kind != "FVAE_LORA":
         raise UserError(f"{source}: an adapter of type {kind}; only FVAE_LORA can be exported")
     return folder
@@ -146,13 +146,13 @@ def _adapted(source: Path, model: str | None) -> PeftModel:
 
 def _base_of(adapter: Path, model: str | None) -> PreTrainedModel:
     """The base model of an adapter, with a head of the size that the adapter's has."""
-    fields = checkpoint.check_json(adapter / "adapter_config.json")
+    fields = adapter_folder.check_json(adapter / "adapter_config.json")
     name = model or fields.get("base_model_name_or_path")
     if not name:
         raise UserError(f"{adapter}: does not say what its base model is; give --model")
     if is_local(name) and not Path(name).is_dir():
         raise UserError(f"model {name}: no such folder; --model says where it is")
-    heads = [shape[0] for key, shape in checkpoint.shapes(adapter).items() if key.endswith(HEADS)]
+    heads = [shape[0] for key, shape in adapter_folder.shapes(adapter).items() if key.endswith(HEADS)]
     options: dict[str, Any] = {"num_labels": heads[0], "ignore_mismatched_sizes": True} if heads else {}
     try:
         base: PreTrainedModel = _class(fields, name).from_pretrained(name, **options)

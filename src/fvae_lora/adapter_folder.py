@@ -1,9 +1,16 @@
-"""What an adapter's folder holds, read without loading it, so that a bad one is refused before a model is touched."""
+"""An adapter's folder: what it must hold, its README, and how a new one appears whole.
+
+A folder is read without loading it, so that a bad one is refused before a model is touched. The README says how to
+load it: stock peft cannot, unless this package is imported.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +18,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .module_names import some
+
 PEFT_PREFIX = "base_model.model."
+MARKER = "<!-- fvae-lora: how to load -->"
 
 
 def check_json(path: Path) -> dict[str, Any]:
@@ -105,7 +115,55 @@ def check_shapes(
             raise ValueError(f"the adapter does not fit {where}: {key} has shape {shape}, the model needs {wanted}")
 
 
-def some(names: list[str], limit: int = 3) -> str:
-    """The first of some names, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+@contextmanager
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to write into, which takes its name once it is whole.
+
+    Args:
+        folder: The folder; must not exist, or be empty.
+
+    Raises:
+        ValueError: If it holds something.
+    """
+    target = Path(folder).resolve()
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise ValueError(f"folder: {target} exists and is not empty")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as unfinished:
+        inside = Path(unfinished, target.name)
+        inside.mkdir()
+        yield inside
+        inside.replace(target)
+
+
+def say_how_to_load(folder: Path, rank: int, base_model: str | None) -> None:
+    """Add to the README of an adapter's folder what must be installed and imported to load it.
+
+    Args:
+        folder: The adapter's folder; its README is made if there is none, and is left alone if it says so already.
+        rank: The adapter's rank.
+        base_model: Name of the model that it belongs to, if it is known.
+    """
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    if MARKER in text:
+        return
+    base = " ".join(str(base_model or "the base model").replace("`", "'").split())  # one line
+    section = f"""{MARKER}
+## How to load this adapter
+
+It is an FVAE-LoRA adapter (rank {rank}). Install `fvae-lora` beside peft and import it before loading; without
+the import peft stops with `KeyError: 'FVAE_LORA'`.
+
+```sh
+pip install fvae-lora
+```
+
+```python
+import fvae_lora  # registers FVAE_LORA with peft
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this folder")  # base_model: {base}
+```
+"""
+    readme.write_text(f"{text.rstrip()}\n\n{section}" if text else section, encoding="utf-8")
