@@ -24,6 +24,7 @@ from fvae_lora import checkpoint, export_for_inference, load_reference_adapter
 from fvae_lora.conversion import ConversionReport, convert_to_lora
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.names import is_local
+from fvae_lora.experiments.pretrained import load, load_adapter, load_model, loading
 from fvae_lora.experiments.recipe import ImageSettings
 from fvae_lora.experiments.record import RunFolder
 from fvae_lora.experiments.runner import finished_run, open_base, open_data, scorer
@@ -93,7 +94,7 @@ def export_lora(
         splits = load_task(plain).datasets(open_data(recipe, record), base, processor)
         generator = torch.Generator().manual_seed(recipe.seed)
         chosen = torch.randperm(len(splits["train"]), generator=generator)[:rows].tolist()
-        with scorer(PeftModel.from_pretrained(base, str(folder)), recipe, quiet=True) as trainer:
+        with scorer(load_adapter(base, folder), recipe, quiet=True) as trainer:
 
             def score(_: PeftModel) -> dict[str, float]:
                 return {f"validation_{name}": score for name, score in trainer.score(splits["validation"]).items()}
@@ -141,7 +142,7 @@ def _adapter_folder(source: Path) -> Path:
 def _adapted(source: Path, model: str | None) -> PeftModel:
     folder = _adapter_folder(source)
     base = _base_of(source, model) if folder == source else open_base(*finished_run(source, model))[0]
-    return PeftModel.from_pretrained(base, str(folder))
+    return load_adapter(base, folder)
 
 
 def _base_of(adapter: Path, model: str | None) -> PreTrainedModel:
@@ -153,13 +154,9 @@ def _base_of(adapter: Path, model: str | None) -> PreTrainedModel:
     if is_local(name) and not Path(name).is_dir():
         raise UserError(f"model {name}: no such folder; --model says where it is")
     heads = [shape[0] for key, shape in checkpoint.shapes(adapter).items() if key.endswith(HEADS)]
-    options: dict[str, Any] = {"num_labels": heads[0], "ignore_mismatched_sizes": True} if heads else {}
-    try:
-        base: PreTrainedModel = _class(fields, name).from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        line = str(error).strip().partition("\n")[0]
-        raise UserError(f"model {name}: not to be loaded as the adapter's base model: {line}") from error
-    return base
+    options: dict[str, Any] = {"num_labels": heads[0]} if heads else {}
+    with loading(name, "as the adapter's base model"):
+        return load_model(_class(fields, name), name, **options)[0]
 
 
 def _class(fields: Mapping[str, Any], model: str) -> Any:
@@ -167,7 +164,7 @@ def _class(fields: Mapping[str, Any], model: str) -> Any:
     if (task := TASK_CLASSES.get(fields.get("task_type") or "")) is not None:
         return task
     named = (fields.get("auto_mapping") or {}).get("base_model_class")
-    name = named or (AutoConfig.from_pretrained(model).architectures or ["none"])[0]
+    name = named or (load(AutoConfig, model).architectures or ["none"])[0]
     found = getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(f"transformers has no model class {name}")

@@ -153,7 +153,8 @@ class AdapterSettings(Section):
     alpha: Positive | None = None
     """The scale is alpha / r; None means r."""
     dropout: Share = 0.1
-    target_modules: Annotated[list[str], Field(min_length=1)] = ["query", "key"]
+    target_modules: Annotated[list[str], Field(min_length=1)] | Annotated[str, Field(min_length=1)] = ["query", "key"]
+    """Names of the modules that are adapted, or, as in peft, `all-linear` or a regular expression of whole names."""
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     """Which of the model's blocks are adapted, counted from 0; None is all."""
 
@@ -324,10 +325,21 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
+def _without_kinds(loc: tuple[int | str, ...]) -> list[int | str]:
+    """Where an error is, without the names of the kinds that a value may be of, which follow those of the keys."""
+    section: Any = Recipe
+    kept: list[int | str] = []
+    for part in loc:
+        if isinstance(part, int) or (isinstance(section, type) and issubclass(section, Section)):
+            kept.append(part)
+            section = section.model_fields[part].annotation if part in getattr(section, "model_fields", {}) else None
+    return kept
+
+
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
-    *parents, last = first["loc"]
-    key = ".".join(str(part) for part in first["loc"])
+    *parents, last = loc = _without_kinds(first["loc"])
+    key = ".".join(str(part) for part in loc)
     if first["type"] == "extra_forbidden":
         section: Any = Recipe
         for parent in parents:

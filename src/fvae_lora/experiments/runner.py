@@ -35,6 +35,7 @@ from fvae_lora.experiments.frozen import collate, use_cached_states
 from fvae_lora.experiments.heads import head_modules
 from fvae_lora.experiments.methods import METHODS
 from fvae_lora.experiments.names import located, short, without_places
+from fvae_lora.experiments.pretrained import load_adapter, loading
 from fvae_lora.experiments.recipe import Recipe, check_recipe
 from fvae_lora.experiments.record import Record, RunFolder, checkpoint_step
 from fvae_lora.experiments.surroundings import git_commit, hardware, peak_memory_mb, versions
@@ -311,9 +312,9 @@ def _batch(task: Task, rows: Any, size: int) -> dict[str, Any]:
 
 def _with_adapter(base: PreTrainedModel, adapter: Path, is_trainable: bool) -> nn.Module:
     if (adapter / "adapter_config.json").exists():
-        adapted: nn.Module = PeftModel.from_pretrained(base, str(adapter), is_trainable=is_trainable)
-        return adapted
-    load_whole_model(base, adapter)
+        return load_adapter(base, adapter, is_trainable)
+    with loading(str(adapter), "as the model that was trained"):
+        load_whole_model(base, adapter)
     return base
 
 

@@ -29,6 +29,7 @@ from fvae_lora.experiments import processes
 from fvae_lora.experiments.adalora import RankSchedule, orthogonality
 from fvae_lora.experiments.errors import DivergenceError, UserError
 from fvae_lora.experiments.frozen import collate
+from fvae_lora.experiments.pretrained import load_model
 from fvae_lora.experiments.recipe import Recipe
 from fvae_lora.experiments.record import RunFolder
 from fvae_lora.experiments.surroundings import cores
@@ -143,7 +144,7 @@ def load_whole_model(model: PreTrainedModel, folder: Path) -> None:
 
     transformers writes them under names of older versions, and a Trainer that resumes skips those it does not know.
     """
-    model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
+    model.load_state_dict(load_model(type(model), str(folder), dtype=torch.float32)[0].state_dict())
 
 
 def blame(model: nn.Module) -> str:

@@ -10,9 +10,10 @@ from datasets import Dataset
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
-from fvae_lora.experiments.classifiers import load_classifier, loading
+from fvae_lora.experiments.classifiers import load_classifier
 from fvae_lora.experiments.data import Splits, accuracies, open_images
 from fvae_lora.experiments.data.images import Images, augmentation, image_content, process
+from fvae_lora.experiments.pretrained import load, loading
 from fvae_lora.experiments.tasks import Task
 
 BUILT_IN = {"vit-fashion-mnist": Path(str(files("fvae_lora.experiments"))) / "assets" / "vit-fashion-mnist"}
@@ -64,7 +65,7 @@ def load_image_classifier(name: str, classes: list[str]) -> tuple[PreTrainedMode
     source = str(BUILT_IN.get(name, name))
     with loading(source, "for image classification"):
         model, _ = load_classifier(source, AutoModelForImageClassification, classes)
-        return model, AutoImageProcessor.from_pretrained(source)
+        return model, load(AutoImageProcessor, source)
 
 
 def _resize(model: PreTrainedModel, processor: Any, side: int) -> None:

@@ -13,23 +13,24 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
 )
 
-from fvae_lora.experiments.classifiers import loading
 from fvae_lora.experiments.data import Splits
 from fvae_lora.experiments.data.questions import open_questions
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.methods import METHODS
+from fvae_lora.experiments.pretrained import check_tokens, load_model, load_tokenizer, loading
 from fvae_lora.experiments.tasks import Metric, Task
 from fvae_lora.experiments.tasks.batches import by_length, padded, positions
 from fvae_lora.experiments.tasks.commonsense.answers import parse, write_answers
 from fvae_lora.experiments.tasks.commonsense.likelihood import log_likelihoods
 from fvae_lora.experiments.tasks.commonsense.prompts import check_template, encode
 from fvae_lora.masks import IGNORED_LABEL
+
+ROLE = "as a causal language model"
 
 UNPARSABLE = -1
 """In place of an option's number."""
@@ -85,9 +86,9 @@ class CommonsenseTask(Task):
         options: dict[str, Any] = {"dtype": dtype}
         if settings.load_in_4bit:
             options["quantization_config"] = _four_bits(dtype, frozen)
-        with loading(name, "as a causal language model"):
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, **options)
+        with loading(name, ROLE):
+            model, _ = load_model(AutoModelForCausalLM, name, **options)
+        tokenizer = load_tokenizer(name, ROLE)
         takes = inspect.signature(type(model).forward).parameters
         if model._is_stateful or not {"position_ids", "logits_to_keep"} <= takes.keys():
             need = "`position_ids`, `logits_to_keep` and a cache of keys and values alone"
@@ -108,7 +109,7 @@ class CommonsenseTask(Task):
         """The three splits as tokens.
 
         Raises:
-            UserError: a question that is longer than the model can read.
+            UserError: a question that is longer than the model can read; a tokenizer that does not know the words.
         """
         longest = getattr(model.config, "max_position_embeddings", math.inf)  # some models have no such limit
         parts = {}
@@ -121,6 +122,7 @@ class CommonsenseTask(Task):
                 if length > longest:
                     raise UserError(f"{row['where']}: {length} tokens; the model reads {longest} at most")
             parts[name] = Questions(rows, processor, is_test=name == "test")
+        check_tokens(self.recipe.model, processor, parts["train"].rows["prompt_ids"])
         return parts
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
