@@ -135,6 +135,95 @@ def test_a_model_that_answers_needs_its_own_tokenizer(tmp_path: Path, foreign: b
     assert ("unknown to its tokenizer" if foreign else "no tokenizer there") in reason(prepare)
 
 
+def test_a_model_that_transcribes_needs_its_own_tokenizer(tmp_path: Path) -> None:
+    from test_speech import recorded, whisper, write_recordings
+
+    rows = {split: [(recorded("yes"), "yes"), (recorded("no"), "no")] for split in ("train", "validation", "test")}
+    folder, data = whisper(tmp_path / "whisper"), write_recordings(tmp_path / "data", rows)
+    places = {"model": str(folder), "dataset": str(data), "method": "lora"}
+    recipe = load_recipe("speech/whisper", ["speech.max_new_tokens=8"], places)
+
+    def prepare() -> None:
+        task = load_task(recipe)
+        model, processor = task.load_model([])
+        task.datasets(task.split(task.open_source()), model, processor)
+
+    prepare()
+    vocabulary = folder / "tokenizer.json"
+    tokenizer = json.loads(vocabulary.read_text())
+    known = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {word if len(word) > 1 else f"{word}~{word}": n for word, n in known.items()}
+    vocabulary.write_text(json.dumps(tokenizer))
+    assert "unknown to its tokenizer; is it the one that belongs to the model?" in reason(prepare)
+    for file in [*folder.glob("tokenizer*"), *folder.glob("vocab*"), *folder.glob("merges*")]:
+        file.unlink()
+    assert "tokenizer" in reason(prepare)
+
+
+# --- Padding --------------------------------------------------------------------------------------------------------
+
+TWO = {"num_hidden_layers": 2, "num_attention_heads": 2}
+DECODERS: dict[str, dict[str, Any]] = {
+    "Bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2},
+    "GPT2": {"n_embd": 16, "n_layer": 2, "n_head": 2},
+    "Llama": TWO | {"hidden_size": 16, "intermediate_size": 16},
+    "OPT": TWO | {"hidden_size": 16, "ffn_dim": 16, "word_embed_proj_dim": 16},
+}
+
+
+@pytest.mark.parametrize("lacking", ["both", "config", "tokenizer", "neither"])
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_decoder_tells_texts_apart_whatever_its_batch_and_its_padding(
+    tmp_path: Path, kind: str, lacking: str
+) -> None:
+    folder = write_encoder(tmp_path / "model", "roberta")  # for its tokenizer
+    made: PreTrainedConfig = getattr(transformers, f"{kind}Config")(
+        **DECODERS[kind], vocab_size=16, initializer_range=0.5, init_std=0.5, pad_token_id=0, eos_token_id=3
+    )
+    made.pad_token_id = None if lacking in ("both", "config") else 0
+    AutoModelForSequenceClassification.from_config(made).save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    special = {"eos_token": "[SEP]", "padding_side": "left"}
+    special |= {"pad_token": None} if lacking in ("both", "tokenizer") else {}
+    file.write_text(json.dumps(json.loads(file.read_text()) | special))
+    places = {"model": str(folder), "dataset": str(write_tables(tmp_path / "data", {})), "method": "lora"}
+    task = load_task(load_recipe("text/default", ["text.max_length=20"], places))
+    splits = task.split(task.open_source())
+    model, tokenizer = task.load_model(splits.classes)
+    rows = task.datasets(splits, model, tokenizer)
+    model.eval()
+    items = [rows["train"][i] for i in range(8)]
+    assert len({len(item["input_ids"]) for item in items}) > 3
+    with torch.no_grad():
+        together = model(**task.collate(items)).logits
+        alone = torch.cat([model(**task.collate([item])).logits for item in items])
+        texts = splits.train["text"][:8]
+        plainly = [model(**tokenizer(text, return_tensors="pt")).logits for text in texts]  # nothing is padded
+    torch.testing.assert_close(together, alone)
+    torch.testing.assert_close(together, torch.cat(plainly))
+    assert together.std(0).min() > 1e-3, "the texts differ"
+    expected = {"padding": "the end token [SEP]"} if lacking in ("both", "tokenizer") else {}
+    assert {key: value for key, value in task.facts(rows).items() if key == "padding"} == expected
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_a_run_of_a_decoder_without_padding_says_what_pads(cli: Cli, tmp_path: Path) -> None:
+    folder = write_encoder(tmp_path / "model", "roberta")
+    made = transformers.LlamaConfig(**DECODERS["Llama"], vocab_size=16)
+    AutoModelForSequenceClassification.from_config(made).save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "[SEP]", "pad_token": None}))
+    options = ["train.epochs=1", "train.batch_size=8", "text.max_length=20", "--quiet"]
+    places = ["--model", folder, "--dataset", write_tables(tmp_path / "data", {}), "--out", tmp_path / "run"]
+    code, _, err = cli("train", "text/default", *options, *places)
+    assert code == 0, err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["dataset"]["padding"] == "the end token [SEP]"
+    code, out, err = cli("evaluate", tmp_path / "run")
+    assert code == 0, err
+    test = json.loads((tmp_path / "run" / "run.json").read_text())["metrics"]["test"]
+    assert out.count(f"{test['loss']:.6f}") == 2
+
+
 # --- Files that cannot be loaded ------------------------------------------------------------------------------------
 
 

@@ -79,6 +79,8 @@ def test_overrides_win_over_the_methods_own_settings_and_options_over_both(tmp_p
         ("seed: 1", ["seed.x=3"], "seed.x: unknown key; seed has no keys below it"),
         ("", ["method=lorax"], "method: input should be 'fvae-lora', 'fvae-lora-reference', 'vae2lat', "),
         ("", ["adapter.target_modules=[]"], "adapter.target_modules: list should have at least 1 item"),
+        ("", ["adapter.target_modules={}"], "adapter.target_modules: input should be a valid list, got {}"),
+        ("", ["adapter.target_modules=[3]"], "adapter.target_modules.0: input should be a valid string, got 3"),
         ("", ["epochs"], "epochs: expected key=value"),
         ("", ["seed=[1"], "seed: '[1' is not a YAML value"),
         ("per_method: {lorax: {seed: 1}}", [], "per_method.lorax: expected keys and values below one of fvae-lora"),

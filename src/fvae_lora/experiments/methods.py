@@ -219,7 +219,9 @@ def adapted_modules(model: PreTrainedModel, wanted: Sequence[str] | str) -> list
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # recipes use the old names on purpose: they fit more models
             found = resolve_targets(model, [wanted] if isinstance(wanted, str) and NAME.fullmatch(wanted) else wanted)
-    except (ValueError, re.error) as error:
+    except re.error as error:
+        raise UserError(f"adapter.target_modules: {wanted!r} is no regular expression: {error}") from error
+    except ValueError as error:
         raise UserError(f"adapter.{error}") from error
     if isinstance(found, str):
         return [name for name, _ in model.named_modules() if match_target_against_key(found, name)]
