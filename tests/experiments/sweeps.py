@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from arguments import later_wins
 from processes import CONTEXT
 
 from fvae_lora.experiments import cli
@@ -25,7 +26,7 @@ class Compare:
     def __init__(self, out: Path, options: Sequence[str | Path]):
         self.out = out
         self.said_file = out.with_suffix(".said")
-        arguments = ["compare", "image/default", *map(str, options), "--jobs", "2", "--out", str(out)]
+        arguments = later_wins(["compare", "image/default", "--jobs", "2", *options, "--out", out])
         self.process = CONTEXT.Process(target=_compare, args=(arguments, self.said_file, dict(os.environ)), daemon=True)
         self.process.start()
 

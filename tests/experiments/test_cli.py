@@ -64,6 +64,37 @@ def test_recipes_are_listed_shown_and_copied(
     assert (code, err) == (2, "fvae-lora: mine.yaml: exists already\n")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "image/demo", "seed=1", "seed=2"], "seed: given twice, as seed=2 and as seed=1"),
+        (["train", "image/demo", "seed=1", "--seed", "1"], "seed: given twice, as seed=1 and by an option (--seed, "),
+        (["train", "image/demo", "method=lora", "--method", "full"], "method: given twice, as method=lora and by an"),
+        (["train", "image/demo", "model=a", "--model", "b"], "model: given twice"),
+        (["train", "image/demo", "dataset=a", "--dataset", "b"], "dataset: given twice"),
+        (["train", "image/demo", "train={}", "train.epochs=1"], "train.epochs: given twice"),
+        (["train", "image/demo", "--seed", "1", "--seed", "2"], "--seed: given twice"),
+        (["compare", "image/demo", "--seeds", "1", "--seeds", "2"], "--seeds: given twice"),
+        (["compare", "image/demo", "method=lora"], "method: runs of a comparison differ in it; --methods is for that"),
+        (["compare", "image/demo", "seed=3"], "seed: runs of a comparison differ in it; --seeds is for that"),
+        (["compare", "image/demo", "dataset=a", "--dataset", "b"], "dataset: given twice"),
+        (["compare", "image/demo", "adapter.r=2", "--vary", "adapter.r=2,4"], "adapter.r: given twice, as adapter.r=2"),
+        (["compare", "image/demo", "adapter.r=2", "--grid", "adapter.r=2,4"], "adapter.r: given twice, as adapter.r=2"),
+        (["compare", "image/demo", "--vary", "adapter.r=2", "--vary", "adapter.r=4"], "--vary adapter.r: given twice"),
+        (["compare", "image/demo", "--vary", "adapter.r=2", "--grid", "adapter.r=4"], "--vary has it too"),
+    ],
+)
+def test_what_is_given_twice_is_refused(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = cli(*arguments, exactly=True)
+    assert code == 2
+    assert says in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_ctrl_c_ends_a_command_with_one_line_and_130(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

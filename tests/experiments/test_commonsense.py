@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from arguments import later_wins
 from chatter import CHAT, REAL, make_llama, make_tokenizer, rows_of, write_questions
 from datasets import Dataset
 from hub import Hub
@@ -62,7 +63,7 @@ def make(llama: Path, questions: Path) -> Callable[..., Recipe]:
     def make(*overrides: str, **places: Any) -> Recipe:
         usual = ["train.epochs=1", "train.batch_size=8", "adapter.r=4"]
         options = {"model": str(llama), "dataset": str(questions)} | places
-        return load_recipe("commonsense/default", [*usual, *overrides], options)
+        return load_recipe("commonsense/default", later_wins([*usual, *overrides]), options)
 
     return make
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from arguments import later_wins
 from peft import AdaLoraModel, PeftModel
 from transformers import AutoModelForImageClassification
 
@@ -52,7 +53,7 @@ def two_steps(vit: Path, pictures: Path) -> Callable[..., Recipe]:
         usual = ["train.epochs=1", "train.batch_size=14", "adapter.r=4", "image.augmentation=[]", "adapter.alpha=8"]
         usual += ["train.learning_rate=0.05", "train.warmup_ratio=0"]
         places = {"model": str(vit), "dataset": str(pictures), "method": method}
-        return load_recipe("image/default", [*usual, *overrides], places)
+        return load_recipe("image/default", later_wins([*usual, *overrides]), places)
 
     return make
 
@@ -111,7 +112,7 @@ def validation_scores(folder: Path) -> dict[str, float]:
     rows = load_task(recipe).datasets(open_data(recipe, record), base, processor)["validation"]
     model = PeftModel.from_pretrained(base, str(folder / "adapter"))
     with scorer(model, recipe, quiet=True) as trainer:
-        return trainer.score(rows)
+        return trainer.score(rows, "validation")
 
 
 @pytest.mark.parametrize("method", INFERENCE)

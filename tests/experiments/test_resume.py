@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from processes import CONTEXT, LIVELY, attempt, result
 
 from fvae_lora.experiments import cli
@@ -19,7 +20,7 @@ from fvae_lora.experiments.errors import RunError
 from fvae_lora.experiments.recipe import Recipe
 from fvae_lora.experiments.record import RunFolder
 from fvae_lora.experiments.runner import run
-from fvae_lora.experiments.training import FolderCallback
+from fvae_lora.experiments.training import FolderCallback, RunTrainer
 
 IMPATIENT = LIVELY | {"train": {"epochs": 30, "learning_rate": 1e-9, "patience": 4}}
 
@@ -149,3 +150,41 @@ def test_a_learning_rate_that_explodes_is_one_line(make_recipe: Callable[..., Re
     with pytest.raises(RunError, match=r"(the loss is (nan|inf) at step|the gradient's norm is (nan|inf) at step) \d"):
         run(recipe, tmp_path, quiet=True)
     assert json.loads((tmp_path / "run.json").read_text())["state"] == "failed"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_of_validation_that_is_no_number_is_a_run_that_diverged(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = RunTrainer.training_step
+
+    def poison(self: RunTrainer, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = step(self, model, *args, **kwargs)
+        if self.state.global_step == 7:  # the last step of the second epoch: training itself sees nothing of it
+            monkeypatch.setattr(model.get_base_model().classifier, "forward", lambda x: x[..., :3] * value)
+        return loss
+
+    monkeypatch.setattr(RunTrainer, "training_step", poison)
+    with pytest.raises(RunError, match=r"the validation loss is nan at step 8"):
+        run(make_recipe(), tmp_path, quiet=True)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["state"], record["diverged"]) == ("failed", True)
+    assert record["reason"] == "the validation loss is nan at step 8"
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open() if "validation" in line] == [4]
+    assert RunFolder(tmp_path).last_checkpoint() == tmp_path / "checkpoints" / "checkpoint-4"
+
+
+def test_a_loss_of_the_test_split_that_is_no_number_is_a_run_that_diverged(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = RunTrainer.score
+
+    def poison(self: RunTrainer, rows: Any, split: str) -> dict[str, float]:
+        self.model.get_base_model().classifier.weight.data.fill_(float("nan"))
+        return score(self, rows, split)
+
+    monkeypatch.setattr(RunTrainer, "score", poison)
+    with pytest.raises(RunError, match=r"the test loss is nan"):
+        run(make_recipe(), tmp_path, quiet=True)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["state"], record["diverged"], record["reason"]) == ("failed", True, "the test loss is nan")

@@ -11,12 +11,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
 from fvae_lora.experiments import processes
 from fvae_lora.experiments.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from fvae_lora.experiments.launchers import Launcher
+
+
+class Command(TyperCommand):
+    """A command that refuses an option which is given twice."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parses the command line; as typer's otherwise, which takes the last of several values without a word."""
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for option in given:
+            if given.count(option) > 1 and option.nargs == 1 and not getattr(option, "multiple", False):
+                raise UserError(f"{option.opts[0]}: given twice; expected one of them")
+        return super().parse_args(ctx, args)
+
 
 app = typer.Typer(
     help="FVAE-LoRA beside LoRA, its relatives, a linear probe and full fine-tuning: train, compare, report.",
@@ -65,7 +79,7 @@ def refuse_what_is_no_run(context: typer.Context) -> None:
         raise UserError(f"{context.invoked_subcommand}: not for several processes; torchrun is for train")
 
 
-@app.command()
+@app.command(cls=Command)
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -107,7 +121,7 @@ class Where(StrEnum):
     slurm = "slurm"
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE[,RECIPE]...", help="Recipes, shipped ones or YAML files.")],
     overrides: Overrides = None,
@@ -219,7 +233,7 @@ def _launcher(where: Where, out: Path, jobs: int, size: dict[str, Any], **of_slu
     return LocalLauncher(jobs, **size)
 
 
-@app.command()
+@app.command(cls=Command)
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
     model: Model = None,
@@ -240,7 +254,7 @@ def evaluate(
         console.print(f"{name:<{width}}{value:.6f}  recorded {recorded[name]:.6f}", highlight=False)
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     out: Annotated[Path | None, typer.Option(help="The folder of the runs (default: runs/demo).")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One seed, two epochs: does everything work?")] = False,
@@ -252,7 +266,7 @@ def demo(
         raise RunError(f"{len(failures)} runs failed")
 
 
-@app.command()
+@app.command(cls=Command)
 def report(
     runs: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of runs.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the page and the tables (default: DIR).")] = None,
@@ -294,7 +308,7 @@ class Bias(StrEnum):
 NewFolder = Annotated[Path, typer.Option(help="The folder to write; must not exist, or be empty.")]
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A finished run's folder, or an adapter's.")],
     out: NewFolder,
@@ -322,7 +336,7 @@ def export(
     console.print(f"The adapter is in {out}", highlight=False)
 
 
-@app.command("import-reference")
+@app.command("import-reference", cls=Command)
 def import_reference(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An adapter that the reference saved.")],
     model: Annotated[str, typer.Option(help="The base model it was trained on: a name on the hub or a folder.")],
@@ -345,7 +359,7 @@ def recipes_default(context: typer.Context) -> None:
         list_recipes()
 
 
-@recipes.command("list")
+@recipes.command("list", cls=Command)
 def list_recipes() -> None:
     """The shipped recipes, the methods, and the models and data that need neither a folder nor a network."""
     from fvae_lora.experiments.data.image_source import BUILT_IN as DATASETS
@@ -367,7 +381,7 @@ def list_recipes() -> None:
     console.print(table)
 
 
-@recipes.command("show")
+@recipes.command("show", cls=Command)
 def show_recipe(recipe: RecipeName) -> None:
     """Prints a recipe."""
     from fvae_lora.experiments.recipe import recipe_file
@@ -375,7 +389,7 @@ def show_recipe(recipe: RecipeName) -> None:
     print(recipe_file(recipe).read_text(encoding="utf-8"), end="")
 
 
-@recipes.command("copy")
+@recipes.command("copy", cls=Command)
 def copy_recipe(
     recipe: RecipeName,
     to: Annotated[Path | None, typer.Argument(metavar="FILE", help="Where to (default: its name, here).")] = None,

@@ -97,7 +97,8 @@ def export_lora(
         with scorer(load_adapter(base, folder), recipe, quiet=True) as trainer:
 
             def score(_: PeftModel) -> dict[str, float]:
-                return {f"validation_{name}": score for name, score in trainer.score(splits["validation"]).items()}
+                scores = trainer.score(splits["validation"], "validation")
+                return {f"validation_{name}": score for name, score in scores.items()}
 
             batches = trainer.get_eval_dataloader(Subset(splits["train"], chosen))
             return convert_to_lora(trainer.model, out, batches, max_error=max_error, bias=bias, evaluate=score)

@@ -239,18 +239,18 @@ def recipe_file(name: str) -> Path:
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe of that name or path, changed by `key=value` strings and, last, by dotted `options`.
+    """The recipe of that name or path, changed by `key=value` strings and by dotted `options`.
 
     A recipe may `extends:` another, shipped or a path from its own folder: it holds what differs. A method's own
     defaults win over the recipe's sections. A recipe's `per_method` maps a method to the dotted keys that it has
     otherwise, and wins over both; overrides win over all.
 
     Raises:
-        UserError: an unknown key, a bad value, no such recipe, not YAML.
+        UserError: an unknown key, a bad value, a key that is given twice, no such recipe, not YAML.
     """
     tree = _read(name)
     per_method = tree.pop("per_method", None) or {}
-    changes = dict(parse_override(o) for o in overrides) | dict(options or {})
+    changes = _changes(overrides, options or {})
     method = changes.get("method", tree.get("method", Recipe.model_fields["method"].default))
     for known, settings in per_method.items():
         if known not in METHODS or not isinstance(settings, dict):
@@ -260,6 +260,17 @@ def load_recipe(name: str, overrides: Sequence[str] = (), options: Mapping[str, 
     for key, value in (dict(defaults) | per_method.get(method, {}) | changes).items():
         _set(tree, key, value)
     return check_recipe(tree, f"recipe {name}")
+
+
+def _changes(overrides: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    changes = dict(options)
+    for override in overrides:
+        key, value = parse_override(override)
+        if twice := next((k for k in changes if f"{k}.".startswith(f"{key}.") or f"{key}.".startswith(f"{k}.")), None):
+            other = f"by an option (--{key}, --vary, --grid)" if twice in options else f"as {twice}={changes[twice]}"
+            raise UserError(f"{key}: given twice, as {override} and {other}; expected one of them")
+        changes[key] = value
+    return changes
 
 
 def _read(name: str, inheriting: tuple[str, ...] = ()) -> dict[str, Any]:

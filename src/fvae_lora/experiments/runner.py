@@ -302,7 +302,7 @@ def _score(
     with scorer(model, recipe, quiet) as trainer:
         if recipe.train.cache_frozen:
             rows = use_cached_states(model, {"test": rows}, task, record, trainer.args.device, quiet)["test"]
-        scores = trainer.score(rows)
+        scores = trainer.score(rows, "test")
     return scores, inference_flops(model, _batch(task, rows, recipe.train.batch_size)), model
 
 

@@ -43,7 +43,7 @@ Scored = tuple[float, torch.Tensor, torch.Tensor]
 
 
 class RunTrainer(FVAELoraTrainer):
-    """A Trainer for a task. A loss that is NaN or infinite raises `DivergenceError` before it reaches a parameter.
+    """A Trainer for a task. A loss that is NaN or infinite raises `DivergenceError`, before it reaches a parameter.
 
     Args:
         task: collates, and scores what the model puts out.
@@ -96,6 +96,9 @@ class RunTrainer(FVAELoraTrainer):
         """Scores a split: its mean loss, what its batches' outputs say, and what the task generates from it.
 
         The main process puts together what all have found, and tells the others.
+
+        Raises:
+            DivergenceError: the mean loss is NaN or infinite.
         """
         self.callback_handler.eval_dataloader = dataloader  # for the progress bar
         self.model.eval()
@@ -112,6 +115,10 @@ class RunTrainer(FVAELoraTrainer):
         items: Any = dataloader.dataset
         scores = [self._scores(batches, items) if self.is_world_process_zero() else {}]
         broadcast_object_list(scores)
+        if not math.isfinite(loss := scores[0]["loss"]):
+            split = "validation" if metric_key_prefix == "eval" else metric_key_prefix
+            when = f" at step {self.state.global_step}" if self.state.global_step else ""
+            raise DivergenceError(f"the {split} loss is {loss}{when}")
         metrics = {f"{metric_key_prefix}_{name}": score for name, score in scores[0].items()}
         return EvalLoopOutput(None, None, metrics, len(items))
 
@@ -122,15 +129,17 @@ class RunTrainer(FVAELoraTrainer):
             outputs.add(batch_outputs)
             labels.add(batch_labels)
         loss = np.average([loss for loss, _, _ in batches], weights=[len(labels) for _, _, labels in batches])
+        if not math.isfinite(loss):
+            return {"loss": float(loss)}
         return {
             "loss": float(loss),
             **self.task.scores(outputs.get_arrays(), labels.get_arrays(), rows),
             **self.task.generated_scores(self.model, rows, items, progress=not self.quiet),
         }
 
-    def score(self, rows: Any) -> dict[str, float]:
-        """`loss` and the task's scores of `rows`, one of its data sets."""
-        return scores_among(self.evaluate(rows, metric_key_prefix="scored"), "scored")
+    def score(self, rows: Any, split: str) -> dict[str, float]:
+        """`loss` and the task's scores of `rows`, one of its data sets, whose name is `split`."""
+        return scores_among(self.evaluate(rows, metric_key_prefix=split), split)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if isinstance(self.model, PeftModel):
