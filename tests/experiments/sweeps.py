@@ -18,6 +18,7 @@ from arguments import later_wins
 from processes import CONTEXT
 
 from fvae_lora.experiments import cli
+from fvae_lora_experiments import signals
 
 
 class Compare:
@@ -61,6 +62,7 @@ class Compare:
 def _compare(arguments: list[str], said: Path, env: dict[str, str]) -> None:
     os.environ.update(env)  # the server that processes are forked from may be older than what a test has set
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
+    signals.end_at_once()
     sys.stdout = sys.stderr = cli.console.file = said.open("w", buffering=1)
     sys.exit(cli.exit_code(lambda: cli.app(arguments, standalone_mode=False)))
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from arguments import later_wins
 from rich.console import Console
 from sweeps import Compare, assert_survives, left, states
 
@@ -25,7 +26,9 @@ Cli = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def planned(vit: Path, pictures: Path, tmp_path: Path) -> Callable[..., list[Planned]]:
     def make(methods: list[str], seeds: list[int], *more: str, vary: list[str] | None = None) -> list[Planned]:
-        overrides = ["train.epochs=2", "train.batch_size=8", "adapter.r=4", *more]
+        varied = {text.partition("=")[0] for text in vary or []}
+        overrides = later_wins(["train.epochs=2", "train.batch_size=8", "adapter.r=4", *more])
+        overrides = [override for override in overrides if override.partition("=")[0] not in varied]
         places = {"model": str(vit), "dataset": str(pictures)}
         variations = parse_values("--vary", vary or [])
         return plan("image/default", tmp_path / "runs", methods, seeds, overrides, places, variations)

@@ -15,6 +15,7 @@ from typer.core import TyperCommand
 
 from fvae_lora.experiments import processes
 from fvae_lora.experiments.errors import RunError, UserError
+from fvae_lora_experiments import signals
 
 if TYPE_CHECKING:
     from fvae_lora.experiments.launchers import Launcher
@@ -41,8 +42,8 @@ app = typer.Typer(
 recipes = typer.Typer(help="Lists, shows and copies recipes.", invoke_without_command=True)
 app.add_typer(recipes, name="recipes")
 console = Console()
-INTERRUPTED = 130
-"""The exit code after Ctrl-C."""
+INTERRUPTED, TERMINATED = 130, 143
+"""The exit codes after Ctrl-C and SIGTERM."""
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (image/default) or a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.epochs=3.")]
@@ -107,6 +108,7 @@ def train(
     from fvae_lora.experiments.runner import run
 
     hush()
+    signals.unwind()
     run(chosen, folder, quiet)
     processes.leave()
     if processes.is_main():
@@ -179,6 +181,7 @@ def compare(
     from fvae_lora.experiments.report import print_table, summary_rows
     from fvae_lora.experiments.sweep import sweep
 
+    signals.unwind()
     if processes and gpus:
         raise UserError(f"--processes {processes}: for runs without GPUs; --gpus {gpus} has a process for each")
     size = {"processes": processes or gpus or 1, "gpus": 0 if processes else gpus}
@@ -247,6 +250,7 @@ def evaluate(
     from fvae_lora.experiments.record import RunFolder
 
     hush()
+    signals.unwind()
     scores = runner.evaluate(run, model, dataset)
     recorded = (RunFolder(run).read() or {})["metrics"]["test"]
     width = max(map(len, scores)) + 2
@@ -262,6 +266,7 @@ def demo(
     """FVAE-LoRA, LoRA and a linear probe on handwritten digits; nothing is fetched."""
     from fvae_lora.experiments.demo import demo as run_demo
 
+    signals.unwind()
     if failures := run_demo(out or Path("runs/demo-quick" if quick else "runs/demo"), quick, console):
         raise RunError(f"{len(failures)} runs failed")
 
@@ -281,6 +286,7 @@ def report(
         write_page,
     )
 
+    signals.unwind()
     rows = summary_rows(runs)
     folder = out or runs
     folder.mkdir(parents=True, exist_ok=True)
@@ -328,6 +334,7 @@ def export(
     from fvae_lora.experiments.export import export_lora, export_small
 
     hush()
+    signals.unwind()
     if format is Format.inference:
         export_small(source, out, model)
     else:
@@ -348,6 +355,7 @@ def import_reference(
     from fvae_lora.experiments import export
 
     hush()
+    signals.unwind()
     export.import_reference(folder, model, out)
     console.print(f"The adapter is in {out}", highlight=False)
 
@@ -439,7 +447,10 @@ def hush() -> None:
 
 
 def main() -> None:
-    """Runs the command line: one line and exit code 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C."""
+    """Runs the command line: one line and exit code 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C.
+
+    143 after SIGTERM, if its signals are handled (`fvae_lora_experiments.command`).
+    """
     processes.end(exit_code(lambda: app(standalone_mode=False)))
 
 
@@ -449,6 +460,8 @@ def exit_code(command: Callable[[], Any]) -> int:
         result = command()
     except KeyboardInterrupt:
         result = INTERRUPTED
+    except signals.Terminated:
+        result = TERMINATED
     except (UserError, RunError) as error:
         return _say(str(error), 2 if isinstance(error, UserError) else 1)
     except OSError as error:
@@ -459,8 +472,8 @@ def exit_code(command: Callable[[], Any]) -> int:
         if processes.first_to_fail():
             traceback.print_exc()
         return 1
-    if result == INTERRUPTED:  # typer, too, makes that of Ctrl-C
-        return _say("stopped; the same command goes on where it was", INTERRUPTED)
+    if result in (INTERRUPTED, TERMINATED):  # typer, too, makes the first of Ctrl-C
+        return _say(signals.STOPPED, result)
     return result if isinstance(result, int) else 0
 
 
