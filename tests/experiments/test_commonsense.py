@@ -289,14 +289,17 @@ def test_scores_need_the_first_encoder_alone_and_are_not_random(make: Callable[.
     assert write_answers(model, rows["test"].tokenizer, rows["test"].rows["prompt_ids"][:4]) == texts
 
 
-def test_how_far_scoring_is_can_be_seen(make: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]) -> None:
+def test_how_far_scoring_is_can_be_seen_on_a_terminal(
+    make: Callable[..., Recipe], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     task, model, _, rows = opened(make("commonsense.max_new_tokens=2"))
-    for progress in (False, True):
+    for progress, terminal in ((False, True), (True, False), (True, True)):
         capsys.readouterr()
+        monkeypatch.setattr(sys.stderr, "isatty", lambda there=terminal: there)
         task.generated_scores(model, rows["test"], rows["test"], progress)
         shown = capsys.readouterr().err
-        assert ("likelihood of options:   0%" in shown) == progress
-        assert ("writing answers:   0%" in shown) == progress
+        assert ("likelihood of options:   0%" in shown) == (progress and terminal)
+        assert ("writing answers:   0%" in shown) == (progress and terminal)
 
 
 # A run.

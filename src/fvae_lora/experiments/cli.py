@@ -2,6 +2,7 @@
 
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from enum import StrEnum
@@ -35,13 +36,13 @@ class Command(TyperCommand):
 
 app = typer.Typer(
     help="FVAE-LoRA beside LoRA, its relatives, a linear probe and full fine-tuning: train, compare, report.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # which would make a picture of H:M:S
 )
 recipes = typer.Typer(help="Lists, shows and copies recipes.", invoke_without_command=True)
 app.add_typer(recipes, name="recipes")
-console = Console()
+console = Console(markup=False, emoji=False)  # what a user named is shown as it is
 INTERRUPTED, TERMINATED = 130, 143
 """The exit codes after Ctrl-C and SIGTERM."""
 
@@ -69,7 +70,7 @@ DataRoot = Annotated[
 ]
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def refuse_what_is_no_run(context: typer.Context) -> None:
     """Each of the processes that torchrun starts would do the whole command.
 
@@ -78,6 +79,9 @@ def refuse_what_is_no_run(context: typer.Context) -> None:
     """
     if processes.count() > 1 and context.invoked_subcommand != "train":
         raise UserError(f"{context.invoked_subcommand}: not for several processes; torchrun is for train")
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
 
 
 @app.command(cls=Command)
@@ -90,7 +94,7 @@ def train(
     method: Annotated[str | None, typer.Option(help="One of those that `fvae-lora recipes` lists.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything that is random.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/METHOD-seedN).")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Trains one run and scores it. A run that was stopped goes on where it was.
 
@@ -339,7 +343,7 @@ def export(
         export_small(source, out, model)
     else:
         report = export_lora(source, out, model, dataset, bias.value, max_error, rows)
-        console.print(str(report), highlight=False, markup=False, soft_wrap=True)
+        console.print(str(report), highlight=False, soft_wrap=True)
     console.print(f"The adapter is in {out}", highlight=False)
 
 
@@ -390,11 +394,27 @@ def list_recipes() -> None:
 
 
 @recipes.command("show", cls=Command)
-def show_recipe(recipe: RecipeName) -> None:
-    """Prints a recipe."""
-    from fvae_lora.experiments.recipe import recipe_file
+def show_recipe(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A shipped recipe or a YAML file.")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every key, its value (here or by default), what is allowed, what it means.")
+    ] = False,
+) -> None:
+    """Prints a recipe, or every key that recipes may have."""
+    from fvae_lora.experiments.recipe import as_yaml, keys, recipe_file, recipe_tree
 
-    print(recipe_file(recipe).read_text(encoding="utf-8"), end="")
+    if recipe is None and not every:
+        raise UserError("recipes show: expected a recipe, or --all")
+    if not every:
+        print(recipe_file(str(recipe)).read_text(encoding="utf-8"), end="")
+        return
+    here = {} if recipe is None else recipe_tree(recipe)
+    for key in keys():
+        value = as_yaml(here[key.name]) if key.name in here else key.default
+        default = f"; {key.default} by default" if key.default not in (None, value) else ""
+        print(f"{key.name}: {'(to be given)' if value is None else value}")
+        for line in (f"{key.allowed}{default}", key.meaning):
+            print(textwrap.fill(line, 120, initial_indent="    # ", subsequent_indent="    # "))
 
 
 @recipes.command("copy", cls=Command)

@@ -39,6 +39,9 @@ TASK_CLASSES = {
     "QUESTION_ANS": AutoModelForQuestionAnswering,
     "FEATURE_EXTRACTION": AutoModel,
 }
+OPTIONS = {"folder": "--out", "bias": "--bias", "max_error": "--max-error", "calibration": "--rows"}
+"""What the method's arguments are called on the command line."""
+
 HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
 
 
@@ -86,7 +89,11 @@ def export_lora(
     with _refusals():
         folder = _adapter_folder(source)
         linear = checkpoint.check_json(folder / "adapter_config.json").get("encoder_hidden_dims") == []
-        if folder == source or (linear and bias == "keep"):
+        if folder == source and not (linear and bias == "keep"):
+            raise UserError(
+                f"{source}: an adapter alone; the encoders are fitted on its run's data, give the run's folder"
+            )
+        if linear and bias == "keep":
             return convert_to_lora(_adapted(source, model), out, max_error=max_error, bias=bias)
         recipe, record = finished_run(source, model, dataset)
         base, processor = open_base(recipe, record)
@@ -116,17 +123,21 @@ def import_reference(folder: Path, model: str, out: Path) -> None:
         UserError: no adapter of the reference, one that asks for what is not supported or does not fit the model, or
             `out` holds something.
     """
+    if not (folder / "adapter_config.json").is_file():
+        what = "holds no adapter_config.json" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: {what}; expected the folder of an adapter that the reference implementation saved")
     with _refusals(), new_folder(out) as inside:
         load_reference_adapter(_base_of(folder, model), folder).save_pretrained(inside)
 
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What the method refuses is, here, the user's mistake."""
+    """What the method refuses is, here, the user's mistake, and its arguments are options."""
     try:
         yield
     except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from error
+        argument, colon, reason = " ".join(str(error).split()).partition(":")
+        raise UserError(f"{OPTIONS.get(argument, argument)}{colon}{reason}") from error
 
 
 def _adapter_folder(source: Path) -> Path:

@@ -148,7 +148,7 @@ def _through(model: nn.Module, last: str, rows: Any, task: Task, what: str, quie
     model.eval()
     handle = model.get_submodule(last).register_forward_hook(stop)
     try:
-        for start in tqdm(range(0, len(rows), train.batch_size), desc=what, disable=quiet):
+        for start in tqdm(range(0, len(rows), train.batch_size), desc=what, disable=quiet or None):
             items = [rows[i] for i in range(start, min(start + train.batch_size, len(rows)))]
             batch = task.collate(items)
             with suppress(_Enough), task.autocast(device):

@@ -30,6 +30,7 @@ from fvae_lora.experiments.adalora import RankSchedule, orthogonality
 from fvae_lora.experiments.errors import DivergenceError, UserError
 from fvae_lora.experiments.frozen import collate
 from fvae_lora.experiments.pretrained import load_model
+from fvae_lora.experiments.progress import ProgressLines, on_terminal
 from fvae_lora.experiments.recipe import Recipe
 from fvae_lora.experiments.record import RunFolder
 from fvae_lora.experiments.surroundings import cores
@@ -47,15 +48,16 @@ class RunTrainer(FVAELoraTrainer):
 
     Args:
         task: collates, and scores what the model puts out.
-        quiet: no progress bars.
+        quiet: no progress.
         kwargs: as the Trainer's.
     """
 
     def __init__(self, task: Task, quiet: bool, **kwargs: Any):
         super().__init__(data_collator=partial(collate, task), **kwargs)
         self.task, self.quiet = task, quiet
-        if quiet:
-            self.remove_callback(PrinterCallback)
+        self.remove_callback(PrinterCallback)  # what a Trainer without bars has
+        if not quiet and not on_terminal():
+            self.add_callback(ProgressLines(task.metric.name))
         self.is_adalora = isinstance(getattr(self.model, "base_model", None), AdaLoraModel)
         if self.is_adalora:
             self.add_callback(RankSchedule())
@@ -273,6 +275,6 @@ def trainer_arguments(recipe: Recipe, output: Path, metric: Metric, quiet: bool)
         remove_unused_columns=False,
         label_names=["labels"],
         report_to="none",
-        disable_tqdm=quiet,
+        disable_tqdm=quiet or not on_terminal(),
         log_level_replica="error",
     )

@@ -109,7 +109,7 @@ class TranscriptionTask(Task):
         device = next(model.parameters()).device
         written = [""] * len(rows)
         batches = by_length([len(text) for text in rows.rows["text"]], self.recipe.train.batch_size)  # end together
-        for numbers in tqdm(batches, desc="transcribing", disable=not progress, leave=False):
+        for numbers in tqdm(batches, desc="transcribing", disable=None if progress else True, leave=False):
             batch = collate(self, [items[i] for i in numbers])
             heard = {key: batch[key].to(device) for key in ("input_features", STATES) if key in batch}
             with self.autocast(device):

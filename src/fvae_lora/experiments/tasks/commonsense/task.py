@@ -167,12 +167,12 @@ class CommonsenseTask(Task):
         batches = by_length([len(ids) for ids in columns["prompt_ids"]], self.recipe.train.batch_size)
         truth = np.array(columns["answer"])
         likeliest, written = np.empty_like(truth), np.full_like(truth, UNPARSABLE)
-        for batch in tqdm(batches, desc="likelihood of options", disable=not progress, leave=False):
+        for batch in tqdm(batches, desc="likelihood of options", disable=None if progress else True, leave=False):
             prompts, answers = ([columns[name][i] for i in batch] for name in ("prompt_ids", "answer_ids"))
             likeliest[batch] = log_likelihoods(model, prompts, answers).argmax(-1).cpu()
         judged: dict[str, tuple[np.ndarray, Any]] = {self.metric.name: (likeliest == truth, np.mean)}
         if rows.is_test:
-            for batch in tqdm(batches, desc="writing answers", disable=not progress, leave=False):
+            for batch in tqdm(batches, desc="writing answers", disable=None if progress else True, leave=False):
                 with self.autocast(next(model.parameters()).device):
                     texts = write_answers(model, rows.tokenizer, [columns["prompt_ids"][i] for i in batch])
                 for i, text in zip(batch, texts, strict=True):
