@@ -90,9 +90,7 @@ def export_lora(
         folder = _adapter_folder(source)
         linear = checkpoint.check_json(folder / "adapter_config.json").get("encoder_hidden_dims") == []
         if folder == source and not (linear and bias == "keep"):
-            raise UserError(
-                f"{source}: an adapter alone; the encoders are fitted on its run's data, give the run's folder"
-            )
+            raise UserError(f"{source}: an adapter alone; its encoders are fitted on data, so give its run's folder")
         if linear and bias == "keep":
             return convert_to_lora(_adapted(source, model), out, max_error=max_error, bias=bias)
         recipe, record = finished_run(source, model, dataset)
