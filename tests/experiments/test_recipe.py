@@ -68,6 +68,9 @@ def test_overrides_win_over_the_methods_own_settings(tmp_path: Path) -> None:
     [
         ("", [], "expected keys and values"),
         ("train: [", [], "not readable as YAML"),
+        ("train: {epochs: 1, epochs: 2}", [], "not readable as YAML: epochs is given twice in"),
+        ("seed: 1\nseed: 2", [], "seed is given twice in"),
+        ("", ["train={epochs: 1, epochs: 2}"], "train: '{epochs: 1, epochs: 2}' is not a YAML value"),
         ("trian: {epochs: 1}", [], "trian: unknown key; allowed are task, method"),
         ("", ["train.epoch=1"], "train.epoch: unknown key; allowed are epochs, batch_size"),
         ("", ["train.epochs=0"], "train.epochs: input should be greater than or equal to 1, got 0"),

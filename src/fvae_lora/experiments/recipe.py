@@ -363,6 +363,23 @@ def load_recipe(name: str, overrides: Sequence[str] = (), options: Mapping[str, 
     return check_recipe(tree, f"recipe {name}")
 
 
+class _Loader(yaml.SafeLoader):
+    """The safe loader, but for a key that is given twice, of which it would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping without such a key."""
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        names = [key.value for key in keys]
+        for key in keys:
+            if names.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)  # noqa: S506
+
+
 def _changes(overrides: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
     changes = dict(options)
     for override in overrides:
@@ -379,7 +396,7 @@ def _read(name: str, inheriting: tuple[str, ...] = ()) -> dict[str, Any]:
     if name in inheriting:
         raise UserError(f"recipe {inheriting[0]}: extends itself, by way of {name}")
     try:
-        tree = yaml.safe_load(recipe_file(name).read_text(encoding="utf-8"))
+        tree = _load_yaml(recipe_file(name).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"recipe {name}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
@@ -414,7 +431,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise UserError(f"{text}: expected key=value, for example train.epochs=3")
     try:
-        return key, yaml.safe_load(value)
+        return key, _load_yaml(value)
     except yaml.YAMLError as error:
         raise UserError(f"{key}: {value!r} is not a YAML value") from error
 
