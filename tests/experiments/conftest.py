@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from arguments import later_wins
 from colours import SIDE, write_pictures
 from hub import MODEL, Hub, write_data_sets
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
@@ -83,11 +84,15 @@ def small(vit: Path, pictures: Path) -> list[str]:
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command line in this process: (exit code, standard output, standard error)."""
+    """Runs the command line in this process: (exit code, standard output, standard error).
 
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
+    Of an option or a key that is given twice the last counts, unless it is to be taken as it stands (`exactly`).
+    """
+
+    def run(*arguments: str | Path, exactly: bool = False) -> tuple[int, str, str]:
         capsys.readouterr()
-        code = exit_code(lambda: app([str(a) for a in arguments], standalone_mode=False))
+        given = [str(a) for a in arguments] if exactly else later_wins(arguments)
+        code = exit_code(lambda: app(given, standalone_mode=False))
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

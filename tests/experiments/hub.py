@@ -17,11 +17,12 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
+from arguments import later_wins
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pil
 from sentences import sentences
 
-PROGRAM = "import sys; from fvae_lora.experiments.cli import main; sys.argv[0] = 'fvae-lora'; main()"
+PROGRAM = "import sys; from fvae_lora_experiments.command import main; sys.argv[0] = 'fvae-lora'; main()"
 SMALL = ("train.epochs=1", "train.batch_size=8", "train.precision=fp32", "adapter.r=4")
 """What makes a recipe of the benchmark take a second."""
 
@@ -235,7 +236,7 @@ def command_line(
 ) -> subprocess.CompletedProcess[str]:
     """`fvae-lora` in a process of its own, which reads the hub's variables when it begins."""
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM, *map(str, arguments)],
+        [sys.executable, "-c", PROGRAM, *later_wins(arguments)],
         env=os.environ | environment,
         capture_output=True,
         text=True,

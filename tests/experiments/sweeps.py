@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from arguments import later_wins
 from processes import CONTEXT
 
 from fvae_lora.experiments import cli
+from fvae_lora_experiments import signals
 
 
 class Compare:
@@ -25,7 +27,7 @@ class Compare:
     def __init__(self, out: Path, options: Sequence[str | Path]):
         self.out = out
         self.said_file = out.with_suffix(".said")
-        arguments = ["compare", "image/default", *map(str, options), "--jobs", "2", "--out", str(out)]
+        arguments = later_wins(["compare", "image/default", "--jobs", "2", *options, "--out", out])
         self.process = CONTEXT.Process(target=_compare, args=(arguments, self.said_file, dict(os.environ)), daemon=True)
         self.process.start()
 
@@ -60,6 +62,7 @@ class Compare:
 def _compare(arguments: list[str], said: Path, env: dict[str, str]) -> None:
     os.environ.update(env)  # the server that processes are forked from may be older than what a test has set
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
+    signals.end_at_once()
     sys.stdout = sys.stderr = cli.console.file = said.open("w", buffering=1)
     sys.exit(cli.exit_code(lambda: cli.app(arguments, standalone_mode=False)))
 

@@ -81,7 +81,7 @@ def test_a_bad_command_line(
 
 def test_a_folder_that_is_no_model(cli: Cli, pictures: Path, tmp_path: Path) -> None:
     result = cli("train", "image/default", "--model", pictures, "--dataset", pictures, "--out", tmp_path / "run")
-    assert_refused(result, f"model {pictures}: not to be loaded for image classification")
+    assert_refused(result, f"model {pictures}: cannot be loaded for image classification")
     assert not (tmp_path / "run").exists()
 
 

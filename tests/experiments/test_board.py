@@ -33,6 +33,15 @@ def test_a_terminal_of_80_columns_shows_all_counts_and_the_end(runs: list[Planne
     assert "…" not in last
 
 
+def test_a_log_gets_a_line_now_and_then_while_no_run_ends(runs: list[Planned], monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    with Board(4, runs[1:4], console) as board:
+        board.show(runs[1:3])
+        monkeypatch.setattr("fvae_lora.experiments.board.PAUSE_S", 0)
+        board.show(runs[1:3])
+    assert console.file.getvalue() == "1/4 done, 2 running, 0 failed, 1 waiting\n"  # type: ignore[attr-defined]
+
+
 def test_a_log_gets_a_line_for_each_run_that_ended(runs: list[Planned]) -> None:
     console = Console(file=io.StringIO(), width=80)
     with Board(4, runs[1:4], console) as board:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from arguments import later_wins
 from chatter import CHAT, REAL, make_llama, make_tokenizer, rows_of, write_questions
 from datasets import Dataset
 from hub import Hub
@@ -62,7 +63,7 @@ def make(llama: Path, questions: Path) -> Callable[..., Recipe]:
     def make(*overrides: str, **places: Any) -> Recipe:
         usual = ["train.epochs=1", "train.batch_size=8", "adapter.r=4"]
         options = {"model": str(llama), "dataset": str(questions)} | places
-        return load_recipe("commonsense/default", [*usual, *overrides], options)
+        return load_recipe("commonsense/default", later_wins([*usual, *overrides]), options)
 
     return make
 
@@ -288,14 +289,17 @@ def test_scores_need_the_first_encoder_alone_and_are_not_random(make: Callable[.
     assert write_answers(model, rows["test"].tokenizer, rows["test"].rows["prompt_ids"][:4]) == texts
 
 
-def test_how_far_scoring_is_can_be_seen(make: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]) -> None:
+def test_how_far_scoring_is_can_be_seen_on_a_terminal(
+    make: Callable[..., Recipe], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     task, model, _, rows = opened(make("commonsense.max_new_tokens=2"))
-    for progress in (False, True):
+    for progress, terminal in ((False, True), (True, False), (True, True)):
         capsys.readouterr()
+        monkeypatch.setattr(sys.stderr, "isatty", lambda there=terminal: there)
         task.generated_scores(model, rows["test"], rows["test"], progress)
         shown = capsys.readouterr().err
-        assert ("likelihood of options:   0%" in shown) == progress
-        assert ("writing answers:   0%" in shown) == progress
+        assert ("likelihood of options:   0%" in shown) == (progress and terminal)
+        assert ("writing answers:   0%" in shown) == (progress and terminal)
 
 
 # A run.
@@ -493,7 +497,7 @@ def test_models_that_cannot_be_used(
 ) -> None:
     assert "the tokenizer has no chat template" in refused("commonsense.template=chat").replace("this model's", "the")
     assert "a model that writes has no head that this would train" in refused("method=linear-probe")
-    assert "not to be loaded as a causal language model" in refused(model=vit)
+    assert "cannot be loaded as a causal language model" in refused(model=vit)
     assert "commonsense.load_in_4bit: weights of 4 bits cannot be trained" in refused(
         "commonsense.load_in_4bit=true", "method=full"
     )

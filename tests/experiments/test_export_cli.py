@@ -79,7 +79,7 @@ def test_a_run_becomes_a_lora_and_says_what_that_costs(cli: Cli, finished: Path,
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert logits(vit, tmp_path / "lora").isfinite().all()
 
-    for more, match in ((("--rows", "3"), "calibration: 51 tokens are too few"), ((), "max_error: the linear fit")):
+    for more, match in ((("--rows", "3"), "--rows: 51 tokens are too few"), ((), "--max-error: the linear fit")):
         code, out, err = cli(*arguments, *more, "--max-error", "0", "--out", tmp_path / "refused")
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert err.startswith(f"fvae-lora: {match}")
@@ -111,10 +111,10 @@ def test_what_is_no_adapter_is_refused_in_one_line(cli: Cli, finished: Path, vit
 
     refused(".*/empty: neither a run", "export", tmp_path / "empty", "--out", tmp_path / "x")
     refused(".*/lora: an adapter of type LORA", "export", tmp_path / "lora", "--out", tmp_path / "x")
-    refused("folder: .*/full exists", "export", finished, "--out", tmp_path / "full")
+    refused("--out: .*/full exists", "export", finished, "--out", tmp_path / "full")
     refused("model .*/nowhere: no such", "export", finished, "--out", tmp_path / "x", "--model", tmp_path / "nowhere")
     alone = ("export", tmp_path / "alone", "--out", tmp_path / "x", "--model", vit, "--format", "lora")
-    refused("calibration: must be given where an encoder has a ReLU", *alone)
+    refused(".*/alone: an adapter alone; its encoders are fitted", *alone)
     refused("", "export", finished, "--out", tmp_path / "x", "--format", "onnx")
     assert not (tmp_path / "x").exists()
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
@@ -163,8 +163,27 @@ def test_reference_adapters_that_are_not_supported_are_refused(cli: Cli, golden:
     code, _, err = cli("import-reference", tmp_path / "cut", "--model", case / "base_model", "--out", tmp_path / "out")
     assert code == 2
     assert "it lacks" in err
-    code, _, err = cli("import-reference", tmp_path / "none", "--model", case / "base_model", "--out", tmp_path / "out")
-    assert (code, err.count("\n")) == (2, 1)
+
+
+def test_a_folder_that_is_none_of_the_reference_s_is_said_to_be_so(
+    cli: Cli, golden: Path, finished: Path, tmp_path: Path
+) -> None:
+    expected = "expected the folder of an adapter that the reference implementation saved\n"
+    for folder, says in (
+        (tmp_path / "none", "no such folder; " + expected),
+        (tmp_path, "holds no adapter_config.json; " + expected),
+        (finished, "holds no adapter_config.json; " + expected),
+        (golden / "tiny_vit" / "base_model", "holds no adapter_config.json; " + expected),
+    ):
+        model = golden / "tiny_vit" / "base_model"
+        code, _, err = cli("import-reference", folder, "--model", model, "--out", tmp_path / "out")
+        assert (code, err) == (2, f"fvae-lora: {folder}: {says}")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine").touch()
+    adapter, model = golden / "tiny_vit" / "adapter", golden / "tiny_vit" / "base_model"
+    code, _, err = cli("import-reference", adapter, "--model", model, "--out", full)
+    assert (code, err) == (2, f"fvae-lora: --out: {full} exists and is not empty\n")
 
 
 def test_the_exported_adapter_is_as_small_as_a_lora_of_the_same_rank(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from arguments import later_wins
 from peft import AdaLoraModel, PeftModel
 from transformers import AutoModelForImageClassification
 
 from fvae_lora.experiments.adalora import orthogonality
-from fvae_lora.experiments.methods import METHODS
+from fvae_lora.experiments.errors import UserError
+from fvae_lora.experiments.methods import METHODS, adapted_modules
 from fvae_lora.experiments.recipe import Recipe, check_recipe, load_recipe
 from fvae_lora.experiments.runner import evaluate, finished_run, open_base, open_data, run, scorer
 from fvae_lora.experiments.tasks import load_task
@@ -51,7 +53,7 @@ def two_steps(vit: Path, pictures: Path) -> Callable[..., Recipe]:
         usual = ["train.epochs=1", "train.batch_size=14", "adapter.r=4", "image.augmentation=[]", "adapter.alpha=8"]
         usual += ["train.learning_rate=0.05", "train.warmup_ratio=0"]
         places = {"model": str(vit), "dataset": str(pictures), "method": method}
-        return load_recipe("image/default", [*usual, *overrides], places)
+        return load_recipe("image/default", later_wins([*usual, *overrides]), places)
 
     return make
 
@@ -110,7 +112,7 @@ def validation_scores(folder: Path) -> dict[str, float]:
     rows = load_task(recipe).datasets(open_data(recipe, record), base, processor)["validation"]
     model = PeftModel.from_pretrained(base, str(folder / "adapter"))
     with scorer(model, recipe, quiet=True) as trainer:
-        return trainer.score(rows)
+        return trainer.score(rows, "validation")
 
 
 @pytest.mark.parametrize("method", INFERENCE)
@@ -226,3 +228,65 @@ def test_an_interrupted_adalora_run_begins_again(
 def test_a_recipe_of_a_method_survives_the_record(two_steps: Callable[..., Recipe]) -> None:
     recipe = two_steps("fvae-lora-reference")
     assert check_recipe(recipe.model_dump(), "record") == recipe
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ("query", ["q_proj"]),
+        (["query"], ["q_proj"]),
+        ("attention.v_proj", ["attention.v_proj"]),
+        (r".*\.(q|k)_proj", [f"vit.layers.{layer}.attention.{name}_proj" for layer in (0, 1) for name in "qk"]),
+        (r"vit\.layers\.1\..*fc1", ["vit.layers.1.mlp.fc1"]),
+    ],
+)
+def test_modules_are_named_as_in_peft(
+    make_recipe: Callable[..., Recipe], vit: Path, wanted: str | list[str], found: list[str]
+) -> None:
+    model = AutoModelForImageClassification.from_pretrained(vit)
+    recipe = make_recipe(adapter={"target_modules": wanted})
+    assert adapted_modules(model, recipe.adapter.target_modules) == found
+
+
+@pytest.mark.parametrize("method", ["lora", "fvae-lora", "hira", "adalora"])
+def test_all_linear_is_what_peft_means_by_it(make_recipe: Callable[..., Recipe], vit: Path, method: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForImageClassification.from_pretrained(vit)
+    expected = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="SEQ_CLS"))
+    recipe = make_recipe(method=method, adapter={"target_modules": "all-linear"})
+    adapted = METHODS[method].apply(AutoModelForImageClassification.from_pretrained(vit), recipe)
+    assert set(adapted.targeted_module_names) == set(expected.targeted_module_names)
+    assert len(adapted.targeted_module_names) == 2 * 6
+
+
+@pytest.mark.parametrize("wanted", ["query", ["query"], "all-linear", r".*\.q_proj"])
+def test_layers_choose_among_modules_however_they_are_named(
+    make_recipe: Callable[..., Recipe], vit: Path, wanted: str | list[str]
+) -> None:
+    recipe = make_recipe(adapter={"target_modules": wanted, "layers": [1]})
+    adapted = METHODS["lora"].apply(AutoModelForImageClassification.from_pretrained(vit), recipe)
+    assert {name.split(".")[2] for name in adapted.targeted_module_names} == {"1"}
+    assert len(adapted.targeted_module_names) == (6 if wanted == "all-linear" else 1)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [
+        (
+            "nope",
+            "adapter.target_modules: 'nope' matches no module of ViTForImageClassification; its linear",
+        ),
+        ("query,key", "adapter.target_modules: 'query,key' matches no module"),
+        (r".*\.(q_proj", "adapter.target_modules: '.*\\\\.(q_proj' is no regular expression: missing )"),
+        (r".*layernorm_before", "recipe: Target module LayerNorm"),
+    ],
+)
+def test_modules_that_cannot_be_adapted_are_refused_in_one_line(
+    make_recipe: Callable[..., Recipe], vit: Path, wanted: str, says: str
+) -> None:
+    model = AutoModelForImageClassification.from_pretrained(vit)
+    with pytest.raises(UserError) as refusal:
+        METHODS["lora"].apply(model, make_recipe(adapter={"target_modules": wanted}))
+    assert says in str(refusal.value)
+    assert "\n" not in str(refusal.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -12,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from processes import CONTEXT, LIVELY, attempt, result
 
-from fvae_lora.experiments import cli
-from fvae_lora.experiments.errors import RunError
+from fvae_lora.experiments import cli as command_line
+from fvae_lora.experiments.errors import RunError, UserError
 from fvae_lora.experiments.recipe import Recipe
 from fvae_lora.experiments.record import RunFolder
-from fvae_lora.experiments.runner import run
-from fvae_lora.experiments.training import FolderCallback
+from fvae_lora.experiments.runner import evaluate, run
+from fvae_lora.experiments.training import FolderCallback, RunTrainer
 
+Cli = Callable[..., tuple[int, str, str]]
 IMPATIENT = LIVELY | {"train": {"epochs": 30, "learning_rate": 1e-9, "patience": 4}}
 
 
@@ -115,9 +118,9 @@ def _main(recipe: Recipe, folder: Path, said: Path) -> None:
     import sys
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
-    cli.hush()
+    command_line.hush()
     sys.stderr = said.open("w")
-    sys.exit(cli.exit_code(lambda: run(recipe, folder, quiet=True)))
+    sys.exit(command_line.exit_code(lambda: run(recipe, folder, quiet=True)))
 
 
 def test_a_loss_that_is_no_number_names_step_and_layer_and_keeps_the_checkpoint(
@@ -149,3 +152,135 @@ def test_a_learning_rate_that_explodes_is_one_line(make_recipe: Callable[..., Re
     with pytest.raises(RunError, match=r"(the loss is (nan|inf) at step|the gradient's norm is (nan|inf) at step) \d"):
         run(recipe, tmp_path, quiet=True)
     assert json.loads((tmp_path / "run.json").read_text())["state"] == "failed"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_of_validation_that_is_no_number_is_a_run_that_diverged(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = RunTrainer.training_step
+
+    def poison(self: RunTrainer, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = step(self, model, *args, **kwargs)
+        if self.state.global_step == 7:  # the last step of the second epoch: training itself sees nothing of it
+            monkeypatch.setattr(model.get_base_model().classifier, "forward", lambda x: x[..., :3] * value)
+        return loss
+
+    monkeypatch.setattr(RunTrainer, "training_step", poison)
+    with pytest.raises(RunError, match=r"the validation loss is nan at step 8"):
+        run(make_recipe(), tmp_path, quiet=True)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["state"], record["diverged"]) == ("failed", True)
+    assert record["reason"] == "the validation loss is nan at step 8"
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open() if "validation" in line] == [4]
+    assert RunFolder(tmp_path).last_checkpoint() == tmp_path / "checkpoints" / "checkpoint-4"
+
+
+def test_a_loss_of_the_test_split_that_is_no_number_is_a_run_that_diverged(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = RunTrainer.score
+
+    def poison(self: RunTrainer, rows: Any, split: str) -> dict[str, float]:
+        self.model.get_base_model().classifier.weight.data.fill_(float("nan"))
+        return score(self, rows, split)
+
+    monkeypatch.setattr(RunTrainer, "score", poison)
+    with pytest.raises(RunError, match=r"the test loss is nan"):
+        run(make_recipe(), tmp_path, quiet=True)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["state"], record["diverged"], record["reason"]) == ("failed", True, "the test loss is nan")
+
+
+@pytest.fixture
+def untested(
+    make_recipe: Callable[..., Recipe], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """Makes a run that is trained, and whose test split could then not be read; gives the folder of its first class."""
+
+    def make(**changes: Any) -> Path:
+        shutil.copytree(pictures, tmp_path / "data")
+        picture = tmp_path / "data" / "test" / "red" / "0.png"
+        save = RunFolder.save_adapter
+
+        def and_spoil(self: RunFolder, *arguments: Any) -> None:
+            save(self, *arguments)
+            picture.write_bytes(picture.read_bytes()[:-30])
+
+        recipe = make_recipe(dataset=str(tmp_path / "data"), **changes)
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "save_adapter", and_spoil)
+            with pytest.raises(RunError, match=r"0\.png: not a readable image"):
+                run(recipe, tmp_path / "run", quiet=True)
+        return picture.parent
+
+    return make
+
+
+def test_a_run_that_is_trained_is_finished_on_repaired_data_and_its_record_says_that_they_differ(
+    untested: Callable[..., Path], make_recipe: Callable[..., Recipe], cli: Cli, tmp_path: Path
+) -> None:
+    folder, path = untested(), tmp_path / "run"
+    before = json.loads((path / "run.json").read_text())
+    assert before["state"] == "failed"
+    (folder / "0.png").unlink()
+    recipe = make_recipe(dataset=str(tmp_path / "data"))
+    with pytest.raises(
+        UserError, match=r"not what the run was started with .*; its training is complete: fvae-lora eva"
+    ):
+        run(recipe, path, quiet=True)
+    assert json.loads((path / "run.json").read_text()) == before, "nothing was changed"
+
+    code, out, err = cli("evaluate", path)
+    assert code == 0, err
+    refusal = "dataset data: not what the run was started with (data, other contents)"
+    assert f"fvae-lora: warning: {refusal}; the record says so\n" in err
+    record = json.loads((path / "run.json").read_text())
+    assert (record["state"], record["reason"]) == ("complete", None)
+    assert out.count(f"{record['metrics']['test']['loss']:.6f}") == 2
+    changed = record["dataset"].pop("tested_on")
+    assert record["dataset"] == before["dataset"], "what it was trained on stays"
+    assert changed["splits"] == before["dataset"]["splits"] | {"test": 11}
+    assert changed["fingerprint"] != before["dataset"]["fingerprint"]
+    assert not (path / "checkpoints").exists()
+    assert cli("evaluate", path)[:2] == (0, out), "it is scored on these from now on"
+    (folder / "1.png").unlink()
+    assert cli("evaluate", path)[0] == 2
+
+
+def test_a_run_that_is_trained_ends_as_undisturbed_where_the_data_are_as_before(
+    untested: Callable[..., Path], pictures: Path, make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    folder = untested(method="fvae-lora")
+    shutil.copy(pictures / "test" / "red" / "0.png", folder)
+    evaluate(tmp_path / "run", quiet=True)
+    recipe = make_recipe(method="fvae-lora", dataset=str(tmp_path / "data"))
+    run(recipe, tmp_path / "alone", quiet=True)
+    assert result(tmp_path / "run") == result(tmp_path / "alone")
+
+
+def test_a_run_with_cached_states_is_finished_on_repaired_data(
+    untested: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FVAE_LORA_CACHE", str(tmp_path / "cache"))
+    folder = untested(adapter={"layers": [1]}, train={"cache_frozen": True})
+    shutil.copy(folder / "1.png", folder / "0.png")
+    scores = evaluate(tmp_path / "run", quiet=True)
+    monkeypatch.setenv("FVAE_LORA_CACHE", str(tmp_path / "other"))
+    assert evaluate(tmp_path / "run", quiet=True) == scores
+
+
+def test_a_run_is_not_finished_on_data_of_other_classes_nor_before_it_is_trained(
+    untested: Callable[..., Path], make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    folder, path = untested(), tmp_path / "run"
+    for split in ("train", "test"):
+        (tmp_path / "data" / split / "red").rename(tmp_path / "data" / split / "crimson")
+    (folder.parent / "crimson" / "0.png").unlink()
+    with pytest.raises(UserError, match=r"other contents.*, and they have other classes"):
+        evaluate(path, quiet=True)
+    shutil.rmtree(path / "checkpoints" / "checkpoint-8")
+    with pytest.raises(UserError, match=r"run: no finished run; its state is failed"):
+        evaluate(path, quiet=True)
+    with pytest.raises(UserError, match=r"other contents\)$"):
+        run(make_recipe(dataset=str(tmp_path / "data")), path, quiet=True)

@@ -404,7 +404,7 @@ def test_a_protocol_that_the_corpus_has_no_use_for_is_refused(
 
 def test_a_model_that_does_not_read_samples_is_refused(cli: Cli, vit: Path, hummed: Path, tmp_path: Path) -> None:
     result = cli("train", "speech/timit", "--model", vit, "--dataset", hummed, "--out", tmp_path / "run", "--quiet")
-    assert_refused(result, "not to be loaded for phoneme recognition: vit is not of the kind of wav2vec2")
+    assert_refused(result, "cannot be loaded for phoneme recognition: vit is not of the kind of wav2vec2")
 
 
 # --- Words ----------------------------------------------------------------------------------------------------------
@@ -749,7 +749,7 @@ def test_each_recording_has_its_own_text_though_the_longest_are_written_first(
 def test_what_does_not_transcribe_is_refused(
     transcribe: Callable[..., tuple[int, str, str]], recordings: Path, vit: Path, pictures: Path
 ) -> None:
-    assert_refused(transcribe(recordings, "--model", vit), "not to be loaded for transcription")
+    assert_refused(transcribe(recordings, "--model", vit), "cannot be loaded for transcription")
     assert_refused(
         transcribe(recordings, "--method", "linear-probe"), "a model that writes has no head that this would train"
     )

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from arguments import later_wins
 from rich.console import Console
 from sweeps import Compare, assert_survives, left, states
 
 from fvae_lora.experiments.errors import UserError
-from fvae_lora.experiments.launchers.local import LocalLauncher
+from fvae_lora.experiments.launchers.local import THREAD_LIMITS, LocalLauncher
 from fvae_lora.experiments.plan import Planned, parse_list, parse_values, plan
 from fvae_lora.experiments.report import summary_rows
 from fvae_lora.experiments.sweep import sweep
@@ -25,7 +26,9 @@ Cli = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def planned(vit: Path, pictures: Path, tmp_path: Path) -> Callable[..., list[Planned]]:
     def make(methods: list[str], seeds: list[int], *more: str, vary: list[str] | None = None) -> list[Planned]:
-        overrides = ["train.epochs=2", "train.batch_size=8", "adapter.r=4", *more]
+        varied = {text.partition("=")[0] for text in vary or []}
+        overrides = later_wins(["train.epochs=2", "train.batch_size=8", "adapter.r=4", *more])
+        overrides = [override for override in overrides if override.partition("=")[0] not in varied]
         places = {"model": str(vit), "dataset": str(pictures)}
         variations = parse_values("--vary", vary or [])
         return plan("image/default", tmp_path / "runs", methods, seeds, overrides, places, variations)
@@ -195,3 +198,29 @@ def test_a_read_only_folder_is_refused_in_one_line(small: list[str], cli: Cli, s
 def test_sweeps_killed_ten_times_leave_what_an_undisturbed_one_does(small: list[str], tmp_path: Path) -> None:
     options = [*small, "train.epochs=6", "--methods", "fvae-lora,lora,linear-probe", "--seeds", "1"]
     assert_survives(10, tmp_path, options, lambda sweep: [worker.kill for worker in sweep.workers()])
+
+
+@pytest.mark.parametrize(
+    ("variables", "jobs", "threads"),
+    [
+        ({}, 1, "8"),
+        ({}, 2, "4"),
+        ({}, 99, "1"),
+        ({"OMP_NUM_THREADS": "2"}, 1, "2"),
+        ({"OMP_NUM_THREADS": "2"}, 8, "1"),
+        ({"OMP_NUM_THREADS": "64"}, 2, "4"),
+        ({"OMP_NUM_THREADS": "3,2"}, 1, "3"),
+        ({"MKL_NUM_THREADS": "1"}, 1, "1"),
+        ({"OMP_THREAD_LIMIT": "2", "OPENBLAS_NUM_THREADS": "3"}, 1, "2"),
+        ({"OMP_NUM_THREADS": ""}, 1, "8"),
+    ],
+)
+def test_workers_share_the_cores_within_what_the_user_allows(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], jobs: int, threads: str
+) -> None:
+    monkeypatch.setattr("fvae_lora.experiments.launchers.local.cores", lambda: 8)
+    for name in THREAD_LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert [share["OMP_NUM_THREADS"] for share in LocalLauncher(jobs).shares] == [threads] * jobs

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from arguments import later_wins
 from datasets import ClassLabel, Dataset, Features, Value
 from hub import ENCODER, GLUE, Hub, write_glue
 from peft import PeftModel
@@ -248,7 +249,9 @@ def test_what_a_method_learns_of_texts_is_saved(
 
 
 def texts_task(model: Path, dataset: Path, *overrides: str) -> TextTask:
-    recipe = load_recipe("text/default", [*SMALL, *overrides], {"model": str(model), "dataset": str(dataset)})
+    recipe = load_recipe(
+        "text/default", later_wins([*SMALL, *overrides]), {"model": str(model), "dataset": str(dataset)}
+    )
     task = load_task(recipe)
     assert isinstance(task, TextTask)
     return task

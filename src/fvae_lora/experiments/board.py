@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from fvae_lora.experiments.plan import Planned
+from fvae_lora.experiments.progress import PAUSE_S, ends
 
 
 class Board:
     """Shows how many runs are done, running, failed and waiting, and when all will have ended.
 
-    A terminal shows that below the lines of the runs that ended, always up to date; elsewhere it stands on each line.
+    A terminal shows that below the lines of the runs that ended, always up to date; elsewhere it stands on each line,
+    and on one of its own now and then.
 
     Args:
         total: runs of the sweep.
@@ -27,7 +29,8 @@ class Board:
         self.total, self.done, self.running, self.failed = total, total - len(to_do), 0, 0
         self.epochs = {run.folder.path: run.epochs_done() for run in to_do}
         self.all_epochs = sum(run.recipe.train.epochs for run in to_do)
-        self.began, self.began_with = time.monotonic(), sum(self.epochs.values())
+        self.began = self.said = time.monotonic()
+        self.began_with = sum(self.epochs.values())
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -56,9 +59,14 @@ class Board:
         if done in (self.began_with, self.all_epochs):
             return ""
         elapsed = time.monotonic() - self.began
-        left = timedelta(seconds=round(elapsed * (self.all_epochs - done) / (done - self.began_with)))
-        then = datetime.now() + left
-        return f"ends {then:%a %d %b %H:%M}" if left > timedelta(days=1) else f"ends {then:%H:%M}, in {left}"
+        return ends(timedelta(seconds=round(elapsed * (self.all_epochs - done) / (done - self.began_with))))
+
+    def _standing(self) -> str:
+        return ", ".join(filter(None, (self.counts(), self.end())))
+
+    def _say(self, line: str) -> None:
+        self.said = time.monotonic()
+        self.progress.console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def show(self, running: Sequence[Planned], ended: Sequence[tuple[Planned, str | None]] = ()) -> None:
         """Brings everything up to date.
@@ -74,7 +82,7 @@ class Board:
         self.done += sum(failure is None for _, failure in ended)
         for run, failure in ended:
             line = f"{run.name}: {failure or 'done'}"
-            if self.progress.disable:
-                line += f" ({', '.join(filter(None, (self.counts(), self.end())))})"
-            self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._say(f"{line} ({self._standing()})" if self.progress.disable else line)
+        if self.progress.disable and time.monotonic() - self.said >= PAUSE_S:
+            self._say(self._standing())
         self.progress.update(self.task, completed=sum(self.epochs.values()), description=self.counts(), end=self.end())

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from enum import StrEnum
@@ -11,25 +12,40 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
 from fvae_lora.experiments import processes
 from fvae_lora.experiments.errors import RunError, UserError
+from fvae_lora_experiments import signals
 
 if TYPE_CHECKING:
     from fvae_lora.experiments.launchers import Launcher
     from fvae_lora.experiments.plan import Planned
 
+
+class Command(TyperCommand):
+    """A command that refuses an option which is given twice."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parses the command line; as typer's otherwise, which takes the last of several values without a word."""
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for option in given:
+            if given.count(option) > 1 and option.nargs == 1 and not getattr(option, "multiple", False):
+                raise UserError(f"{option.opts[0]}: given twice; expected one of them")
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     help="FVAE-LoRA beside LoRA, its relatives, a linear probe and full fine-tuning: train, compare, report.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # which would make a picture of H:M:S
 )
 recipes = typer.Typer(help="Lists, shows and copies recipes.", invoke_without_command=True)
 app.add_typer(recipes, name="recipes")
-console = Console()
-INTERRUPTED = 130
-"""The exit code after Ctrl-C."""
+console = Console(markup=False, emoji=False)  # what a user named is shown as it is
+INTERRUPTED, TERMINATED = 130, 143
+"""The exit codes after Ctrl-C and SIGTERM."""
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (image/default) or a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.epochs=3.")]
@@ -55,7 +71,7 @@ DataRoot = Annotated[
 ]
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def refuse_what_is_no_run(context: typer.Context) -> None:
     """Each of the processes that torchrun starts would do the whole command.
 
@@ -64,9 +80,12 @@ def refuse_what_is_no_run(context: typer.Context) -> None:
     """
     if processes.count() > 1 and context.invoked_subcommand != "train":
         raise UserError(f"{context.invoked_subcommand}: not for several processes; torchrun is for train")
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
 
 
-@app.command()
+@app.command(cls=Command)
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -76,7 +95,7 @@ def train(
     method: Annotated[str | None, typer.Option(help="One of those that `fvae-lora recipes` lists.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything that is random.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/METHOD-seedN).")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Trains one run and scores it. A run that was stopped goes on where it was.
 
@@ -94,6 +113,7 @@ def train(
     from fvae_lora.experiments.runner import run
 
     hush()
+    signals.unwind()
     run(chosen, folder, quiet)
     processes.leave()
     if processes.is_main():
@@ -108,7 +128,7 @@ class Where(StrEnum):
     slurm = "slurm"
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE[,RECIPE]...", help="Recipes, shipped ones or YAML files.")],
     overrides: Overrides = None,
@@ -168,6 +188,7 @@ def compare(
     from fvae_lora.experiments.report import print_table, summary_rows
     from fvae_lora.experiments.sweep import sweep
 
+    signals.unwind()
     if processes and gpus:
         raise UserError(f"--processes {processes}: for runs without GPUs; --gpus {gpus} has a process for each")
     size = {"processes": processes or gpus or 1, "gpus": 0 if processes else gpus}
@@ -231,7 +252,7 @@ def _launcher(where: Where, out: Path, jobs: int, size: dict[str, Any], **of_slu
     return LocalLauncher(jobs, **size)
 
 
-@app.command()
+@app.command(cls=Command)
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
     model: Model = None,
@@ -245,6 +266,7 @@ def evaluate(
     from fvae_lora.experiments.record import RunFolder
 
     hush()
+    signals.unwind()
     scores = runner.evaluate(run, model, dataset)
     recorded = (RunFolder(run).read() or {})["metrics"]["test"]
     width = max(map(len, scores)) + 2
@@ -252,7 +274,7 @@ def evaluate(
         console.print(f"{name:<{width}}{value:.6f}  recorded {recorded[name]:.6f}", highlight=False)
 
 
-@app.command()
+@app.command(cls=Command)
 def check(
     what: Annotated[str, typer.Argument(metavar="DATA|RECIPE", help="A data set as for --dataset, or a recipe.")],
     overrides: Overrides = None,
@@ -268,6 +290,7 @@ def check(
     from fvae_lora.experiments.data.summary import print_summary
     from fvae_lora.experiments.recipe import load_recipe, shipped
 
+    signals.unwind()
     hush()
     if what in shipped() or Path(what).suffix in (".yaml", ".yml"):
         recipe = load_recipe(what, overrides or [], _given(model=model, dataset=dataset))
@@ -285,7 +308,7 @@ def check(
         raise
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     out: Annotated[Path | None, typer.Option(help="The folder of the runs (default: runs/demo).")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One seed, two epochs: does everything work?")] = False,
@@ -293,11 +316,12 @@ def demo(
     """FVAE-LoRA, LoRA and a linear probe on handwritten digits; nothing is fetched."""
     from fvae_lora.experiments.demo import demo as run_demo
 
+    signals.unwind()
     if failures := run_demo(out or Path("runs/demo-quick" if quick else "runs/demo"), quick, console):
         raise RunError(f"{len(failures)} runs failed")
 
 
-@app.command()
+@app.command(cls=Command)
 def report(
     runs: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of runs.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the page and the tables (default: DIR).")] = None,
@@ -312,6 +336,7 @@ def report(
         write_page,
     )
 
+    signals.unwind()
     rows = summary_rows(runs)
     folder = out or runs
     folder.mkdir(parents=True, exist_ok=True)
@@ -339,7 +364,7 @@ class Bias(StrEnum):
 NewFolder = Annotated[Path, typer.Option(help="The folder to write; must not exist, or be empty.")]
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A finished run's folder, or an adapter's.")],
     out: NewFolder,
@@ -359,15 +384,16 @@ def export(
     from fvae_lora.experiments.export import export_lora, export_small
 
     hush()
+    signals.unwind()
     if format is Format.inference:
         export_small(source, out, model)
     else:
         report = export_lora(source, out, model, dataset, bias.value, max_error, rows)
-        console.print(str(report), highlight=False, markup=False, soft_wrap=True)
+        console.print(str(report), highlight=False, soft_wrap=True)
     console.print(f"The adapter is in {out}", highlight=False)
 
 
-@app.command("import-reference")
+@app.command("import-reference", cls=Command)
 def import_reference(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An adapter that the reference saved.")],
     model: Annotated[str, typer.Option(help="The base model it was trained on: a name on the hub or a folder.")],
@@ -379,6 +405,7 @@ def import_reference(
     from fvae_lora.experiments import export
 
     hush()
+    signals.unwind()
     export.import_reference(folder, model, out)
     console.print(f"The adapter is in {out}", highlight=False)
 
@@ -390,7 +417,7 @@ def recipes_default(context: typer.Context) -> None:
         list_recipes()
 
 
-@recipes.command("list")
+@recipes.command("list", cls=Command)
 def list_recipes() -> None:
     """The shipped recipes, the methods, and the models and data that need neither a folder nor a network."""
     from fvae_lora.experiments.data.image_source import BUILT_IN as DATASETS
@@ -412,15 +439,31 @@ def list_recipes() -> None:
     console.print(table)
 
 
-@recipes.command("show")
-def show_recipe(recipe: RecipeName) -> None:
-    """Prints a recipe."""
-    from fvae_lora.experiments.recipe import recipe_file
+@recipes.command("show", cls=Command)
+def show_recipe(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A shipped recipe or a YAML file.")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every key, its value (here or by default), what is allowed, what it means.")
+    ] = False,
+) -> None:
+    """Prints a recipe, or every key that recipes may have."""
+    from fvae_lora.experiments.recipe import as_yaml, keys, recipe_file, recipe_tree
 
-    print(recipe_file(recipe).read_text(encoding="utf-8"), end="")
+    if recipe is None and not every:
+        raise UserError("recipes show: expected a recipe, or --all")
+    if not every:
+        print(recipe_file(str(recipe)).read_text(encoding="utf-8"), end="")
+        return
+    here = {} if recipe is None else recipe_tree(recipe)
+    for key in keys():
+        value = as_yaml(here[key.name]) if key.name in here else key.default
+        default = f"; {key.default} by default" if key.default not in (None, value) else ""
+        print(f"{key.name}: {'(to be given)' if value is None else value}")
+        for line in (f"{key.allowed}{default}", key.meaning):
+            print(textwrap.fill(line, 120, initial_indent="    # ", subsequent_indent="    # "))
 
 
-@recipes.command("copy")
+@recipes.command("copy", cls=Command)
 def copy_recipe(
     recipe: RecipeName,
     to: Annotated[Path | None, typer.Argument(metavar="FILE", help="Where to (default: its name, here).")] = None,
@@ -470,7 +513,10 @@ def hush() -> None:
 
 
 def main() -> None:
-    """Runs the command line: one line and exit code 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C."""
+    """Runs the command line: one line and exit code 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C.
+
+    143 after SIGTERM, if its signals are handled (`fvae_lora_experiments.command`).
+    """
     processes.end(exit_code(lambda: app(standalone_mode=False)))
 
 
@@ -480,6 +526,8 @@ def exit_code(command: Callable[[], Any]) -> int:
         result = command()
     except KeyboardInterrupt:
         result = INTERRUPTED
+    except signals.Terminated:
+        result = TERMINATED
     except (UserError, RunError) as error:
         return _say(str(error), 2 if isinstance(error, UserError) else 1)
     except OSError as error:
@@ -490,8 +538,8 @@ def exit_code(command: Callable[[], Any]) -> int:
         if processes.first_to_fail():
             traceback.print_exc()
         return 1
-    if result == INTERRUPTED:  # typer, too, makes that of Ctrl-C
-        return _say("stopped; the same command goes on where it was", INTERRUPTED)
+    if result in (INTERRUPTED, TERMINATED):  # typer, too, makes the first of Ctrl-C
+        return _say(signals.STOPPED, result)
     return result if isinstance(result, int) else 0
 
 

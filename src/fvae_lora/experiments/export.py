@@ -24,6 +24,7 @@ from fvae_lora import adapter_folder, export_for_inference, load_reference_adapt
 from fvae_lora.adapter_folder import new_folder
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.names import is_local
+from fvae_lora.experiments.pretrained import load, load_adapter, load_model, loading
 from fvae_lora.experiments.recipe import ImageSettings
 from fvae_lora.experiments.record import RunFolder
 from fvae_lora.experiments.runner import finished_run, open_base, open_data, scorer
@@ -38,6 +39,9 @@ TASK_CLASSES = {
     "QUESTION_ANS": AutoModelForQuestionAnswering,
     "FEATURE_EXTRACTION": AutoModel,
 }
+OPTIONS = {"folder": "--out", "bias": "--bias", "max_error": "--max-error", "calibration": "--rows"}
+"""What the method's arguments are called on the command line."""
+
 HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
 
 
@@ -85,7 +89,9 @@ def export_lora(
     with _refusals():
         folder = _adapter_folder(source)
         linear = adapter_folder.check_json(folder / "adapter_config.json").get("encoder_hidden_dims") == []
-        if folder == source or (linear and bias == "keep"):
+        if folder == source and not (linear and bias == "keep"):
+            raise UserError(f"{source}: an adapter alone; its encoders are fitted on data, so give its run's folder")
+        if linear and bias == "keep":
             return convert_to_lora(_adapted(source, model), out, max_error=max_error, bias=bias)
         recipe, record = finished_run(source, model, dataset)
         base, processor = open_base(recipe, record)
@@ -93,10 +99,11 @@ def export_lora(
         splits = load_task(plain).datasets(open_data(recipe, record), base, processor)
         generator = torch.Generator().manual_seed(recipe.seed)
         chosen = torch.randperm(len(splits["train"]), generator=generator)[:rows].tolist()
-        with scorer(PeftModel.from_pretrained(base, str(folder)), recipe, quiet=True) as trainer:
+        with scorer(load_adapter(base, folder), recipe, quiet=True) as trainer:
 
             def score(_: PeftModel) -> dict[str, float]:
-                return {f"validation_{name}": score for name, score in trainer.score(splits["validation"]).items()}
+                scores = trainer.score(splits["validation"], "validation")
+                return {f"validation_{name}": score for name, score in scores.items()}
 
             batches = trainer.get_eval_dataloader(Subset(splits["train"], chosen))
             return convert_to_lora(trainer.model, out, batches, max_error=max_error, bias=bias, evaluate=score)
@@ -114,17 +121,21 @@ def import_reference(folder: Path, model: str, out: Path) -> None:
         UserError: no adapter of the reference, one that asks for what is not supported or does not fit the model, or
             `out` holds something.
     """
+    if not (folder / "adapter_config.json").is_file():
+        what = "holds no adapter_config.json" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: {what}; expected the folder of an adapter that the reference implementation saved")
     with _refusals(), new_folder(out) as inside:
         load_reference_adapter(_base_of(folder, model), folder).save_pretrained(inside)
 
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What the method refuses is, here, the user's mistake."""
+    """What the method refuses is, here, the user's mistake, and its arguments are options."""
     try:
         yield
     except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from error
+        argument, colon, reason = " ".join(str(error).split()).partition(":")
+        raise UserError(f"{OPTIONS.get(argument, argument)}{colon}{reason}") from error
 
 
 def _adapter_folder(source: Path) -> Path:
@@ -141,7 +152,7 @@ def _adapter_folder(source: Path) -> Path:
 def _adapted(source: Path, model: str | None) -> PeftModel:
     folder = _adapter_folder(source)
     base = _base_of(source, model) if folder == source else open_base(*finished_run(source, model))[0]
-    return PeftModel.from_pretrained(base, str(folder))
+    return load_adapter(base, folder)
 
 
 def _base_of(adapter: Path, model: str | None) -> PreTrainedModel:
@@ -153,13 +164,9 @@ def _base_of(adapter: Path, model: str | None) -> PreTrainedModel:
     if is_local(name) and not Path(name).is_dir():
         raise UserError(f"model {name}: no such folder; --model says where it is")
     heads = [shape[0] for key, shape in adapter_folder.shapes(adapter).items() if key.endswith(HEADS)]
-    options: dict[str, Any] = {"num_labels": heads[0], "ignore_mismatched_sizes": True} if heads else {}
-    try:
-        base: PreTrainedModel = _class(fields, name).from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        line = str(error).strip().partition("\n")[0]
-        raise UserError(f"model {name}: not to be loaded as the adapter's base model: {line}") from error
-    return base
+    options: dict[str, Any] = {"num_labels": heads[0]} if heads else {}
+    with loading(name, "as the adapter's base model"):
+        return load_model(_class(fields, name), name, **options)[0]
 
 
 def _class(fields: Mapping[str, Any], model: str) -> Any:
@@ -167,7 +174,7 @@ def _class(fields: Mapping[str, Any], model: str) -> Any:
     if (task := TASK_CLASSES.get(fields.get("task_type") or "")) is not None:
         return task
     named = (fields.get("auto_mapping") or {}).get("base_model_class")
-    name = named or (AutoConfig.from_pretrained(model).architectures or ["none"])[0]
+    name = named or (load(AutoConfig, model).architectures or ["none"])[0]
     found = getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(f"transformers has no model class {name}")

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fvae_lora.experiments.errors import UserError
-from fvae_lora.experiments.record import Record
+from fvae_lora.experiments.record import Record, tested_on
 
 if TYPE_CHECKING:
     from fvae_lora.experiments.tasks import Task
@@ -66,7 +66,7 @@ def use_cached_states(
         raise UserError("train.cache_frozen: every epoch sees other images; set image.augmentation=[]")
     blocks = frozen_blocks(model)
     sections = recipe.model_dump(include={"task", "data", "image", "text", "commonsense", "speech"})
-    identity = [record["model"]["fingerprint"], record["dataset"]["fingerprint"], blocks[-1], recipe.train.precision]
+    identity = [record["model"]["fingerprint"], tested_on(record)["fingerprint"], blocks[-1], recipe.train.precision]
     identity += [sections, recipe.seed if recipe.data.protocol == "reference" else None]
     files = {}
     for split in rows:
@@ -148,7 +148,7 @@ def _through(model: nn.Module, last: str, rows: Any, task: Task, what: str, quie
     model.eval()
     handle = model.get_submodule(last).register_forward_hook(stop)
     try:
-        for start in tqdm(range(0, len(rows), train.batch_size), desc=what, disable=quiet):
+        for start in tqdm(range(0, len(rows), train.batch_size), desc=what, disable=quiet or None):
             items = [rows[i] for i in range(start, min(start + train.batch_size, len(rows)))]
             batch = task.collate(items)
             with suppress(_Enough), task.autocast(device):

@@ -7,8 +7,8 @@ from statistics import fmean
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.plan import Contender, Planned, product_of, runs_of
@@ -124,5 +124,5 @@ def print_choices(choices: Sequence[Choice], console: Console) -> None:
     for choice in choices:
         best = choice.best
         chosen = ("nothing", "") if best is None else (choice.values(best), f"{choice.metric} {best.score:.4f}")
-        table.add_row(*map(escape, (choice.name, *chosen, "; ".join(choice.remarks()))))
+        table.add_row(*map(Text, (choice.name, *chosen, "; ".join(choice.remarks()))))
     console.print(table)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
@@ -20,8 +21,10 @@ from peft import (
     get_peft_model,
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import match_target_against_key
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fvae_lora import FVAELoraConfig
 from fvae_lora.experiments.ablation import ablate
@@ -32,6 +35,9 @@ from fvae_lora.module_names import resolve_targets
 
 if TYPE_CHECKING:
     from fvae_lora.experiments.recipe import Recipe
+
+NAME = re.compile(r"[\w.]+")
+"""A module's name, in which nothing says that it is an expression."""
 
 Configure = Callable[["Recipe", PreTrainedModel], PeftConfig]
 
@@ -58,10 +64,9 @@ class Method:
         if self.config is None:
             return model
         try:
-            config = self.config(recipe, model)
+            adapted = get_peft_model(model, self.config(recipe, model))
         except ValueError as error:
             raise UserError(f"recipe: {error}") from error
-        adapted = get_peft_model(model, config)
         ablate(adapted, **recipe.ablation.model_dump())
         _keep_statistics(adapted)
         return adapted
@@ -73,10 +78,10 @@ class Method:
 
 
 def _where(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
+    targets, layers = adapted_modules(model, recipe.adapter.target_modules), recipe.adapter.layers
     return {
-        "target_modules": adapted_modules(model, recipe.adapter.target_modules),
+        "target_modules": targets if layers is None else _in_layers(model, targets, layers),
         "modules_to_save": head_modules(model) or None,
-        "layers_to_transform": recipe.adapter.layers,
     }
 
 
@@ -195,18 +200,58 @@ METHODS: dict[str, Method] = {
 }
 
 
-def adapted_modules(model: nn.Module, wanted: Iterable[str]) -> list[str]:
-    """The names in `wanted` as this model spells them: ViT's `query` is `q_proj` in transformers 5.
+def adapted_modules(model: PreTrainedModel, wanted: Sequence[str] | str) -> list[str]:
+    """Which modules of `model` are meant, full names or their last parts.
+
+    Args:
+        model: not adapted yet.
+        wanted: names, of which ViT's `query` is `q_proj` in transformers 5; or, as in peft, `all-linear` or a regular
+            expression of whole names. A name alone is that name.
 
     Raises:
         UserError: if the model has no module of a name; lists the names of its linear layers.
     """
+    if isinstance(wanted, str) and wanted.lower() == "all-linear":
+        others = (*head_modules(model), *_output_layers(model))
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+        return [name for name in linear if not f"{name}.".startswith(tuple(f"{other}." for other in others))]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # recipes use the old names on purpose: they fit more models
-            return sorted(resolve_targets(model, wanted))
+            found = resolve_targets(model, [wanted] if isinstance(wanted, str) and NAME.fullmatch(wanted) else wanted)
+    except re.error as error:
+        raise UserError(f"adapter.target_modules: {wanted!r} is no regular expression: {error}") from error
     except ValueError as error:
         raise UserError(f"adapter.{error}") from error
+    if isinstance(found, str):
+        return [name for name, _ in model.named_modules() if match_target_against_key(found, name)]
+    return sorted(found)
+
+
+def _output_layers(model: PreTrainedModel) -> list[str]:
+    output = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if output is not None and module is output]
+
+
+def _in_layers(model: PreTrainedModel, targets: Sequence[str], layers: Sequence[int]) -> list[str]:
+    """Full names of the modules that are meant and lie in these blocks, counted as peft does.
+
+    Raises:
+        UserError: if there are none in one of the blocks.
+    """
+    ends = tuple(f".{target}" for target in targets)
+    blocks = {
+        name: int(block[1])
+        for name, _ in model.named_modules()
+        if (name in targets or name.endswith(ends)) and (block := re.match(r".*?\.[^.]*\.(\d+)\.", name))
+    }
+    if missing := sorted({*layers} - {*blocks.values()}):
+        there = sorted({*blocks.values()})
+        known = f"0 to {there[-1]}" if there == [*range(len(there))] and there else ", ".join(map(str, there)) or "none"
+        raise UserError(
+            f"adapter.layers: block {missing[0]} of {type(model).__name__} has nothing to adapt; allowed are {known}"
+        )
+    return [name for name, block in blocks.items() if block in layers]
 
 
 def _keep_statistics(model: nn.Module) -> None:

@@ -145,6 +145,9 @@ def contenders(
     Raises:
         UserError: an unknown key, a bad value.
     """
+    for key, _ in map(parse_override, overrides):
+        if key in ("method", "seed", "purpose"):
+            raise UserError(f"{key}: runs of a comparison differ in it; {OPTION_OF[key]} is for that")
     options = dict(options or {})
     recipes, datasets = _several(recipe), _several(options.pop("dataset", None))
     found = []

@@ -206,7 +206,8 @@ class RunFolder:
     def save_adapter(self, checkpoint: Path, base: str) -> None:
         """Makes what a checkpoint holds of the model the run's result.
 
-        Where the files name `base`, the place of the base model on this machine, they get its short name.
+        Where the files name `base`, the place of the base model on this machine, or the place where it was when the
+        checkpoint was written, they get its short name.
         """
         part = self.path / ".adapter.part"
         shutil.rmtree(part, ignore_errors=True)
@@ -214,10 +215,21 @@ class RunFolder:
         for file in checkpoint.iterdir():
             if file.suffix == ".safetensors" or file.name in ("adapter_config.json", "config.json", "README.md"):
                 shutil.copyfile(file, part / file.name)
+        config = part / "adapter_config.json"
+        then = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] if config.exists() else base
         for file in (*part.glob("*.json"), *part.glob("*.md")):
-            file.write_text(file.read_text(encoding="utf-8").replace(base, short(base)), encoding="utf-8")
+            text = file.read_text(encoding="utf-8")
+            for place in filter(None, (then, base)):
+                text = text.replace(place, short(base))
+            file.write_text(text, encoding="utf-8")
         shutil.rmtree(self.adapter, ignore_errors=True)
         part.rename(self.adapter)
+
+
+def tested_on(record: Record) -> Record:
+    """The data of a run's test scores, with their `fingerprint`: they may have changed since it was trained."""
+    data: Record = record["dataset"]
+    return data.get("tested_on", data)
 
 
 def checkpoint_step(checkpoint: Path) -> int:

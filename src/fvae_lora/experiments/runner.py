@@ -38,8 +38,9 @@ from fvae_lora.experiments.frozen import collate, use_cached_states
 from fvae_lora.experiments.heads import head_modules
 from fvae_lora.experiments.methods import METHODS
 from fvae_lora.experiments.names import located, short, without_places
+from fvae_lora.experiments.pretrained import load_adapter, loading
 from fvae_lora.experiments.recipe import Recipe, check_recipe
-from fvae_lora.experiments.record import Record, RunFolder, checkpoint_step
+from fvae_lora.experiments.record import Record, RunFolder, checkpoint_step, tested_on
 from fvae_lora.experiments.surroundings import git_commit, hardware, peak_memory_mb, versions
 from fvae_lora.experiments.tasks import Task, load_task
 from fvae_lora.experiments.training import (
@@ -56,13 +57,15 @@ EXPECTED = (RunError, UserError, OSError, RuntimeError, ValueError, SafetensorEr
 is shown, and the run is marked as failed all the same."""
 
 
-def run(recipe: Recipe, path: Path, quiet: bool = False) -> Record:
+def run(recipe: Recipe, path: Path, quiet: bool = False, on_other_data: bool = False) -> Record:
     """Trains, selects the epoch on validation, scores it once on test, and leaves the record in the folder `path`.
 
     Args:
         recipe: what to do.
         path: the run's folder. A run that was stopped there goes on; a complete one is only read.
         quiet: no progress bars.
+        on_other_data: whether a run whose training is complete may be scored on data that have changed since. Its
+            record says so then (`tested_on` beside the data that it was trained on).
 
     Returns:
         The record.
@@ -77,7 +80,7 @@ def run(recipe: Recipe, path: Path, quiet: bool = False) -> Record:
         processes.wait()
         earlier = folder.read_for(recipe)
         if earlier is None or earlier["state"] != "complete":
-            prepared = _prepare(recipe, folder, (earlier or {}) | folder.opening(recipe), quiet)
+            prepared = _prepare(recipe, folder, (earlier or {}) | folder.opening(recipe), quiet, on_other_data)
             try:
                 earlier = _complete(prepared, folder, quiet)
             except Exception as error:
@@ -95,6 +98,8 @@ def run(recipe: Recipe, path: Path, quiet: bool = False) -> Record:
 def evaluate(path: Path, model: str | None = None, dataset: str | None = None, quiet: bool = False) -> dict[str, float]:
     """Scores a finished run's adapter on its test split again.
 
+    A run whose training is complete, and which could not be scored, is finished, on data that may have been repaired.
+
     Args:
         path: the run's folder.
         model: where the base model is, if not where the record says.
@@ -106,8 +111,16 @@ def evaluate(path: Path, model: str | None = None, dataset: str | None = None, q
 
     Raises:
         UserError: no finished run there; another model or other data than the run had.
+        RunError: the run cannot be finished. Its record says why.
     """
+    folder = RunFolder(path)
+    if (record := folder.read()) and record["state"] != "complete":
+        recipe = _recorded_recipe(record, path, model, dataset)
+        if _is_trained(folder, recipe):
+            run(recipe, path, quiet, on_other_data=True)
     recipe, record = finished_run(path, model, dataset)
+    if recipe.purpose == "selection":
+        raise UserError(f"{path}: a point of a grid, which is not scored on the test split")
     task, splits = load_task(recipe), open_data(recipe, record)
     base, processor = open_base(recipe, record)
     return _score(task, base, task.datasets(splits, base, processor)["test"], RunFolder(path), record, quiet)[0]
@@ -128,10 +141,19 @@ def finished_run(path: Path, model: str | None = None, dataset: str | None = Non
     record = folder.read()
     if record is None or record["state"] != "complete":
         raise UserError(f"{path}: no finished run" + ("" if record is None else f"; its state is {record['state']}"))
+    return _recorded_recipe(record, path, model, dataset), record
+
+
+def _recorded_recipe(record: Record, path: Path, model: str | None, dataset: str | None) -> Recipe:
     places = {
         key: given or located(record["recipe"][key], path) for key, given in (("model", model), ("dataset", dataset))
     }
-    return check_recipe(record["recipe"] | places, str(folder.record_file)), record
+    return check_recipe(record["recipe"] | places, str(RunFolder(path).record_file))
+
+
+def _is_trained(folder: RunFolder, recipe: Recipe) -> bool:
+    last = folder.last_checkpoint()
+    return last is not None and finished(checkpoint_state(last), recipe)
 
 
 def open_data(recipe: Recipe, record: Record) -> Splits:
@@ -142,7 +164,8 @@ def open_data(recipe: Recipe, record: Record) -> Splits:
     """
     task = load_task(recipe)
     official = task.open_source()
-    _refuse_other_contents(record, "dataset", fingerprint(official, task.content), recipe.dataset)
+    if fingerprint(official, task.content) != tested_on(record)["fingerprint"]:
+        raise UserError(_other_contents("dataset", recipe.dataset, record))
     return task.split(official)
 
 
@@ -153,7 +176,8 @@ def open_base(recipe: Recipe, record: Record) -> tuple[PreTrainedModel, Any]:
         UserError: no such model, or another model than the run had.
     """
     base, processor = load_task(recipe).load_model(record["dataset"]["classes"])
-    _refuse_other_contents(record, "model", _model_fingerprint(base), recipe.model)
+    if _model_fingerprint(base) != record["model"]["fingerprint"]:
+        raise UserError(_other_contents("model", recipe.model, record))
     return base, processor
 
 
@@ -182,7 +206,7 @@ class _Prepared:
     began: float
 
 
-def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool) -> _Prepared:
+def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, on_other_data: bool) -> _Prepared:
     """Opens data and model, and refuses what `record`, if a run has begun, was not started with."""
     began = time.monotonic()
     set_seed(recipe.seed)
@@ -199,8 +223,11 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool) -> 
     identity = task.identify(official)
     data = {"name": short(recipe.dataset), "fingerprint": identity.fingerprint}
     base = {"name": short(recipe.model), "fingerprint": _model_fingerprint(model)}
-    for what, contents in (("model", base), ("dataset", data)):
-        _refuse_other_contents(record, what, contents["fingerprint"], contents["name"])
+    described = data | _described(splits, recipe, note)
+    if "model" in record and record["model"]["fingerprint"] != base["fingerprint"]:
+        raise UserError(_other_contents("model", base["name"], record))
+    if "dataset" in record and record["dataset"]["fingerprint"] != data["fingerprint"]:
+        described = _on_other_data(record, described, folder, recipe, on_other_data)
 
     with processes.main_first():  # images that one has decoded are known to the others
         summary = summarise(task, official, identity, notes, quiet)
@@ -215,7 +242,7 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool) -> 
     record |= {
         "metric": asdict(task.metric),
         "model": base,
-        "dataset": data | _described(splits, recipe, note) | facts | summary.facts(),
+        "dataset": ({} if "tested_on" in described else facts | summary.facts()) | described,
         "parameters": {
             "total": total,
             "trainable": sum(trained.values()),
@@ -311,7 +338,7 @@ def _score(
     with scorer(model, recipe, quiet) as trainer:
         if recipe.train.cache_frozen:
             rows = use_cached_states(model, {"test": rows}, task, record, trainer.args.device, quiet)["test"]
-        scores = trainer.score(rows)
+        scores = trainer.score(rows, "test")
     return scores, inference_flops(model, _batch(task, rows, recipe.train.batch_size)), model
 
 
@@ -321,9 +348,9 @@ def _batch(task: Task, rows: Any, size: int) -> dict[str, Any]:
 
 def _with_adapter(base: PreTrainedModel, adapter: Path, is_trainable: bool) -> nn.Module:
     if (adapter / "adapter_config.json").exists():
-        adapted: nn.Module = PeftModel.from_pretrained(base, str(adapter), is_trainable=is_trainable)
-        return adapted
-    load_whole_model(base, adapter)
+        return load_adapter(base, adapter, is_trainable)
+    with loading(str(adapter), "as the model that was trained"):
+        load_whole_model(base, adapter)
     return base
 
 
@@ -355,9 +382,25 @@ def _model_fingerprint(model: nn.Module) -> str:
     return total.hexdigest()
 
 
-def _refuse_other_contents(record: Record, what: str, found: str, name: str) -> None:
-    if what in record and record[what]["fingerprint"] != found:
-        raise UserError(f"{what} {name}: not what the run was started with ({record[what]['name']}, other contents)")
+def _other_contents(what: str, name: str, record: Record) -> str:
+    return f"{what} {name}: not what the run was started with ({record[what]['name']}, other contents)"
+
+
+def _on_other_data(record: Record, described: Record, folder: RunFolder, recipe: Recipe, on_other_data: bool) -> Record:
+    """What the record of a run whose training is complete says of its data where they have changed since.
+
+    Raises:
+        UserError: training goes on; nobody asked for that; other classes.
+    """
+    refusal = _other_contents("dataset", described["name"], record)
+    if not _is_trained(folder, recipe):
+        raise UserError(refusal)
+    if not on_other_data and described["fingerprint"] != tested_on(record)["fingerprint"]:
+        raise UserError(f"{refusal}; its training is complete: fvae-lora evaluate {folder.path} scores it on these")
+    if described["classes"] != record["dataset"]["classes"]:
+        raise UserError(f"{refusal}, and they have other classes")
+    print(f"fvae-lora: warning: {refusal}; the record says so", file=sys.stderr)
+    return record["dataset"] | {"tested_on": {"fingerprint": described["fingerprint"], "splits": described["splits"]}}
 
 
 def _in_one_line(error: Exception, recipe: Recipe, path: Path) -> str:

@@ -11,6 +11,7 @@ from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.launchers import LETTING_GO_S, Ended, Launcher
 from fvae_lora.experiments.names import without_places
 from fvae_lora.experiments.plan import Planned
+from fvae_lora_experiments.signals import Terminated
 
 REFUSED = 2
 """The exit code of a run that could not be begun as it was asked for."""
@@ -43,7 +44,7 @@ def sweep(runs: Sequence[Planned], launcher: Launcher, console: Console) -> list
                 board.show(news.running, ends)
                 failures += [f"{run.name}: {failure}" for run, failure in ends if failure]
                 refused += sum(ended.code == REFUSED for ended in news.ended)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated):
             if launcher.parting:
                 console.print(launcher.parting, highlight=False)
             raise

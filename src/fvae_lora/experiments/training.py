@@ -29,6 +29,8 @@ from fvae_lora.experiments import processes
 from fvae_lora.experiments.adalora import RankSchedule, orthogonality
 from fvae_lora.experiments.errors import DivergenceError, UserError
 from fvae_lora.experiments.frozen import collate
+from fvae_lora.experiments.pretrained import load_model
+from fvae_lora.experiments.progress import ProgressLines, on_terminal
 from fvae_lora.experiments.recipe import Recipe
 from fvae_lora.experiments.record import RunFolder
 from fvae_lora.experiments.surroundings import cores
@@ -42,19 +44,20 @@ Scored = tuple[float, torch.Tensor, torch.Tensor]
 
 
 class RunTrainer(FVAELoraTrainer):
-    """A Trainer for a task. A loss that is NaN or infinite raises `DivergenceError` before it reaches a parameter.
+    """A Trainer for a task. A loss that is NaN or infinite raises `DivergenceError`, before it reaches a parameter.
 
     Args:
         task: collates, and scores what the model puts out.
-        quiet: no progress bars.
+        quiet: no progress.
         kwargs: as the Trainer's.
     """
 
     def __init__(self, task: Task, quiet: bool, **kwargs: Any):
         super().__init__(data_collator=partial(collate, task), **kwargs)
         self.task, self.quiet = task, quiet
-        if quiet:
-            self.remove_callback(PrinterCallback)
+        self.remove_callback(PrinterCallback)  # what a Trainer without bars has
+        if not quiet and not on_terminal():
+            self.add_callback(ProgressLines(task.metric.name))
         self.is_adalora = isinstance(getattr(self.model, "base_model", None), AdaLoraModel)
         if self.is_adalora:
             self.add_callback(RankSchedule())
@@ -95,6 +98,9 @@ class RunTrainer(FVAELoraTrainer):
         """Scores a split: its mean loss, what its batches' outputs say, and what the task generates from it.
 
         The main process puts together what all have found, and tells the others.
+
+        Raises:
+            DivergenceError: the mean loss is NaN or infinite.
         """
         self.callback_handler.eval_dataloader = dataloader  # for the progress bar
         self.model.eval()
@@ -111,6 +117,10 @@ class RunTrainer(FVAELoraTrainer):
         items: Any = dataloader.dataset
         scores = [self._scores(batches, items) if self.is_world_process_zero() else {}]
         broadcast_object_list(scores)
+        if not math.isfinite(loss := scores[0]["loss"]):
+            split = "validation" if metric_key_prefix == "eval" else metric_key_prefix
+            when = f" at step {self.state.global_step}" if self.state.global_step else ""
+            raise DivergenceError(f"the {split} loss is {loss}{when}")
         metrics = {f"{metric_key_prefix}_{name}": score for name, score in scores[0].items()}
         return EvalLoopOutput(None, None, metrics, len(items))
 
@@ -121,15 +131,17 @@ class RunTrainer(FVAELoraTrainer):
             outputs.add(batch_outputs)
             labels.add(batch_labels)
         loss = np.average([loss for loss, _, _ in batches], weights=[len(labels) for _, _, labels in batches])
+        if not math.isfinite(loss):
+            return {"loss": float(loss)}
         return {
             "loss": float(loss),
             **self.task.scores(outputs.get_arrays(), labels.get_arrays(), rows),
             **self.task.generated_scores(self.model, rows, items, progress=not self.quiet),
         }
 
-    def score(self, rows: Any) -> dict[str, float]:
-        """`loss` and the task's scores of `rows`, one of its data sets."""
-        return scores_among(self.evaluate(rows, metric_key_prefix="scored"), "scored")
+    def score(self, rows: Any, split: str) -> dict[str, float]:
+        """`loss` and the task's scores of `rows`, one of its data sets, whose name is `split`."""
+        return scores_among(self.evaluate(rows, metric_key_prefix=split), split)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if isinstance(self.model, PeftModel):
@@ -143,7 +155,7 @@ def load_whole_model(model: PreTrainedModel, folder: Path) -> None:
 
     transformers writes them under names of older versions, and a Trainer that resumes skips those it does not know.
     """
-    model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
+    model.load_state_dict(load_model(type(model), str(folder), dtype=torch.float32)[0].state_dict())
 
 
 def blame(model: nn.Module) -> str:
@@ -263,6 +275,6 @@ def trainer_arguments(recipe: Recipe, output: Path, metric: Metric, quiet: bool)
         remove_unused_columns=False,
         label_names=["labels"],
         report_to="none",
-        disable_tqdm=quiet,
+        disable_tqdm=quiet or not on_terminal(),
         log_level_replica="error",
     )

@@ -1,6 +1,7 @@
 """Runs as processes of this machine, which is shared out among them."""
 
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -20,12 +21,15 @@ from fvae_lora.experiments.surroundings import cores
 POLL_S = 0.5
 OUTPUT_BYTES = 2**16
 
+THREAD_LIMITS = ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+"""Variables by which a user limits the threads of a process."""
+
 
 class LocalLauncher:
     """Does runs in processes whose life is tied to this one's.
 
     Args:
-        jobs: runs at once; the machine's cores are shared out among them.
+        jobs: runs at once; the machine's cores are shared out among them, up to the threads that the user allows each.
         processes: processes per run.
         gpus: GPUs per run, no two runs' the same. With None, a run has one if there are any, maybe not for itself.
 
@@ -37,9 +41,8 @@ class LocalLauncher:
 
     def __init__(self, jobs: int, processes: int = 1, gpus: int | None = None):
         self.processes = processes
-        self.shares = [
-            {"OMP_NUM_THREADS": str(max(1, cores() // (jobs * processes)))} | visible for visible in _gpus(jobs, gpus)
-        ]
+        threads = {"OMP_NUM_THREADS": str(max(1, min(cores() // (jobs * processes), most_threads())))}
+        self.shares = [threads | visible for visible in _gpus(jobs, gpus)]
 
     def launch(self, runs: Sequence[Planned]) -> Generator[News, None, None]:
         """See `Launcher`."""
@@ -107,6 +110,12 @@ class _Worker:
         if self.process is not None:
             self.channel.close()
             self.process.wait()
+
+
+def most_threads() -> float:
+    """How many threads a process may have by the variables that limit them, of which the smallest counts."""
+    set_by_user = (os.environ.get(name, "").split(",")[0].strip() for name in THREAD_LIMITS)
+    return min((int(limit) for limit in set_by_user if limit.isdecimal() and int(limit)), default=math.inf)
 
 
 def _gpus(jobs: int, each: int | None) -> list[dict[str, str]]:

@@ -15,10 +15,11 @@ from datasets import Dataset
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
-from fvae_lora.experiments.classifiers import load_classifier, loading
+from fvae_lora.experiments.classifiers import load_classifier
 from fvae_lora.experiments.data import Splits, accuracies, open_images
 from fvae_lora.experiments.data.files import Notes
 from fvae_lora.experiments.data.images import ImageFacts, Images, augmentation, image_content, look_at_all, process
+from fvae_lora.experiments.pretrained import load, loading
 from fvae_lora.experiments.record import write_atomically
 from fvae_lora.experiments.tasks import Task
 
@@ -84,7 +85,7 @@ def load_image_classifier(name: str, classes: list[str]) -> tuple[PreTrainedMode
     source = str(BUILT_IN.get(name, name))
     with loading(source, "for image classification"):
         model, _ = load_classifier(source, AutoModelForImageClassification, classes)
-        return model, AutoImageProcessor.from_pretrained(source)
+        return model, load(AutoImageProcessor, source)
 
 
 def _resize(model: PreTrainedModel, processor: Any, side: int) -> None:

@@ -12,13 +12,13 @@ from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, PreTrainedModel
 
-from fvae_lora.experiments.classifiers import loading
 from fvae_lora.experiments.data import Splits
 from fvae_lora.experiments.data.audio import read_sound, sound_content
 from fvae_lora.experiments.data.files import Notes
 from fvae_lora.experiments.data.timit import CORE_TEST_SPEAKERS, DEVELOPMENT_SPEAKERS, open_timit
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.heads import draw_new_head
+from fvae_lora.experiments.pretrained import load, load_model, loading
 from fvae_lora.experiments.tasks import Metric, Task
 from fvae_lora.masks import IGNORED_LABEL
 
@@ -65,15 +65,13 @@ class PhonemeTask(Task):
         """
         name = self.recipe.model
         with loading(name, "for phoneme recognition"):
-            config = AutoConfig.from_pretrained(name)
+            config = load(AutoConfig, name)
             if not hasattr(config, "conv_stride"):
                 raise ValueError(f"{config.model_type} is not of the kind of wav2vec2, HuBERT and WavLM")
             config.update({"vocab_size": len(classes) + 1, "pad_token_id": BLANK})
             config.update({"layerdrop": 0.0, "ctc_loss_reduction": "mean"})
-            model = AutoModelForCTC.from_pretrained(
-                name, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
-            )
-            extractor = AutoFeatureExtractor.from_pretrained(name)
+            model, _ = load_model(AutoModelForCTC, name, config=config, dtype=torch.float32)
+            extractor = load(AutoFeatureExtractor, name)
         draw_new_head(model)
         model.freeze_feature_encoder()
         # Where a head has another size than the checkpoint's, peft asks for embeddings; a model of sound has none.

@@ -10,19 +10,20 @@ from datasets import Dataset
 from scipy import stats
 from sklearn.metrics import f1_score, matthews_corrcoef
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from fvae_lora.experiments.classifiers import load_classifier, loading
+from fvae_lora.experiments.classifiers import load_classifier
 from fvae_lora.experiments.data import Splits, accuracies
 from fvae_lora.experiments.data.files import Notes
 from fvae_lora.experiments.data.text import Texts, open_texts, text_content
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.heads import head_modules
+from fvae_lora.experiments.pretrained import check_tokens, load, load_tokenizer, loading
 from fvae_lora.experiments.recipe import Recipe
 from fvae_lora.experiments.tasks import Metric, Task
 
@@ -62,11 +63,19 @@ class TextTask(Task):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's own."""
-        with loading(self.recipe.model, ROLE):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.recipe.model)
+        """The model's own, and how a batch is padded: with its end token if it has none for that.
+
+        On the right but for XLNet, which sums up a text at its last place: some decoders' tokenizers pad on the left,
+        for generation, and the positions of a text would then depend on its batch.
+        """
+        name = self.recipe.model
+        tokenizer = load_tokenizer(name, ROLE)
+        with loading(name, ROLE):
+            tokenizer.padding_side = "left" if load(AutoConfig, name).model_type == "xlnet" else "right"
         if tokenizer.pad_token is None:
-            raise UserError(f"model {self.recipe.model}: its tokenizer has no token to pad a batch with")
+            if tokenizer.eos_token is None:
+                raise UserError(f"model {name}: its tokenizer has no token to pad a batch with, and none to end a text")
+            tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
     def open_source(self, notes: Notes | None = None) -> dict[str, Dataset]:
@@ -98,15 +107,23 @@ class TextTask(Task):
         heads = tuple(f"{head}." for head in head_modules(model))
         if lacking := sorted(key for key in missing if not key.startswith(heads)):
             raise UserError(f"model {name}: lacks {', '.join(lacking[:3])}, and only the head may be new")
+        for config in (model.config, model.config.get_text_config()):
+            config.pad_token_id = self.tokenizer.pad_token_id  # by which a decoder finds the end of a text
         limit = min(self.tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", text.max_length))
         if text.max_length > limit:
             raise UserError(f"text.max_length: model {name} reads {limit} tokens at most, got {text.max_length}")
         return model, self.tokenizer
 
     def datasets(self, splits: Splits, model: PreTrainedModel, processor: Any) -> dict[str, Any]:
-        """The three splits as tokens, not padded."""
+        """The three splits as tokens, not padded.
+
+        Raises:
+            UserError: a tokenizer that does not know the words of the training split.
+        """
         rows = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-        return {name: Texts(part, name, processor, self.recipe.text.max_length) for name, part in rows.items()}
+        parts = {name: Texts(part, name, processor, self.recipe.text.max_length) for name, part in rows.items()}
+        check_tokens(self.recipe.model, processor, parts["train"].encoded["input_ids"])
+        return parts
 
     def truncated(self, splits: Splits) -> dict[str, int]:
         """By the model's tokenizer."""
@@ -114,8 +131,11 @@ class TextTask(Task):
         return {name: Texts(rows, name, self.tokenizer, length).truncated for name, rows in splits.by_name.items()}
 
     def facts(self, rows: dict[str, Texts]) -> dict[str, Any]:
-        """How many rows of each split were cut at the recipe's `text.max_length`."""
-        return {"truncated": {name: part.truncated for name, part in rows.items()}}
+        """How many rows of each split were cut at the recipe's `text.max_length`; what pads, if it is the end token."""
+        facts: dict[str, Any] = {"truncated": {name: part.truncated for name, part in rows.items()}}
+        if self.tokenizer.pad_token == self.tokenizer.eos_token:
+            facts["padding"] = f"the end token {self.tokenizer.eos_token}"
+        return facts
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch, padded to its own longest row."""

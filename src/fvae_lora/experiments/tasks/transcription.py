@@ -1,6 +1,6 @@
 """Word recognition with Whisper: what is said, written down."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jiwer
@@ -12,13 +12,13 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, PreTrainedModel
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
-from fvae_lora.experiments.classifiers import loading
 from fvae_lora.experiments.data import Splits
 from fvae_lora.experiments.data.audio import read_sound
 from fvae_lora.experiments.data.files import Notes
 from fvae_lora.experiments.data.recordings import open_recordings, recording_content
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.frozen import STATES, collate
+from fvae_lora.experiments.pretrained import check_tokens, check_vocabulary, load, load_model, loading
 from fvae_lora.experiments.tasks import Metric, Task
 from fvae_lora.experiments.tasks.batches import by_length
 from fvae_lora.masks import IGNORED_LABEL
@@ -50,10 +50,11 @@ class TranscriptionTask(Task):
         """
         name, speech = self.recipe.model, self.recipe.speech
         with loading(name, "for transcription"):
-            model = AutoModelForSpeechSeq2Seq.from_pretrained(name, dtype=torch.float32)
+            model, _ = load_model(AutoModelForSpeechSeq2Seq, name, dtype=torch.float32)
             if model.config.model_type != "whisper":
                 raise ValueError(f"{model.config.model_type} is not Whisper")
-            processor = AutoProcessor.from_pretrained(name)
+            processor = load(AutoProcessor, name)
+            check_vocabulary(name, processor.tokenizer)
             if model.generation_config.is_multilingual:
                 processor.tokenizer.set_prefix_tokens(language=speech.language, task="transcribe")
                 model.generation_config.language, model.generation_config.task = speech.language, "transcribe"
@@ -70,12 +71,14 @@ class TranscriptionTask(Task):
 
         Raises:
             UserError: a recording or a text that is too long for the model; a text of which the normaliser leaves
-                nothing.
+                nothing; a tokenizer that does not know the words.
         """
         is_english = not model.generation_config.is_multilingual or self.recipe.speech.language in ("en", "english")
         spelling = getattr(processor.tokenizer, "english_spelling_normalizer", None) or {}
         normalise = EnglishTextNormalizer(spelling) if is_english else BasicTextNormalizer()
-        return {name: Recordings(rows, model, processor, normalise) for name, rows in splits.by_name.items()}
+        parts = {name: Recordings(rows, model, processor, normalise) for name, rows in splits.by_name.items()}
+        check_tokens(self.recipe.model, processor.tokenizer, parts["train"].texts())
+        return parts
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch: `input_features` (batch, bands, frames), `attention_mask` (batch, frames), `labels` (batch, tokens).
@@ -107,7 +110,7 @@ class TranscriptionTask(Task):
         device = next(model.parameters()).device
         written = [""] * len(rows)
         batches = by_length([len(text) for text in rows.rows["text"]], self.recipe.train.batch_size)  # end together
-        for numbers in tqdm(batches, desc="transcribing", disable=not progress, leave=False):
+        for numbers in tqdm(batches, desc="transcribing", disable=None if progress else True, leave=False):
             batch = collate(self, [items[i] for i in numbers])
             heard = {key: batch[key].to(device) for key in ("input_features", STATES) if key in batch}
             with self.autocast(device):
@@ -157,6 +160,10 @@ class Recordings(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         heard = extractor(self._sound(index), sampling_rate=rate, return_attention_mask=True, return_tensors="pt")
         item = {key: heard[key][0] for key in ("input_features", "attention_mask")}
         return item | {"labels": torch.tensor(self._labels(self.rows[index]))}
+
+    def texts(self) -> Iterator[list[int]]:
+        """The tokens of each text."""
+        return map(self._labels, self.rows)
 
     def _labels(self, row: dict[str, Any]) -> list[int]:
         """The text's tokens but the first, which the model puts before the labels by itself."""

@@ -13,25 +13,26 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
 )
 
-from fvae_lora.experiments.classifiers import loading
 from fvae_lora.experiments.data import Splits
 from fvae_lora.experiments.data.files import Notes
 from fvae_lora.experiments.data.fingerprint import Identity, identify
 from fvae_lora.experiments.data.questions import open_questions
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.methods import METHODS
+from fvae_lora.experiments.pretrained import check_tokens, load_model, load_tokenizer, loading
 from fvae_lora.experiments.tasks import Metric, Task
 from fvae_lora.experiments.tasks.batches import by_length, padded, positions
 from fvae_lora.experiments.tasks.commonsense.answers import parse, write_answers
 from fvae_lora.experiments.tasks.commonsense.likelihood import log_likelihoods
 from fvae_lora.experiments.tasks.commonsense.prompts import check_template, encode
 from fvae_lora.masks import IGNORED_LABEL
+
+ROLE = "as a causal language model"
 
 UNPARSABLE = -1
 """In place of an option's number."""
@@ -91,9 +92,9 @@ class CommonsenseTask(Task):
         options: dict[str, Any] = {"dtype": dtype}
         if settings.load_in_4bit:
             options["quantization_config"] = _four_bits(dtype, frozen)
-        with loading(name, "as a causal language model"):
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, **options)
+        with loading(name, ROLE):
+            model, _ = load_model(AutoModelForCausalLM, name, **options)
+        tokenizer = load_tokenizer(name, ROLE)
         takes = inspect.signature(type(model).forward).parameters
         if model._is_stateful or not {"position_ids", "logits_to_keep"} <= takes.keys():
             need = "`position_ids`, `logits_to_keep` and a cache of keys and values alone"
@@ -114,7 +115,7 @@ class CommonsenseTask(Task):
         """The three splits as tokens.
 
         Raises:
-            UserError: a question that is longer than the model can read.
+            UserError: a question that is longer than the model can read; a tokenizer that does not know the words.
         """
         longest = getattr(model.config, "max_position_embeddings", math.inf)  # some models have no such limit
         parts = {}
@@ -127,6 +128,7 @@ class CommonsenseTask(Task):
                 if length > longest:
                     raise UserError(f"{row['where']}: {length} tokens; the model reads {longest} at most")
             parts[name] = Questions(rows, processor, is_test=name == "test")
+        check_tokens(self.recipe.model, processor, parts["train"].rows["prompt_ids"])
         return parts
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -171,12 +173,12 @@ class CommonsenseTask(Task):
         batches = by_length([len(ids) for ids in columns["prompt_ids"]], self.recipe.train.batch_size)
         truth = np.array(columns["answer"])
         likeliest, written = np.empty_like(truth), np.full_like(truth, UNPARSABLE)
-        for batch in tqdm(batches, desc="likelihood of options", disable=not progress, leave=False):
+        for batch in tqdm(batches, desc="likelihood of options", disable=None if progress else True, leave=False):
             prompts, answers = ([columns[name][i] for i in batch] for name in ("prompt_ids", "answer_ids"))
             likeliest[batch] = log_likelihoods(model, prompts, answers).argmax(-1).cpu()
         judged: dict[str, tuple[np.ndarray, Any]] = {self.metric.name: (likeliest == truth, np.mean)}
         if rows.is_test:
-            for batch in tqdm(batches, desc="writing answers", disable=not progress, leave=False):
+            for batch in tqdm(batches, desc="writing answers", disable=None if progress else True, leave=False):
                 with self.autocast(next(model.parameters()).device):
                     texts = write_answers(model, rows.tokenizer, [columns["prompt_ids"][i] for i in batch])
                 for i, text in zip(batch, texts, strict=True):
