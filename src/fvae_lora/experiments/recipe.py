@@ -330,6 +330,8 @@ def _allowed(schema: Mapping[str, Any]) -> str:
     if schema["type"] == "array":
         count = f"{schema['minItems']} or more " if "minItems" in schema else ""
         count = f"{schema['minItems']} to {schema['maxItems']} " if "maxItems" in schema else count
+        if "prefixItems" in schema:  # a tuple, of so many and no other
+            return f"list of ({', '.join(map(_allowed, schema['prefixItems']))})"
         return f"list of {count}({_allowed(schema['items'])})"
     bounds = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
     limits = [f"{word} {schema[bound]}" for bound, word in bounds.items() if bound in schema]
