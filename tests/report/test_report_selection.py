@@ -83,7 +83,7 @@ def test_a_point_that_is_still_running_is_not_chosen(tmp_path):
         ((0.6, 0.7, 0.8, 0.9), ("train.learning_rate",)),
         ((0.7, 0.9, 0.8, 0.6), ()),
         ((0.7, 0.8, 0.9, None), ()),
-        ((0.7, 0.9), ()),
+        ((0.7, 0.9), ("train.learning_rate",)),
     ],
     ids=["lowest", "highest", "inside", "next to a failure", "two values"],
 )
@@ -131,7 +131,7 @@ def test_a_grid_of_two_keys_goes_across_and_down(tmp_path):
     lines = [line.split() for line in printed(rows).splitlines()]
     assert [line[1:] for line in lines if line[:1] == ["lora"]] == [
         ["60.00", "70.00", "80.00"],
-        ["50.00", "90.00", "*", "70.00"],
+        ["50.00", "90.00", "*", "70.00", "edge:", "weight_decay"],
     ]
     assert [line for line in lines if line and line[0].startswith("weight_decay=")] == [
         ["weight_decay=0.0"],

@@ -10,10 +10,11 @@ from markupsafe import Markup
 from fvae_lora.experiments.report.charts import COLOURS, Dot, Line, Mark, line_chart, scatter_chart, spark, strip
 from fvae_lora.experiments.report.columns import number, quantity
 from fvae_lora.experiments.report.curves import mean_curve, thinned
-from fvae_lora.experiments.report.records import Point, Run, is_number, printable
+from fvae_lora.experiments.report.records import Point, Run, printable
 from fvae_lora.experiments.report.rows import Group, Row
 from fvae_lora.experiments.report.scores import factor, title
 from fvae_lora.experiments.report.tables import Compared, Table, grid_key, grid_lines, grids, tables
+from fvae_lora.experiments.select import is_number
 
 POINTS_IN_A_MEAN = 120
 POINTS_IN_A_SEED = 60

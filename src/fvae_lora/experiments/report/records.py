@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.recipe import Recipe
 from fvae_lora.experiments.report.scores import factor
+from fvae_lora.experiments.select import is_number
 
 Point = tuple[float, float]
 
@@ -232,8 +233,3 @@ def _read(run: Path, root: Path) -> Run:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         return Run(run, name, None, printable(f"run.json: {where + ': ' if where else ''}{first['msg']}"))
-
-
-def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether `value` is a number that can be averaged and drawn: not True, not NaN, not beyond 1e100."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100

@@ -86,7 +86,7 @@ class Row:
     chosen: bool = False
     """Whether this point of a grid has the best validation score."""
     edge: tuple[str, ...] = ()
-    """The keys with more than two values on whose first or last value a chosen point lies."""
+    """The keys with several numbers on whose smallest or largest a chosen point lies."""
     superseded: bool = False
     """Whether these results are of an earlier choice: by now the grid chooses another point."""
     run: str = ""

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 
-from fvae_lora.experiments.report.records import is_number, printable
+from fvae_lora.experiments.report.records import printable
 from fvae_lora.experiments.report.rows import Group, differing
+from fvae_lora.experiments.select import Point, best_point, is_number
 
 
 def mark_points(points: Sequence[Group], results: Sequence[Group]) -> set[str]:
@@ -47,21 +48,14 @@ def mark_points(points: Sequence[Group], results: Sequence[Group]) -> set[str]:
 
 
 def _choose(grid: Sequence[Group], finals: Sequence[Group], keys: Sequence[str]) -> None:
-    sign = 1 if grid[0].row.greater_is_better else -1
     final_points = _at(finals, keys)
-    scored = [
-        (sign * group.row.validation_score, point in final_points, group)
-        for group, point in zip(grid, _at(grid, keys), strict=True)
-        if group.row.validation_score is not None
+    points = [
+        Point({key: group.recipe.get(key) for key in keys}, group.row.validation_score, at in final_points)
+        for group, at in zip(grid, _at(grid, keys), strict=True)
     ]
-    if scored:
-        *_, best = max(scored, key=lambda entry: entry[:2])
-        best.row = replace(best.row, chosen=True, edge=tuple(key for key in keys if _on_edge(best, grid, key)))
-
-
-def _on_edge(group: Group, grid: Sequence[Group], key: str) -> bool:
-    values = sorted({value for other in grid if is_number(value := other.recipe.get(key))})
-    return len(values) > 2 and group.recipe.get(key) in (values[0], values[-1])
+    if found := best_point(points, grid[0].row.greater_is_better):
+        best = grid[found.index]
+        best.row = replace(best.row, chosen=True, edge=tuple(found.edge))
 
 
 def _at(groups: Sequence[Group], keys: Sequence[str]) -> list[tuple[float | str, ...]]:

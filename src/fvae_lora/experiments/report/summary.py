@@ -12,9 +12,10 @@ from fvae_lora.experiments.recipe import flatten
 from fvae_lora.experiments.report import paper
 from fvae_lora.experiments.report.baseline import set_differences
 from fvae_lora.experiments.report.intervals import half_width, spread
-from fvae_lora.experiments.report.records import Record, Run, Source, is_number, printable, read_runs
+from fvae_lora.experiments.report.records import Record, Run, Source, printable, read_runs
 from fvae_lora.experiments.report.rows import Further, Group, Row, differing
 from fvae_lora.experiments.report.selection import mark_points
+from fvae_lora.experiments.select import is_number, mean_score
 
 
 def summary_rows(runs: Path) -> list[Row]:
@@ -172,13 +173,13 @@ def _further(row: Row, records: Iterable[Record]) -> Iterable[Further]:
 
 
 def _point(group: Group) -> Row:
-    scores = [run.record.score for run in group.runs.values() if run.record and run.record.score is not None]
+    scores = [*(run.record.score for run in group.runs.values() if run.record), *(None for _ in group.unfinished)]
     states = group.unfinished.values()
     return replace(
         group.row,
         seeds=tuple(sorted(group.runs)),
         missing_seeds=tuple(sorted(group.unfinished.keys() - group.runs.keys())),
-        validation_score=statistics.fmean(scores) if scores and not group.unfinished else None,
+        validation_score=mean_score(scores),
         reason="failed" if "failed" in states else "running" if states else "",
     )
 
