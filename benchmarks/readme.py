@@ -16,10 +16,10 @@ from typing import Any
 
 from fvae_lora.experiments.methods import METHODS
 from fvae_lora.experiments.recipe import AblationSettings, FvaeSettings, flatten
-from fvae_lora.experiments.record import write_atomically
 from fvae_lora.experiments.report import columns, summary_rows, write_markdown
 from fvae_lora.experiments.report.records import read_runs
 from fvae_lora.experiments.report.summary import summarise
+from fvae_lora.experiments.run_folder import write_atomically
 
 PROJECT = Path(__file__).parents[1]
 RESULTS = PROJECT / "docs" / "results"

@@ -16,7 +16,7 @@ from rich.console import Console
 from fvae_lora.experiments.demo import METHODS, RECIPE
 from fvae_lora.experiments.plan import Planned, plan
 from fvae_lora.experiments.recipe import recipe_file
-from fvae_lora.experiments.record import write_atomically
+from fvae_lora.experiments.run_folder import write_atomically
 from fvae_lora.experiments.sweep import sweep
 
 GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)

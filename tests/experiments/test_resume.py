@@ -17,7 +17,7 @@ from processes import CONTEXT, LIVELY, attempt, result
 from fvae_lora.experiments import cli
 from fvae_lora.experiments.errors import RunError
 from fvae_lora.experiments.recipe import Recipe
-from fvae_lora.experiments.record import RunFolder
+from fvae_lora.experiments.run_folder import RunFolder
 from fvae_lora.experiments.runner import run
 from fvae_lora.experiments.training import FolderCallback
 

@@ -230,7 +230,7 @@ def evaluate(
     one_device()
 
     from fvae_lora.experiments import runner
-    from fvae_lora.experiments.record import RunFolder
+    from fvae_lora.experiments.run_folder import RunFolder
 
     hush()
     scores = runner.evaluate(run, model, dataset)
@@ -382,7 +382,7 @@ def copy_recipe(
 ) -> None:
     """Copies a recipe to a file, to be changed."""
     from fvae_lora.experiments.recipe import recipe_file
-    from fvae_lora.experiments.record import write_atomically
+    from fvae_lora.experiments.run_folder import write_atomically
 
     source = recipe_file(recipe)
     target = to or Path(source.name)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fvae_lora.experiments.errors import UserError
-from fvae_lora.experiments.record import Record
+from fvae_lora.experiments.run_folder import Record
 
 if TYPE_CHECKING:
     from fvae_lora.experiments.tasks import Task

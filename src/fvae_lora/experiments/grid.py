@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.plan import Contender, Planned, product_of, runs_of
-from fvae_lora.experiments.record import Record
+from fvae_lora.experiments.run_folder import Record
 from fvae_lora.experiments.select import Best, Point, best_point, mean_score
 
 ACCURACY: dict[str, Any] = {"name": "accuracy", "greater_is_better": True}

@@ -12,7 +12,7 @@ import yaml
 
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.recipe import Recipe, flatten, load_recipe, parse_override
-from fvae_lora.experiments.record import RunFolder
+from fvae_lora.experiments.run_folder import RunFolder
 
 OPTION_OF = {"method": "--methods", "seed": "--seeds", "dataset": "--dataset", "purpose": "--grid"}
 """Keys of a recipe that name a run's place in its sweep, and the option that each has for that."""

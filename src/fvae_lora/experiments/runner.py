@@ -36,7 +36,7 @@ from fvae_lora.experiments.heads import head_modules
 from fvae_lora.experiments.methods import METHODS
 from fvae_lora.experiments.names import located, short, without_places
 from fvae_lora.experiments.recipe import Recipe, check_recipe
-from fvae_lora.experiments.record import Record, RunFolder, checkpoint_step
+from fvae_lora.experiments.run_folder import Record, RunFolder, checkpoint_step
 from fvae_lora.experiments.surroundings import git_commit, hardware, peak_memory_mb, versions
 from fvae_lora.experiments.tasks import Task, load_task
 from fvae_lora.experiments.training import (

@@ -30,7 +30,7 @@ from fvae_lora.experiments.adalora import RankSchedule, orthogonality
 from fvae_lora.experiments.errors import DivergenceError, UserError
 from fvae_lora.experiments.frozen import collate
 from fvae_lora.experiments.recipe import Recipe
-from fvae_lora.experiments.record import RunFolder
+from fvae_lora.experiments.run_folder import RunFolder
 from fvae_lora.experiments.surroundings import cores
 from fvae_lora.experiments.tasks import Metric, Task
 

@@ -26,7 +26,7 @@ from filelock import FileLock
 from fvae_lora.experiments.errors import RunError, UserError
 from fvae_lora.experiments.launchers import Ended, News, ending, refuse_folders_in_use
 from fvae_lora.experiments.plan import Planned
-from fvae_lora.experiments.record import RunFolder, write_atomically
+from fvae_lora.experiments.run_folder import RunFolder, write_atomically
 
 NAME = "fvae-lora-"
 POLL_S, LONGEST_POLL_S = 0.5, 10.0

@@ -18,7 +18,7 @@ from processes import CONTEXT, attempt
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.names import located, portable, short
 from fvae_lora.experiments.recipe import Recipe
-from fvae_lora.experiments.record import RunFolder, write_atomically
+from fvae_lora.experiments.run_folder import RunFolder, write_atomically
 from fvae_lora.experiments.runner import run
 
 PROJECT = Path(__file__).parents[2]
