@@ -16,6 +16,7 @@ from fvae_lora.experiments import runner
 from fvae_lora.experiments.errors import RunError, UserError
 from fvae_lora.experiments.grid import Choice, Grid, print_choices
 from fvae_lora.experiments.plan import Planned, contenders, parse_values, plan
+from fvae_lora.experiments.record import Record
 from fvae_lora.experiments.report import summary_rows
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -50,10 +51,10 @@ def grid_at(out: Path, *grid: str, methods: Sequence[str] = ("lora",), selection
 def scored(run: Planned, metric: dict[str, Any] | None = None, **validation: float) -> None:
     """Leaves the record of such a run, `failed` without a score."""
     run.folder.path.mkdir(parents=True)
-    record = run.folder.opening(run.recipe) | {"state": "failed", "reason": "the loss is nan at step 3"}
+    changes: dict[str, Any] = {"state": "failed", "reason": "the loss is nan at step 3"}
     if validation:
-        record |= {"state": "complete", "metrics": {"validation": validation}} | ({"metric": metric} if metric else {})
-    run.folder.write(record)
+        changes = {"state": "complete", "metrics": {"validation": validation}} | ({"metric": metric} if metric else {})
+    run.folder.write(Record.model_validate(run.folder.opening(run.recipe).contents() | changes))
 
 
 def told(choice: Choice, width: int = 200) -> str:

@@ -18,6 +18,7 @@ from processes import CONTEXT, attempt
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.names import located, portable, short
 from fvae_lora.experiments.recipe import Recipe
+from fvae_lora.experiments.record import Event
 from fvae_lora.experiments.run_folder import RunFolder, write_atomically
 from fvae_lora.experiments.runner import run
 
@@ -45,9 +46,9 @@ def test_a_curve_is_read_without_the_line_that_was_cut_off(tmp_path: Path) -> No
     folder = RunFolder(tmp_path)
     lines = [{"event": "train", "step": step, "epoch": step / 4} for step in (2, 4, 6)]
     for line in lines:
-        folder.append(line)
+        folder.append(Event.model_validate(line))
     folder.metrics_file.write_text(folder.metrics_file.read_text()[:-9])
-    assert folder.events() == lines[:2]
+    assert [event.contents() for event in folder.events()] == lines[:2]
     folder.rewind(2)
     assert folder.metrics_file.read_text() == json.dumps(lines[0]) + "\n"
 

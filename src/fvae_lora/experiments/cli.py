@@ -230,14 +230,13 @@ def evaluate(
     one_device()
 
     from fvae_lora.experiments import runner
-    from fvae_lora.experiments.run_folder import RunFolder
 
     hush()
     scores = runner.evaluate(run, model, dataset)
-    recorded = (RunFolder(run).read() or {})["metrics"]["test"]
+    _, record = runner.finished_run(run)
     width = max(map(len, scores)) + 2
     for name, value in scores.items():
-        console.print(f"{name:<{width}}{value:.6f}  recorded {recorded[name]:.6f}", highlight=False)
+        console.print(f"{name:<{width}}{value:.6f}  recorded {record.metrics.test[name]:.6f}", highlight=False)
 
 
 @app.command()

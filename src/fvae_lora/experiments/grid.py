@@ -11,11 +11,8 @@ from rich.table import Table
 
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.plan import Contender, Planned, product_of, runs_of
-from fvae_lora.experiments.run_folder import Record
+from fvae_lora.experiments.record import Metric, Record
 from fvae_lora.experiments.select import Best, Point, best_point, mean_score
-
-ACCURACY: dict[str, Any] = {"name": "accuracy", "greater_is_better": True}
-"""The metric of a record that names none."""
 
 
 class Grid:
@@ -56,11 +53,12 @@ class Grid:
         return [self._choice(asked, points) for asked, points in self.points]
 
     def _choice(self, asked: Contender, points: Sequence[Contender]) -> "Choice":
-        records = [[p.run(seed, "selection").folder.read() or {} for seed in self.seeds] for p in points]
-        metric = next((r["metric"] for of_point in records for r in of_point if "metric" in r), ACCURACY)
-        scores = [mean_score([_score(record, metric["name"]) for record in of_point]) for of_point in records]
+        records = [[p.run(seed, "selection").folder.read() for seed in self.seeds] for p in points]
+        complete = [r for of_point in records for r in of_point if r and r.state == "complete"]
+        metric = complete[0].metric if complete else Metric()
+        scores = [mean_score([_score(record) for record in of_point]) for of_point in records]
         tried = [Tried(p, score, self._has_results(p)) for p, score in zip(points, scores, strict=True)]
-        return Choice(asked.name, self.keys, tried, metric["name"], metric["greater_is_better"])
+        return Choice(asked.name, self.keys, tried, metric.name, metric.greater_is_better)
 
     def _has_results(self, point: Contender) -> bool:
         return any(point.run(seed).folder.record_file.exists() for seed in self.result_seeds)
@@ -118,9 +116,8 @@ class Choice:
         return remarks
 
 
-def _score(record: Record, metric: str) -> float | None:
-    score: float | None = record["metrics"]["validation"][metric] if record.get("state") == "complete" else None
-    return score
+def _score(record: Record | None) -> float | None:
+    return record.score if record and record.state == "complete" else None
 
 
 def print_choices(choices: Sequence[Choice], console: Console) -> None:

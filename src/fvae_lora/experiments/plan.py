@@ -36,8 +36,8 @@ class Planned:
         record = self.folder.read_for(self.recipe)
         if record is None:
             return False
-        hopeless = self.recipe.purpose == "selection" and record.get("diverged", False)
-        return record["state"] == "complete" or bool(hopeless)
+        hopeless = self.recipe.purpose == "selection" and record.diverged
+        return record.state == "complete" or hopeless
 
     def epochs_done(self) -> int:
         """How many epochs its learning curve, read from its end, tells of."""

@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -19,10 +18,7 @@ from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.names import portable, short
 from fvae_lora.experiments.processes import main_only
 from fvae_lora.experiments.recipe import Recipe, check_recipe, flatten
-
-SCHEMA = 1
-
-Record = dict[str, Any]
+from fvae_lora.experiments.record import Event, Record, parse_events, parse_record
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -90,28 +86,30 @@ class RunFolder:
             UserError: if it is not a whole record.
         """
         try:
-            record = json.loads(self.record_file.read_text(encoding="utf-8"))
+            return parse_record(self.record_file.read_bytes())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.record_file}: not a whole record; nothing was changed") from error
-        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-            raise UserError(f"{self.record_file}: not a record of schema {SCHEMA}; nothing was changed")
-        return record
+        except OSError as error:
+            raise UserError(f"{self.record_file}: {error.strerror}; nothing was changed") from error
+        except ValueError as error:
+            raise UserError(f"{self.record_file}: not a whole record: {error}; nothing was changed") from error
 
-    def opening(self, recipe: Recipe) -> Record:
-        """The first lines of a record: what was asked for."""
+    def opening(self, recipe: Recipe, earlier: Record | None = None) -> Record:
+        """What a record begins with: what was asked for, and what an `earlier` start of the run has found out."""
         places = {"model": portable(recipe.model, self.path), "dataset": portable(recipe.dataset, self.path)}
-        return {
-            "schema": SCHEMA,
-            "state": "running",
-            "reason": None,
-            "diverged": False,
-            "task": recipe.task,
-            "method": recipe.method,
-            "seed": recipe.seed,
-            "recipe": recipe.model_dump() | places,
-        }
+        asked = Record(
+            schema=1,
+            state="running",
+            reason=None,
+            diverged=False,
+            task=recipe.task,
+            method=recipe.method,
+            seed=recipe.seed,
+            recipe=recipe.model_dump() | places,
+        )
+        if earlier is None:
+            return asked
+        return earlier.model_copy(update={key: getattr(asked, key) for key in asked.model_fields_set})
 
     def read_for(self, recipe: Recipe) -> Record | None:
         """The record of this very recipe's run, or None if there is none yet.
@@ -123,8 +121,8 @@ class RunFolder:
         """
         record = self.read()
         if record is not None:
-            earlier = check_recipe(record["recipe"], str(self.record_file)).model_dump()
-            there, here = flatten(earlier), flatten(self.opening(recipe)["recipe"])
+            earlier = check_recipe(record.recipe, str(self.record_file)).model_dump()
+            there, here = flatten(earlier), flatten(self.opening(recipe).recipe)
             for key in sorted((there.keys() | here.keys()) - {"model", "dataset"}):
                 if there.get(key) != here.get(key):
                     raise UserError(
@@ -151,34 +149,32 @@ class RunFolder:
         with contextlib.suppress(OSError):
             self.drop_unfinished_checkpoints()
             if record := self.read() or opening:
-                self._replace(record | {"state": "failed", "reason": reason, "diverged": diverged})
+                failed = {"state": "failed", "reason": reason, "diverged": diverged}
+                self._replace(record.model_copy(update=failed))
 
     def _replace(self, record: Record) -> None:
-        write_atomically(self.record_file, json.dumps(record, indent=1) + "\n")
+        write_atomically(self.record_file, json.dumps(record.contents(), indent=1) + "\n")
 
     @main_only
-    def append(self, event: dict[str, Any]) -> None:
+    def append(self, event: Event) -> None:
         """Adds one line to the learning curve."""
         with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+            file.write(_line(event))
             file.flush()
             os.fsync(file.fileno())
 
-    def events(self) -> list[dict[str, Any]]:
-        """The learning curve, without a last line that was cut off."""
-        if not self.metrics_file.exists():
+    def events(self) -> list[Event]:
+        """The learning curve, without a last line that was cut off; none if there is no file that can be read."""
+        try:
+            return parse_events(self.metrics_file.read_text(encoding="utf-8", errors="replace"))
+        except OSError:
             return []
-        events = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                events.append(json.loads(line))
-        return events
 
     @main_only
     def rewind(self, step: int) -> None:
         """Forgets what the learning curve tells about steps after `step`: they will be done again."""
-        kept = [e for e in self.events() if e["step"] <= step and e["event"] != "test"]
-        write_atomically(self.metrics_file, "".join(json.dumps(event) + "\n" for event in kept))
+        kept = [e for e in self.events() if e.step <= step and e.event != "test"]
+        write_atomically(self.metrics_file, "".join(map(_line, kept)))
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end."""
@@ -218,6 +214,10 @@ class RunFolder:
             file.write_text(file.read_text(encoding="utf-8").replace(base, short(base)), encoding="utf-8")
         shutil.rmtree(self.adapter, ignore_errors=True)
         part.rename(self.adapter)
+
+
+def _line(event: Event) -> str:
+    return json.dumps(event.contents()) + "\n"
 
 
 def checkpoint_step(checkpoint: Path) -> int:

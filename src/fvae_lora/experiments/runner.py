@@ -36,7 +36,19 @@ from fvae_lora.experiments.heads import head_modules
 from fvae_lora.experiments.methods import METHODS
 from fvae_lora.experiments.names import located, short, without_places
 from fvae_lora.experiments.recipe import Recipe, check_recipe
-from fvae_lora.experiments.run_folder import Record, RunFolder, checkpoint_step
+from fvae_lora.experiments.record import (
+    Dataset,
+    Event,
+    Flops,
+    Memory,
+    Metric,
+    Metrics,
+    Parameters,
+    Record,
+    Source,
+    Time,
+)
+from fvae_lora.experiments.run_folder import RunFolder, checkpoint_step
 from fvae_lora.experiments.surroundings import git_commit, hardware, peak_memory_mb, versions
 from fvae_lora.experiments.tasks import Task, load_task
 from fvae_lora.experiments.training import (
@@ -73,8 +85,8 @@ def run(recipe: Recipe, path: Path, quiet: bool = False) -> Record:
     with folder.locked() if processes.is_main() else contextlib.nullcontext():
         processes.wait()
         earlier = folder.read_for(recipe)
-        if earlier is None or earlier["state"] != "complete":
-            prepared = _prepare(recipe, folder, (earlier or {}) | folder.opening(recipe), quiet)
+        if earlier is None or earlier.state != "complete":
+            prepared = _prepare(recipe, folder, folder.opening(recipe, earlier), quiet)
             try:
                 earlier = _complete(prepared, folder, quiet)
             except Exception as error:
@@ -123,12 +135,12 @@ def finished_run(path: Path, model: str | None = None, dataset: str | None = Non
     """
     folder = RunFolder(path)
     record = folder.read()
-    if record is None or record["state"] != "complete":
-        raise UserError(f"{path}: no finished run" + ("" if record is None else f"; its state is {record['state']}"))
+    if record is None or record.state != "complete":
+        raise UserError(f"{path}: no finished run" + ("" if record is None else f"; its state is {record.state}"))
     places = {
-        key: given or located(record["recipe"][key], path) for key, given in (("model", model), ("dataset", dataset))
+        key: given or located(record.recipe[key], path) for key, given in (("model", model), ("dataset", dataset))
     }
-    return check_recipe(record["recipe"] | places, str(folder.record_file)), record
+    return check_recipe(record.recipe | places, str(folder.record_file)), record
 
 
 def open_data(recipe: Recipe, record: Record) -> Splits:
@@ -139,7 +151,7 @@ def open_data(recipe: Recipe, record: Record) -> Splits:
     """
     task = load_task(recipe)
     official = task.open_source()
-    _refuse_other_contents(record, "dataset", fingerprint(official, task.content), recipe.dataset)
+    _refuse_other_contents("dataset", record.dataset, fingerprint(official, task.content), recipe.dataset)
     return task.split(official)
 
 
@@ -149,8 +161,8 @@ def open_base(recipe: Recipe, record: Record) -> tuple[PreTrainedModel, Any]:
     Raises:
         UserError: no such model, or another model than the run had.
     """
-    base, processor = load_task(recipe).load_model(record["dataset"]["classes"])
-    _refuse_other_contents(record, "model", _model_fingerprint(base), recipe.model)
+    base, processor = load_task(recipe).load_model(record.dataset.classes)
+    _refuse_other_contents("model", record.model, _model_fingerprint(base), recipe.model)
     return base, processor
 
 
@@ -192,29 +204,25 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool) -> 
     note = unlike_published(official)
     if note is not None and processes.is_main():
         print(f"fvae-lora: warning: dataset {recipe.dataset}: {note}", file=sys.stderr)
-    data = {"name": short(recipe.dataset), "fingerprint": fingerprint(official, task.content)}
-    base = {"name": short(recipe.model), "fingerprint": _model_fingerprint(model)}
-    for what, contents in (("model", base), ("dataset", data)):
-        _refuse_other_contents(record, what, contents["fingerprint"], contents["name"])
+    base = Source(name=short(recipe.model), fingerprint=_model_fingerprint(model))
+    data = Source(name=short(recipe.dataset), fingerprint=fingerprint(official, task.content))
+    for what, known, found in (("model", record.model, base), ("dataset", record.dataset, data)):
+        _refuse_other_contents(what, known, found.fingerprint, found.name)
 
     rows = task.datasets(splits, model, processor)
     method = METHODS[recipe.method]
     total = sum(p.numel() for p in model.parameters())
     adapted = method.apply(model, recipe)
     trained = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
-    record |= {
-        "metric": asdict(task.metric),
-        "model": base,
-        "dataset": data | _described(splits, recipe, note) | task.facts(rows),
-        "parameters": {
-            "total": total,
-            "trainable": sum(trained.values()),
-            "inference": method.inference_parameters(adapted, trained),
-        },
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "hardware": hardware(),
-    }
+    record.metric = Metric(**asdict(task.metric))
+    record.model = base
+    record.dataset = Dataset(**data.contents(), **_described(splits, recipe, note), **task.facts(rows))
+    record.parameters = Parameters(
+        total=total,
+        trainable=sum(trained.values()),
+        inference=method.inference_parameters(adapted, trained),
+    )
+    record.versions, record.git_commit, record.hardware = versions(), git_commit(), hardware()
     if recipe.train.cache_frozen:
         trained_on = {name: rows[name] for name in ("train", "validation")}
         rows |= use_cached_states(adapted, trained_on, task, record, arguments.device, quiet)
@@ -224,18 +232,18 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool) -> 
 def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
     """Trains from the last checkpoint on, scores, and closes the record."""
     recipe, record, rows = prepared.recipe, prepared.record, prepared.rows
-    before = record.get("time", {"wall_s": 0.0, "train_s": 0.0, "started": _now()})
+    before, started = record.time, record.time.started or _now()
     training_began = time.monotonic()
 
     def note_cost() -> None:
         now = time.monotonic()
-        record["time"] = {
-            "wall_s": before["wall_s"] + now - prepared.began,
-            "train_s": before["train_s"] + now - training_began,
-            "started": before["started"],
-            "finished": None,
-        }
-        record["memory"] = {"peak_mb": max(peak_memory_mb(), record.get("memory", {}).get("peak_mb", 0.0))}
+        record.time = Time(
+            wall_s=(before.wall_s or 0.0) + now - prepared.began,
+            train_s=(before.train_s or 0.0) + now - training_began,
+            started=started,
+            finished=None,
+        )
+        record.memory = Memory(peak_mb=max(peak_memory_mb(), record.memory.peak_mb or 0.0))
         folder.write(record)
 
     note_cost()
@@ -250,27 +258,26 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
     )
     state = _train(trainer, recipe, folder)
     note_cost()
-    train_s = record["time"]["train_s"]
+    train_s = record.time.train_s
 
     folder.save_adapter(folder.checkpoints / f"checkpoint-{state.best_global_step}", prepared.model.name_or_path)
     processes.wait()
-    best = next(e for e in folder.events() if e["event"] == "validation" and e["step"] == state.best_global_step)
-    scores = {key: value for key, value in best.items() if key not in ("event", "step", "epoch")}
+    best = next(e for e in folder.events() if e.event == "validation" and e.step == state.best_global_step)
     micro_batches = state.global_step * recipe.train.gradient_accumulation
     share = _batch(prepared.task, rows["train"], prepared.arguments.per_device_train_batch_size)
     step_flops = training_flops(prepared.model, share) * processes.count()
-    record["flops"] = {"train_step": step_flops, "train_total": step_flops * micro_batches}
-    record["metrics"] = {"validation": scores | {"best_epoch": round(best["epoch"])}}
+    record.flops = Flops(train_step=step_flops, train_total=step_flops * micro_batches)
+    record.metrics = Metrics(validation=best.scores | {"best_epoch": round(best.epoch)})
     if recipe.purpose == "result":
         base, _ = open_base(recipe, record)
-        test, record["flops"]["eval_batch"], scored = _score(prepared.task, base, rows["test"], folder, record, quiet)
+        test, eval_flops, scored = _score(prepared.task, base, rows["test"], folder, record, quiet)
+        record.metrics.test, record.flops.eval_batch = test, eval_flops
         trained = {name for name, p in prepared.model.named_parameters() if p.requires_grad}
-        record["parameters"]["inference"] = METHODS[recipe.method].inference_parameters(scored, trained)
-        folder.append({"event": "test", "step": state.global_step, "epoch": state.epoch, **test})
-        record["metrics"]["test"] = test
+        record.parameters.inference = METHODS[recipe.method].inference_parameters(scored, trained)
+        folder.append(Event.model_validate({"event": "test", "step": state.global_step, "epoch": state.epoch, **test}))
     note_cost()
-    record["time"] |= {"train_s": train_s, "finished": _now()}
-    record["state"] = "complete"
+    record.time.train_s, record.time.finished = train_s, _now()
+    record.state = "complete"
     folder.write(record)
     return record
 
@@ -317,8 +324,8 @@ def _with_adapter(base: PreTrainedModel, adapter: Path, is_trainable: bool) -> n
     return base
 
 
-def _described(splits: Splits, recipe: Recipe, note: str | None) -> Record:
-    described: Record = {
+def _described(splits: Splits, recipe: Recipe, note: str | None) -> dict[str, Any]:
+    described: dict[str, Any] = {
         "protocol": recipe.data.protocol,
         "splits": splits.sizes,
         "classes": splits.classes,
@@ -345,9 +352,10 @@ def _model_fingerprint(model: nn.Module) -> str:
     return total.hexdigest()
 
 
-def _refuse_other_contents(record: Record, what: str, found: str, name: str) -> None:
-    if what in record and record[what]["fingerprint"] != found:
-        raise UserError(f"{what} {name}: not what the run was started with ({record[what]['name']}, other contents)")
+def _refuse_other_contents(what: str, known: Source, found: str, name: str) -> None:
+    """Refuses what is not `known`; a run that is only beginning knows nothing yet."""
+    if known.fingerprint not in ("", found):
+        raise UserError(f"{what} {name}: not what the run was started with ({known.name}, other contents)")
 
 
 def _in_one_line(error: Exception, recipe: Recipe, path: Path) -> str:

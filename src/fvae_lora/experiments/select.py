@@ -4,7 +4,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, TypeGuard
+from typing import Any
+
+from fvae_lora.experiments.record import is_number
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,3 @@ def mean_score(scores: Sequence[float | None]) -> float | None:
     """Averages a point's validation scores over its selection seeds; None where one is missing or not finite."""
     mean = fmean(math.nan if score is None else score for score in scores) if scores else math.nan
     return mean if math.isfinite(mean) else None
-
-
-def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether `value` is a number that can be averaged and drawn: not True, not NaN, not beyond 1e100."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100

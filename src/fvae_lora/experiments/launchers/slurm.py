@@ -194,7 +194,7 @@ class SlurmLauncher:
         for notes in self.folder.glob(f"{NAME}*/runs.json"):
             paths = [Path(path) for path, _ in json.loads(notes.read_text(encoding="utf-8"))]
             with contextlib.suppress(UserError):  # no whole record: not complete
-                if all((RunFolder(path).read() or {}).get("state") == "complete" for path in paths):
+                if all((record := RunFolder(path).read()) and record.state == "complete" for path in paths):
                     shutil.rmtree(notes.parent, ignore_errors=True)
 
     def _ended(self, run: Planned, number: str, job: _Job | None) -> Ended:

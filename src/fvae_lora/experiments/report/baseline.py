@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from fvae_lora.experiments.methods import METHODS
+from fvae_lora.experiments.record import Record
 from fvae_lora.experiments.report.intervals import half_width
-from fvae_lora.experiments.report.records import Record
 from fvae_lora.experiments.report.rows import Group, differing
 
 BASELINE = "lora"

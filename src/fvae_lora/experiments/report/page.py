@@ -6,9 +6,10 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from fvae_lora.experiments.record import printable
 from fvae_lora.experiments.report.charts import Mark, swatch
 from fvae_lora.experiments.report.comparison import comparison
-from fvae_lora.experiments.report.records import printable, read_runs
+from fvae_lora.experiments.report.runs import read_runs
 from fvae_lora.experiments.report.summary import summarise
 from fvae_lora.experiments.report.tables import comparisons, grid_key, grid_lines, left_out, overviews
 from fvae_lora.experiments.run_folder import write_atomically

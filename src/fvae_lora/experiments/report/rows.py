@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fvae_lora.experiments.report.records import Run
+from fvae_lora.experiments.report.runs import Run
 
 Recipe = Mapping[str, Any]
 """Dotted keys and their values; a key that is missing has none."""

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 
-from fvae_lora.experiments.report.records import printable
+from fvae_lora.experiments.record import is_number, printable
 from fvae_lora.experiments.report.rows import Group, differing
-from fvae_lora.experiments.select import Point, best_point, is_number
+from fvae_lora.experiments.select import Point, best_point
 
 
 def mark_points(points: Sequence[Group], results: Sequence[Group]) -> set[str]:

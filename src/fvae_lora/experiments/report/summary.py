@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from fvae_lora.experiments.recipe import flatten
+from fvae_lora.experiments.record import Record, Source, is_number, printable
 from fvae_lora.experiments.report import paper
 from fvae_lora.experiments.report.baseline import set_differences
 from fvae_lora.experiments.report.intervals import half_width, spread
-from fvae_lora.experiments.report.records import Record, Run, Source, printable, read_runs
 from fvae_lora.experiments.report.rows import Further, Group, Row, differing
+from fvae_lora.experiments.report.runs import Run, read_runs
 from fvae_lora.experiments.report.selection import mark_points
-from fvae_lora.experiments.select import is_number, mean_score
+from fvae_lora.experiments.select import mean_score
 
 
 def summary_rows(runs: Path) -> list[Row]:
@@ -54,13 +55,13 @@ def _grouped(runs: Sequence[Run]) -> tuple[list[Group], list[Group]]:
         if record is None:
             left_out.append(Group(Row("unreadable", run=run.name, reason=run.error)))
             continue
-        recipe = flatten(record.recipe)
+        recipe = flatten(run.recipe)
         row = Row(
             state="selection" if record.is_selection else "complete",
             task=record.task,
             dataset=datasets[_identity(_data(record))],
             hub_name=record.dataset.name,
-            data_note=record.dataset.note,
+            data_note=record.dataset.note or "",
             average=record.dataset.average,
             protocol=record.dataset.protocol,
             model=models[_identity(record.model)],
@@ -90,15 +91,15 @@ def _grouped(runs: Sequence[Run]) -> tuple[list[Group], list[Group]]:
 def _identified(runs: Sequence[Run]) -> list[Run]:
     """Say of a run that ended before it had opened model and data which ones its recipe means, if another run knows."""
 
-    def asked(record: Record) -> tuple[str, ...]:
-        return tuple(printable(record.recipe.get(key)) for key in ("task", "model", "dataset", "data"))
+    def asked(run: Run) -> tuple[str, ...]:
+        return tuple(printable(run.recipe.get(key)) for key in ("task", "model", "dataset", "data"))
 
-    known = {asked(run.record): run.record for run in runs if run.record and run.record.dataset.fingerprint}
+    known = {asked(run): run.record for run in runs if run.record and run.record.dataset.fingerprint}
     found = []
     for run in runs:
         record = run.record
         opened = record is None or record.dataset.fingerprint or not record.recipe.get("dataset")
-        if record and not opened and (other := known.get(asked(record))):
+        if record and not opened and (other := known.get(asked(run))):
             same = {"model": other.model, "dataset": other.dataset, "metric": other.metric}
             run = replace(run, record=record.model_copy(update=same))
         found.append(run)

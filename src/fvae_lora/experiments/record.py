@@ -1,0 +1,201 @@
+"""A run's record, as it is written and as it is read: `run.json`, and the lines of `metrics.jsonl`.
+
+What only a later version knows is kept; a record that this version would misread has another `schema`.
+"""
+
+import json
+from typing import Annotated, Any, Literal, TypeGuard
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+
+def printable(value: object) -> str:
+    """`value` as text without control characters and lone surrogates, fit for terminals and files."""
+    text = value if isinstance(value, str) else "" if value is None else json.dumps(value)
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether `value` is a number that can be averaged and drawn: not True, not NaN, not beyond 1e100."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
+
+
+def _numbers(value: object) -> object:
+    return {printable(k): v for k, v in value.items() if is_number(v)} if isinstance(value, dict) else value
+
+
+def _terms(value: object) -> object:
+    modules = value.items() if isinstance(value, dict) else ()
+    return {module: _numbers(terms) for module, terms in modules if isinstance(terms, dict)}
+
+
+def _refuse_no_number(value: object) -> object:
+    if not is_number(value):
+        raise ValueError("not a number")
+    return value
+
+
+Name = Annotated[str, BeforeValidator(printable)]
+Note = Annotated[str | None, BeforeValidator(lambda value: None if value is None else printable(value))]
+Count = Annotated[int, Field(ge=0, le=10**18)]
+Quantity = Annotated[int | float, Field(ge=0, le=1e30)]
+Measured = Annotated[int | float | None, BeforeValidator(lambda value: value if is_number(value) else None)]
+Scores = Annotated[dict[str, int | float], BeforeValidator(_numbers)]
+"""Scores by name; NaN, infinity and what is not a number are left out."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    def contents(self) -> dict[str, Any]:
+        """What is written of it: what was found out, and what was read and is unknown here."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
+
+
+class Source(_Part):
+    """A model: its name and the fingerprint of its contents."""
+
+    name: Name = "unknown"
+    fingerprint: Name = ""
+
+
+class Dataset(Source):
+    """A data set, and what was measured on it. A task adds facts of its own."""
+
+    protocol: Name = ""
+    splits: dict[str, Any] = {}
+    classes: list[Any] = []
+    validation_from: Name = ""
+    test_from: Name = ""
+    groups: dict[str, Any] = {}
+    average: Name = ""
+    """How the groups are weighted in an average over them."""
+    note: Note = None
+    """How it differs from the published data set that it looks like."""
+
+
+class Parameters(_Part):
+    """Numbers of parameters."""
+
+    total: Count | None = None
+    trainable: Count | None = None
+    inference: Count | None = None
+
+
+class Time(_Part):
+    """Seconds from start to end, pauses not counted; the dates of start and end."""
+
+    wall_s: Quantity | None = None
+    train_s: Quantity | None = None
+    started: Note = None
+    finished: Note = None
+
+
+class Memory(_Part):
+    """Peak memory in MB."""
+
+    peak_mb: Quantity | None = None
+
+
+class Flops(_Part):
+    """Floating-point operations: of a step, of the whole training, of a forward of one batch with the final model."""
+
+    train_step: Quantity | None = None
+    train_total: Quantity | None = None
+    eval_batch: Quantity | None = None
+
+
+class Metric(_Part):
+    """The score by which a run selected its epoch and by which it is judged."""
+
+    name: Name = "accuracy"
+    greater_is_better: bool = True
+
+
+class Metrics(_Part):
+    """The scores that a run ended with: on validation those of its best epoch, on test none for a point of a grid."""
+
+    validation: Scores = {}
+    test: Scores = {}
+
+
+class Record(_Part):
+    """`run.json`. A run that was stopped early lacks what it had not yet found out."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    state: Literal["running", "complete", "failed"]
+    reason: Note = None
+    """Why it failed."""
+    diverged: bool = False
+    """Whether it failed because a number became NaN or infinite, and would fail so again."""
+    task: Name = ""
+    method: Name
+    seed: int
+    recipe: dict[str, Any] = {}
+    """As it was resolved; places of model and data are relative to the run's folder."""
+    metric: Metric = Metric()
+    model: Source = Source()
+    dataset: Dataset = Dataset()
+    parameters: Parameters = Parameters()
+    versions: dict[str, Any] = {}
+    git_commit: Note = None
+    hardware: Any = None
+    time: Time = Time()
+    memory: Memory = Memory()
+    flops: Flops = Flops()
+    metrics: Metrics = Metrics()
+
+    @property
+    def is_selection(self) -> bool:
+        """Whether it is a point of a grid: scored on validation alone, to choose a setting."""
+        return self.recipe.get("purpose") == "selection"
+
+    @property
+    def score(self) -> float | None:
+        """The score by which the run is judged: on test, or, for a point of a grid, on validation."""
+        split = self.metrics.validation if self.is_selection else self.metrics.test
+        return split.get(self.metric.name)
+
+
+class Event(_Part):
+    """A line of `metrics.jsonl`: what was measured after a step, by the name of each score."""
+
+    event: Literal["train", "validation", "test"]
+    step: Count = 0
+    epoch: Annotated[int | float, BeforeValidator(_refuse_no_number)]
+    loss: Measured = None
+    learning_rate: Measured = None
+    grad_norm: Measured = None
+    elbo: Annotated[dict[str, dict[str, int | float]], BeforeValidator(_terms)] = {}
+    """The terms of each layer's ELBO, by the module's name."""
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The loss, and the task's scores."""
+        measured = {"loss": self.loss} | (self.model_extra or {})
+        return {name: value for name, value in measured.items() if is_number(value)}
+
+
+def parse_record(text: str | bytes) -> Record:
+    """The record that `text` is.
+
+    Raises:
+        ValueError: it is none; in one line.
+    """
+    try:
+        return Record.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(printable(f"{where + ': ' if where else ''}{first['msg']}")) from error
+
+
+def parse_events(text: str) -> list[Event]:
+    """The learning curve in `text`, without the line that a kill cut off."""
+    events = []
+    for line in text.splitlines():
+        try:
+            events.append(Event.model_validate_json(line))
+        except ValidationError:
+            continue
+    return events
