@@ -1,66 +1,87 @@
 """Grids: which keys they vary, which points were chosen, and whether these lie on the edge."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 from fvae_lora.experiments.record import is_number, printable
-from fvae_lora.experiments.report.rows import Group, differing
-from fvae_lora.experiments.select import Point, best_point
+from fvae_lora.experiments.report.rows import Trials, differing
+from fvae_lora.experiments.select import Best, Point, best_point
+
+Values = tuple[float | str, ...]
 
 
-def mark_points(points: Sequence[Group], results: Sequence[Group]) -> set[str]:
-    """Set where in its method's grid each point lies, which ones are chosen, and on which edges those lie.
+@dataclass(frozen=True)
+class Place:
+    """A point of a grid: the value of each key that the grid of its method varies, and what was made of it."""
+
+    point: tuple[tuple[str, float | str], ...]
+    chosen: bool
+    edge: tuple[str, ...]
+    """The keys on whose edge it lies, if it was chosen."""
+
+
+@dataclass(frozen=True)
+class Grids:
+    """What the grids of the methods that are compared say."""
+
+    keys: Collection[str]
+    """The keys that they chose from."""
+    places: Mapping[Trials, Place]
+    superseded: Collection[Trials]
+    """Results at a point that is not chosen, for example because the grid has become wider since."""
+
+
+def read_grids(points: Sequence[Trials], results: Sequence[Trials]) -> Grids:
+    """Find where in its method's grid each point lies, which ones are chosen, and on which edges those lie.
 
     A key whose every value has final runs was not chosen from but compared, beside the grid: there is a choice for
-    each of its values. Among equals the one with final runs is chosen. Final runs at a point that is not chosen, for
-    example because the grid has become wider since, are marked as superseded.
+    each of its values. Among equals the one with final runs is chosen.
 
     Args:
-        points: the points of the grids of one comparison, with their validation scores; failed ones among them.
+        points: the points of the grids of one comparison, failed ones among them.
         results: the final runs of the same comparison, finished or not.
 
-    Returns:
-        The keys that the grids chose from.
-
     """
-    gridded = set()
-    for method in dict.fromkeys(group.row.method for group in points):
-        grid = [group for group in points if group.row.method == method]
-        finals = [group for group in results if group.row.method == method]
-        keys = sorted(differing(group.recipe for group in grid))
+    gridded: set[str] = set()
+    places: dict[Trials, Place] = {}
+    superseded: set[Trials] = set()
+    for method in dict.fromkeys(point.measured.method for point in points):
+        grid = [point for point in points if point.measured.method == method]
+        finals = [result for result in results if result.measured.method == method]
+        keys = sorted(differing(point.recipe for point in grid))
         chosen_from = [key for key in keys if not set(_at(grid, [key])) <= set(_at(finals, [key]))]
         gridded |= set(chosen_from)
-        compared = [key for key in keys if key not in chosen_from]
-        for group, point in zip(grid, _at(grid, keys), strict=True):
-            group.row = replace(group.row, point=tuple(zip(keys, point, strict=True)))
+        beside = dict(zip(grid, _at(grid, [key for key in keys if key not in chosen_from]), strict=True))
+        best = {}
+        for _, same in groupby(sorted(grid, key=lambda t: _text(beside[t])), key=lambda t: _text(beside[t])):
+            alike = list(same)
+            if found := _best(alike, finals, chosen_from):
+                best[alike[found.index]] = found
+        values = dict(zip(grid, _at(grid, keys), strict=True))
+        for point, at in values.items():
+            edge = tuple(best[point].edge) if point in best else ()
+            places[point] = Place(tuple(zip(keys, at, strict=True)), point in best, edge)
+        passed_over = {at for point, at in values.items() if point not in best}
+        superseded |= {final for final, at in zip(finals, _at(finals, keys), strict=True) if at in passed_over}
+    return Grids(gridded, places, superseded)
 
-        def part(group: Group, keys: Sequence[str] = compared) -> list[str]:
-            return [str(value) for key, value in group.row.point if key in keys]
 
-        for _, same in groupby(sorted(grid, key=part), key=part):
-            _choose(list(same), finals, chosen_from)
-        passed_over = {group.row.point for group in grid if not group.row.chosen}
-        for final in finals:
-            if tuple(zip(keys, _at([final], keys)[0], strict=True)) in passed_over:
-                final.row = replace(final.row, superseded=True)
-    return gridded
-
-
-def _choose(grid: Sequence[Group], finals: Sequence[Group], keys: Sequence[str]) -> None:
+def _best(grid: Sequence[Trials], finals: Sequence[Trials], keys: Sequence[str]) -> Best | None:
     final_points = _at(finals, keys)
     points = [
-        Point({key: group.recipe.get(key) for key in keys}, group.row.validation_score, at in final_points)
-        for group, at in zip(grid, _at(grid, keys), strict=True)
+        Point({key: trials.recipe.get(key) for key in keys}, trials.selection_score, at in final_points)
+        for trials, at in zip(grid, _at(grid, keys), strict=True)
     ]
-    if found := best_point(points, grid[0].row.greater_is_better):
-        best = grid[found.index]
-        best.row = replace(best.row, chosen=True, edge=tuple(found.edge))
+    return best_point(points, grid[0].measured.greater_is_better)
 
 
-def _at(groups: Sequence[Group], keys: Sequence[str]) -> list[tuple[float | str, ...]]:
-    """Return the values of `keys` of each group: numbers as they are, anything else as text."""
-    recipes = [group.recipe for group in groups]
+def _text(values: Values) -> list[str]:
+    return [str(value) for value in values]
+
+
+def _at(trials: Sequence[Trials], keys: Sequence[str]) -> list[Values]:
+    """Return the values of `keys` of each: numbers as they are, anything else as text."""
     return [
-        tuple(v if is_number(v := recipe.get(key)) else printable(v) or "none" for key in keys) for recipe in recipes
+        tuple(v if is_number(v := each.recipe.get(key)) else printable(v) or "none" for key in keys) for each in trials
     ]
