@@ -17,9 +17,9 @@ from typing import Any
 from fvae_lora.experiments.methods import METHODS
 from fvae_lora.experiments.recipe import AblationSettings, FvaeSettings, flatten
 from fvae_lora.experiments.report import columns, summary_rows, write_markdown
-from fvae_lora.experiments.report.runs import read_runs
 from fvae_lora.experiments.report.summary import summarise
 from fvae_lora.experiments.run_folder import write_atomically
+from fvae_lora.experiments.runs import read_runs
 
 PROJECT = Path(__file__).parents[1]
 RESULTS = PROJECT / "docs" / "results"

@@ -65,7 +65,7 @@ def test_the_note_names_the_source_and_what_is_different_here(tmp_path):
     rows = rows_of(tmp_path / "runs", record("lora", dataset="tanganke/dtd"))
     for write, name in ((write_markdown, "table.md"), (write_latex, "table.tex")):
         write(rows, tmp_path / name)
-    write_page(tmp_path / "runs", tmp_path / "page.html")
+    write_page([tmp_path / "runs"], tmp_path / "page.html")
     for name in ("table.md", "table.tex", "page.html"):
         text = (tmp_path / name).read_text(encoding="utf-8")
         assert "arXiv:2510.19640" in text

@@ -179,7 +179,7 @@ def test_the_csv_holds_the_points(tmp_path):
 
 def test_the_page_draws_the_grid_on_a_log_axis(tmp_path):
     grid(tmp_path / "runs", "lora", (0.7, 0.9, 0.8, None), rates=(0.001, 0.01, 0.1, 1.0))
-    page = write_page(tmp_path / "runs", tmp_path / "page.html").read_text(encoding="utf-8")
+    page = write_page([tmp_path / "runs"], tmp_path / "page.html").read_text(encoding="utf-8")
     assert "of 4 runs counted, 3 for selection" in page
     assert 'aria-label="Validation accuracy %, by learning rate, log scale"' in page
     _, curve = re.findall(r'<path class="mean" d="M([^"]+)"', page)  # the first is the legend's
@@ -190,6 +190,6 @@ def test_the_page_draws_the_grid_on_a_log_axis(tmp_path):
 
 def test_a_page_of_selection_runs_alone_shows_the_grid(tmp_path):
     grid(tmp_path / "runs", "lora", (None, None))
-    page = write_page(tmp_path / "runs", tmp_path / "page.html").read_text(encoding="utf-8")
+    page = write_page([tmp_path / "runs"], tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("<td>failed</td>") == 2
     assert "<figure>" not in page

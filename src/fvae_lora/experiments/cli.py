@@ -253,10 +253,18 @@ def demo(
 
 @app.command()
 def report(
-    runs: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of runs.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the page and the tables (default: DIR).")] = None,
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUNS...", help="Folders of runs, or files of runs that `pack` wrote.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the page and the tables (default: the folder of runs, or that of their file)."),
+    ] = None,
 ) -> None:
-    """A folder of runs as a table, as CSV, Markdown and LaTeX, and as one HTML page."""
+    """Runs as a table, as CSV, Markdown and LaTeX, and as one HTML page."""
+    if out is None and len(runs) > 1:
+        raise UserError("report: several folders or files need --out, the folder for the page and the tables")
+
     from fvae_lora.experiments.report import (
         print_table,
         summary_rows,
@@ -266,14 +274,36 @@ def report(
         write_page,
     )
 
-    rows = summary_rows(runs)
-    folder = out or runs
+    rows = summary_rows(*runs)
+    folder = out or (runs[0].parent if runs[0].is_file() else runs[0])
     folder.mkdir(parents=True, exist_ok=True)
     print_table(rows, console)
     for write, name in ((write_csv, "report.csv"), (write_markdown, "report.md"), (write_latex, "report.tex")):
         write(rows, folder / name)
     page = write_page(runs, folder / "report.html")
     console.print(f"The page is {page}, the tables lie beside it", highlight=False)
+
+
+@app.command()
+def pack(
+    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="A folder of runs.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write; its name ends in runs.jsonl.gz.")],
+) -> None:
+    """Writes the records and learning curves of many runs to one small file, which `report` reads as it reads RUNS."""
+    from fvae_lora.experiments.runs import pack as pack_runs
+
+    console.print(f"{file}: {pack_runs(runs, file)} runs, without their adapters", highlight=False)
+
+
+@app.command()
+def unpack(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of runs that `pack` wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Where the runs' folders are to lie.")],
+) -> None:
+    """Gives packed runs their folders again, without adapters; `compare --out DIR` then does what is missing."""
+    from fvae_lora.experiments.runs import unpack as unpack_runs
+
+    console.print(f"{out}: {unpack_runs(file, out)} runs", highlight=False)
 
 
 class Format(StrEnum):

@@ -3,7 +3,9 @@
 What only a later version knows is kept; a record that this version would misread has another `schema`.
 """
 
+import contextlib
 import json
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -176,14 +178,16 @@ class Event(_Part):
         return {name: value for name, value in measured.items() if is_number(value)}
 
 
-def parse_record(text: str | bytes) -> Record:
-    """The record that `text` is.
+def parse_record(contents: str | bytes | dict[str, Any]) -> Record:
+    """The record in `contents`, which are those of a `run.json` or what these say.
 
     Raises:
-        ValueError: it is none; in one line.
+        ValueError: there is none; in one line.
     """
     try:
-        return Record.model_validate_json(text)
+        if isinstance(contents, str | bytes):
+            return Record.model_validate_json(contents)
+        return Record.model_validate(contents)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -191,11 +195,18 @@ def parse_record(text: str | bytes) -> Record:
 
 
 def parse_events(text: str) -> list[Event]:
-    """The learning curve in `text`, without the line that a kill cut off."""
+    """The learning curve in the text of a `metrics.jsonl`, without the line that a kill cut off."""
+    return _whole(Event.model_validate_json, text.splitlines())
+
+
+def read_events(lines: Iterable[Any]) -> list[Event]:
+    """The learning curve in `lines`, each as a dict."""
+    return _whole(Event.model_validate, lines)
+
+
+def _whole(read: Callable[[Any], Event], lines: Iterable[Any]) -> list[Event]:
     events = []
-    for line in text.splitlines():
-        try:
-            events.append(Event.model_validate_json(line))
-        except ValidationError:
-            continue
+    for line in lines:
+        with contextlib.suppress(ValidationError):
+            events.append(read(line))
     return events

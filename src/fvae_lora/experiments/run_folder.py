@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -21,12 +21,12 @@ from fvae_lora.experiments.recipe import Recipe, check_recipe, flatten
 from fvae_lora.experiments.record import Event, Record, parse_events, parse_record
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Puts `text` in the place of the file `path`, in one step that survives a crash."""
+def write_atomically(path: Path, contents: str | bytes) -> None:
+    """Puts `contents` in the place of the file `path`, in one step that survives a crash."""
     part = path.with_name(f".{path.name}.part")
     try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with part.open("wb") as file:
+            file.write(contents.encode() if isinstance(contents, str) else contents)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -155,6 +155,14 @@ class RunFolder:
     def _replace(self, record: Record) -> None:
         write_atomically(self.record_file, json.dumps(record.contents(), indent=1) + "\n")
 
+    def restore(self, record: Record, events: Iterable[Event]) -> None:
+        """Writes a record and a learning curve that were read elsewhere."""
+        self._replace_curve(events)
+        self._replace(record)
+
+    def _replace_curve(self, events: Iterable[Event]) -> None:
+        write_atomically(self.metrics_file, "".join(map(_line, events)))
+
     @main_only
     def append(self, event: Event) -> None:
         """Adds one line to the learning curve."""
@@ -173,8 +181,7 @@ class RunFolder:
     @main_only
     def rewind(self, step: int) -> None:
         """Forgets what the learning curve tells about steps after `step`: they will be done again."""
-        kept = [e for e in self.events() if e.step <= step and e.event != "test"]
-        write_atomically(self.metrics_file, "".join(map(_line, kept)))
+        self._replace_curve([e for e in self.events() if e.step <= step and e.event != "test"])
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end."""

@@ -12,9 +12,9 @@ from fvae_lora.experiments.report.charts import COLOURS, Dot, Line, Mark, line_c
 from fvae_lora.experiments.report.columns import number, quantity
 from fvae_lora.experiments.report.curves import mean_curve, thinned
 from fvae_lora.experiments.report.rows import Group, Row
-from fvae_lora.experiments.report.runs import Point, Run
 from fvae_lora.experiments.report.scores import factor, title
 from fvae_lora.experiments.report.tables import Compared, Table, grid_key, grid_lines, grids, tables
+from fvae_lora.experiments.runs import Point, Run
 
 POINTS_IN_A_MEAN = 120
 POINTS_IN_A_SEED = 60

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fvae_lora.experiments.record import Record
-from fvae_lora.experiments.report.runs import Run
+from fvae_lora.experiments.runs import Run
 from fvae_lora.experiments.select import mean_score
 
 State = Literal["complete", "selection", "running", "failed", "unreadable", "duplicate"]

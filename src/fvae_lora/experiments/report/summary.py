@@ -13,26 +13,27 @@ from fvae_lora.experiments.report import paper
 from fvae_lora.experiments.report.baseline import Difference, differences
 from fvae_lora.experiments.report.intervals import half_width, spread
 from fvae_lora.experiments.report.rows import Further, Group, Measured, Row, State, Trials, differing
-from fvae_lora.experiments.report.runs import Run, read_runs
+from fvae_lora.experiments.report.scores import factor
 from fvae_lora.experiments.report.selection import Place, read_grids
+from fvae_lora.experiments.runs import Run, read_runs
 
 
-def summary_rows(runs: Path) -> list[Row]:
+def summary_rows(*places: Path) -> list[Row]:
     """Return one row per recipe over its finished seeds and per point of a grid, then each run that is not counted.
 
     Rows that may be compared stand together, results first, in the order of their validation score: the order does
     not look at test.
 
     Raises:
-        UserError: there is no such folder, or no run in it.
+        UserError: as `read_runs`.
 
     """
-    return [group.row for group in summarise(read_runs(runs))]
+    return [group.row for group in summarise(read_runs(*places))]
 
 
 def summarise(runs: Iterable[Run]) -> list[Group]:
     """Group the runs whose recipes differ in nothing but the seed, in the order of `summary_rows`."""
-    trials, left_out = _gathered(list(runs))
+    trials, left_out = _gathered([_countable(run) for run in runs])
     compared = [_compared(list(alike)) for _, alike in groupby(sorted(trials, key=_comparison), key=_comparison)]
     return [group for alike in compared for group in alike] + left_out
 
@@ -85,6 +86,21 @@ def _gathered(runs: Sequence[Run]) -> tuple[list[Trials], list[Group]]:
 def _left_out(run: Run, seed: int, trials: Trials, state: State, reason: str) -> Group:
     measured, rate = vars(trials.measured) | {"state": state}, _learning_rate(trials)
     return Group(Row(**measured, learning_rate=rate, seeds=(seed,), run=run.name, reason=reason))
+
+
+def _countable(run: Run) -> Run:
+    """Take the record from a run that claims to be complete and is not."""
+    record = run.record
+    if record is None or record.state != "complete":
+        return run
+    name, score = record.metric.name, record.score
+    if score is None:
+        error = f"complete, but without a {'validation' if record.is_selection else 'test'} {name}"
+    elif record.metric.greater_is_better and factor(name) == 100 and abs(score) > 1:
+        error = f"{name} is {score:g}, and not a fraction"
+    else:
+        return run
+    return Run(run.name, None, f"run.json: {error}")
 
 
 def _identified(runs: Sequence[Run]) -> list[Run]:
