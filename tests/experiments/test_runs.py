@@ -20,6 +20,7 @@ from fvae_lora.experiments.plan import contenders
 from fvae_lora.experiments.report import summary_rows
 from fvae_lora.experiments.runs import pack, read_runs, unpack
 
+PROJECT = Path(__file__).parents[2]
 Cli = Callable[..., tuple[int, str, str]]
 REPORT = ("report.csv", "report.md", "report.tex", "report.html")
 
@@ -99,6 +100,13 @@ def test_a_sweep_goes_on_from_unpacked_runs(tmp_path: Path) -> None:
     assert not asked(tmp_path / "again").is_done()
     unpack(tmp_path / "runs.jsonl.gz", tmp_path / "again")
     assert asked(tmp_path / "again").is_done()
+
+
+def test_a_run_without_its_adapter_cannot_be_scored_again(tmp_path: Path, cli: Cli) -> None:
+    unpack(PROJECT / "studies" / "demo" / "runs.jsonl.gz", tmp_path)
+    for command in (("evaluate",), ("export", "--out", tmp_path / "small")):
+        code, _, error = cli(command[0], tmp_path / "lora-seed1", *command[1:])
+        assert (code, error.count("\n"), "adapter" in error) == (2, 1, True), error
 
 
 @pytest.mark.parametrize(

@@ -114,9 +114,11 @@ def evaluate(path: Path, model: str | None = None, dataset: str | None = None, q
         `loss` and the task's metric, as in the record's `metrics.test`.
 
     Raises:
-        UserError: no finished run there; another model or other data than the run had.
+        UserError: no finished run there, or one without its adapter; another model or other data than the run had.
     """
     recipe, record = finished_run(path, model, dataset)
+    if not RunFolder(path).adapter.is_dir():
+        raise UserError(f"{path}: its adapter is not there, which is what would be scored")
     task, splits = load_task(recipe), open_data(recipe, record)
     base, processor = open_base(recipe, record)
     return _score(task, base, task.datasets(splits, base, processor)["test"], RunFolder(path), record, quiet)[0]
