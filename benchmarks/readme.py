@@ -16,7 +16,7 @@ from typing import Any
 from fvae_lora.experiments.methods import METHODS
 from fvae_lora.experiments.recipe import AblationSettings, FvaeSettings, flatten
 from fvae_lora.experiments.report import columns, summary_rows, write_markdown
-from fvae_lora.experiments.report.summary import summarise
+from fvae_lora.experiments.report.aggregate import aggregate
 from fvae_lora.experiments.run_folder import write_atomically
 from fvae_lora.experiments.runs import read_runs
 
@@ -96,7 +96,7 @@ def overview() -> str:
     """Test scores of every variant on every data set."""
     found: dict[str, dict[str, str]] = {}
     for name, beside in OVERVIEW.items():
-        for group in summarise(read_runs(runs_of(name))):
+        for group in aggregate(read_runs(runs_of(name))):
             row = group.row
             if row.state == "complete" and not row.superseded and (variant := variant_of(row.method, group.recipe)):
                 found.setdefault(row.hub_name + beside, {})[variant] = columns.score(row)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from fvae_lora.experiments.report.aggregate import aggregate
 from fvae_lora.experiments.report.charts import Mark, swatch
 from fvae_lora.experiments.report.comparison import comparison
-from fvae_lora.experiments.report.summary import summarise
 from fvae_lora.experiments.report.tables import comparisons, grid_key, grid_lines, left_out, overviews
 from fvae_lora.experiments.run_folder import write_atomically
 from fvae_lora.experiments.runs import place_name, read_runs
@@ -23,7 +23,7 @@ def write_page(places: Sequence[Path], out: Path) -> Path:
 
     """
     read = read_runs(*places)
-    groups = summarise(read)
+    groups = aggregate(read)
     rows = [group.row for group in groups]
     uncounted = left_out(rows)
     counted = [group for group in groups if group.runs]

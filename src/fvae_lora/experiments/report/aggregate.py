@@ -28,10 +28,10 @@ def summary_rows(*places: Path) -> list[Row]:
         UserError: as `read_runs`.
 
     """
-    return [group.row for group in summarise(read_runs(*places))]
+    return [group.row for group in aggregate(read_runs(*places))]
 
 
-def summarise(runs: Iterable[Run]) -> list[Group]:
+def aggregate(runs: Iterable[Run]) -> list[Group]:
     """Group the runs whose recipes differ in nothing but the seed, in the order of `summary_rows`."""
     trials, left_out = _gathered([_countable(run) for run in runs])
     compared = [_compared(list(alike)) for _, alike in groupby(sorted(trials, key=_comparison), key=_comparison)]
