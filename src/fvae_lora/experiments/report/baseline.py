@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fvae_lora.experiments.methods import METHODS
 from fvae_lora.experiments.record import Record
-from fvae_lora.experiments.report.intervals import half_width
+from fvae_lora.experiments.report.numbers import half_width
 from fvae_lora.experiments.report.rows import Trials, differing
 
 BASELINE = "lora"

@@ -1,13 +1,21 @@
-"""What every table shows of a row, and how numbers are written for people."""
+"""What every table shows of a row."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from fvae_lora.experiments.report.baseline import BASELINE
+from fvae_lora.experiments.report.numbers import (
+    UNKNOWN,
+    duration,
+    memory,
+    percent,
+    quantity,
+    rate,
+    shown,
+    signed,
+    title,
+)
 from fvae_lora.experiments.report.rows import Further, Row
-from fvae_lora.experiments.report.scores import shown, title
-
-UNKNOWN = "–"
 
 Column = Callable[[Row], str]
 
@@ -33,58 +41,6 @@ def difference(row: Row) -> str:
     if row.difference is None:
         return "baseline" if row.method == BASELINE else UNKNOWN
     return signed(shown(row.metric, row.difference, row.difference_half_width))
-
-
-def percent(figure: float | None) -> str:
-    """Write a figure that is in percent."""
-    return UNKNOWN if figure is None else f"{figure:.2f}"
-
-
-def signed(text: str) -> str:
-    """Write a number with its sign, a true minus where it is negative."""
-    return text.replace("-", "\N{MINUS SIGN}", 1) if text.startswith("-") else f"+{text}"
-
-
-def quantity(value: float | None) -> str:
-    """Write a number with three digits and a unit prefix: 1234567 is 1.23M."""
-    if value is None:
-        return UNKNOWN
-    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 0.9995 * size:
-            return f"{_three_digits(value / size)}{prefix}"
-    return _three_digits(value)
-
-
-def duration(seconds: float | None) -> str:
-    """Write a duration in its two largest units: 3h05m, 1m23s, 4.2s."""
-    if seconds is None:
-        return UNKNOWN
-    if seconds < 59.95:
-        return f"{seconds:.1f}s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
-
-
-def memory(megabytes: float | None) -> str:
-    """Write a size in MB, or in GB from one gigabyte on."""
-    if megabytes is None:
-        return UNKNOWN
-    return f"{megabytes:.0f}MB" if megabytes < 999.5 else f"{megabytes / 1000:.1f}GB"
-
-
-def number(value: float) -> str:
-    """Write a number of any sign with three digits and a true minus."""
-    return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
-
-
-def rate(value: float | None) -> str:
-    """Write a learning rate."""
-    return UNKNOWN if value is None else f"{value:g}"
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 99.95 else f"{value:.0f}"
 
 
 def results(rows: Sequence[Row]) -> dict[str, Column]:

@@ -9,10 +9,9 @@ from markupsafe import Markup
 
 from fvae_lora.experiments.record import is_number, printable
 from fvae_lora.experiments.report.charts import COLOURS, Dot, Line, Mark, line_chart, scatter_chart, spark, strip
-from fvae_lora.experiments.report.columns import number, quantity
 from fvae_lora.experiments.report.curves import mean_curve, thinned
+from fvae_lora.experiments.report.numbers import factor, number, quantity, title
 from fvae_lora.experiments.report.rows import Group, Row
-from fvae_lora.experiments.report.scores import factor, title
 from fvae_lora.experiments.report.tables import Compared, Table, grid_key, grid_lines, grids, tables
 from fvae_lora.experiments.runs import Point, Run
 

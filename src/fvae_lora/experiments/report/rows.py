@@ -68,7 +68,7 @@ class Row(Measured):
     missing_seeds: tuple[int, ...] = ()
     """Seeds that this recipe began and did not finish, or that at least half of the compared rows have."""
     scores: tuple[float, ...] = ()
-    """Test scores in the order of `seeds`; fractions, unless `scores.NO_FRACTIONS` says otherwise."""
+    """Test scores in the order of `seeds`; fractions, unless `numbers.NO_FRACTIONS` says otherwise."""
     score: float | None = None
     """Their mean."""
     score_std: float | None = None
