@@ -15,7 +15,7 @@ from typing import Any
 
 from fvae_lora.experiments.methods import METHODS
 from fvae_lora.experiments.recipe import AblationSettings, FvaeSettings, flatten
-from fvae_lora.experiments.report import columns, summary_rows, write_markdown
+from fvae_lora.experiments.report import cells, summary_rows, write_markdown
 from fvae_lora.experiments.report.aggregate import aggregate
 from fvae_lora.experiments.run_folder import write_atomically
 from fvae_lora.experiments.runs import read_runs
@@ -99,7 +99,7 @@ def overview() -> str:
         for group in aggregate(read_runs(runs_of(name))):
             row = group.row
             if row.state == "complete" and not row.superseded and (variant := variant_of(row.method, group.recipe)):
-                found.setdefault(row.hub_name + beside, {})[variant] = columns.score(row)
+                found.setdefault(row.hub_name + beside, {})[variant] = cells.score(row)
     lines = [f"| | {' | '.join(found)} |", "|---|" + "---:|" * len(found)]
     lines += [f"| {v} | {' | '.join(scores.get(v, '') for scores in found.values())} |" for v in VARIANTS]
     return "\n".join(lines)

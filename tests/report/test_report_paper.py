@@ -7,7 +7,7 @@ import pytest
 from synthetic_runs import record, write_run
 
 from fvae_lora.experiments.report import summary_rows, write_csv, write_latex, write_markdown, write_page
-from fvae_lora.experiments.report.columns import further, results
+from fvae_lora.experiments.report.cells import further, results
 from fvae_lora.experiments.report.paper import figure, paper
 from fvae_lora.experiments.report.tables import comparisons, overviews, tables
 

@@ -20,7 +20,7 @@ POINTS_IN_A_SEED = 60
 POINTS_IN_A_SPARK = 24
 """What a curve is thinned to, so that 200 runs stay a page that a browser opens at once."""
 
-COSTS: dict[str, Callable[[Row], float | None]] = {
+CHARTED_COSTS: dict[str, Callable[[Row], float | None]] = {
     "FLOPs of training": lambda row: row.train_flops,
     "seconds": lambda row: row.time_s,
     "trainable parameters": lambda row: row.trainable_parameters,
@@ -144,7 +144,7 @@ def _grid_charts(points: Sequence[Row], marks: dict[str, Mark]) -> Iterator[Pane
 
 def _costs(rows: Sequence[Row], marks: dict[str, Mark]) -> Panel:
     charts = []
-    for name, cost in COSTS.items():
+    for name, cost in CHARTED_COSTS.items():
         dots = [
             Dot(marks[row.label], value, scale * row.score, scale * (row.score_std or 0))
             for row in rows
