@@ -11,9 +11,9 @@ from fvae_lora.experiments.recipe import flatten
 from fvae_lora.experiments.record import Record, Source, is_number, printable
 from fvae_lora.experiments.report import paper
 from fvae_lora.experiments.report.baseline import Difference, differences
+from fvae_lora.experiments.report.grids import Place, read_grids
 from fvae_lora.experiments.report.numbers import factor, half_width, spread
 from fvae_lora.experiments.report.rows import Further, Group, Measured, Row, State, Trials, differing
-from fvae_lora.experiments.report.selection import Place, read_grids
 from fvae_lora.experiments.runs import Run, read_runs
 
 
