@@ -69,6 +69,14 @@ def test_a_folder_may_hold_both_folders_and_files_of_runs(demo: Path, packed: Pa
     assert len(names) == 13
 
 
+def test_a_file_beside_the_folders_of_its_runs_adds_nothing_to_the_report(demo: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(demo, tmp_path / "demo"))
+    pack(out, out / "runs.jsonl.gz")
+    assert summary_rows(out) == summary_rows(demo)
+    shutil.rmtree(out / "lora-1")
+    assert summary_rows(out) == summary_rows(demo)
+
+
 def test_the_same_runs_are_the_same_bytes(demo: Path, packed: Path, tmp_path: Path) -> None:
     os.utime(Path(shutil.copytree(demo, tmp_path / "later" / "demo")) / "lora-1" / "run.json", (0, 0))
     pack(tmp_path / "later" / "demo", tmp_path / "runs.jsonl.gz")
@@ -172,11 +180,15 @@ def test_what_cannot_be_packed_is_one_line(tmp_path: Path, cli: Cli, file: str, 
     assert (tmp_path / "old.runs.jsonl.gz").read_text() == "old"
 
 
-def test_two_runs_of_one_name_are_not_packed(packed: Path, tmp_path: Path) -> None:
+def test_two_runs_of_one_name_are_neither_packed_nor_unpacked(packed: Path, tmp_path: Path) -> None:
     shutil.copy(packed, tmp_path / "a.runs.jsonl.gz")
     shutil.copy(packed, tmp_path / "b.runs.jsonl.gz")
     with pytest.raises(UserError, match="full-1: there are two runs of this name"):
         pack(tmp_path, tmp_path / "runs.jsonl.gz")
+    (tmp_path / "a.runs.jsonl.gz").write_bytes(2 * packed.read_bytes())
+    with pytest.raises(UserError, match="full-1: there are two runs of this name"):
+        unpack(tmp_path / "a.runs.jsonl.gz", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Such a file is gzip'd JSON lines: a run's name, its record and its learning curv
 needs, a hundred runs in a hundred kilobytes; the adapters stay behind.
 """
 
+import contextlib
 import getpass
 import gzip
 import io
@@ -12,7 +13,7 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from itertools import pairwise
@@ -80,7 +81,7 @@ def read_runs(*places: Path) -> list[Run]:
 
     Args:
         places: folders, in which runs and files of runs lie at any depth, or files of runs. Where there are several,
-            the names of the runs begin with theirs.
+            the names of the runs begin with theirs. A run that lies unpacked beside its file is read from its folder.
 
     Raises:
         UserError: there is no such place, or no run there; a file of runs that cannot be read.
@@ -110,7 +111,8 @@ def _below(root: Path) -> Iterator[Run]:
             yield _in_folder(folder, printable(above) or place_name(root))
         for file in files:
             if file.endswith(ENDING):
-                for run in _packed_in(folder / file):
+                packed = (run for run in _packed_in(folder / file) if not (folder / run.name / "run.json").exists())
+                for run in packed:
                     yield Run(printable(f"{above}/{run.name}".lstrip("/")), run.record, run.error, run.read_events)
 
 
@@ -153,17 +155,15 @@ def pack(place: Path, file: Path) -> int:
         How many.
 
     Raises:
-        UserError: no run there, or one that cannot be read or tells where it was made; another name than `*{ENDING}`,
-            or there is such a file already. Nothing was written.
+        UserError: no run there, or one that cannot be read or tells where it was done; two of one name; a file that
+            exists already or whose name does not end in `runs.jsonl.gz`. Nothing was written.
     """
     if not file.name.endswith(ENDING):
         raise UserError(f"{file}: expected a name that ends in {ENDING}, by which a report finds it")
     if file.exists():
         raise UserError(f"{file}: exists already")
     runs = read_runs(place)
-    for run, following in pairwise(runs):
-        if run.name == following.name:
-            raise UserError(f"{place}: {run.name}: there are two runs of this name")
+    _refuse_namesakes(runs, place)
     lines = "".join(f"{json.dumps(_contents(run, place), separators=(',', ':'))}\n" for run in runs)
     packed = io.BytesIO()
     with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as out:  # no name and no date: the same runs, the same bytes
@@ -184,6 +184,7 @@ def unpack(file: Path, folder: Path) -> int:
             elsewhere. Nothing was written.
     """
     runs = read_runs(file)
+    _refuse_namesakes(runs, file)
     targets = [(RunFolder(folder / run.name), run) for run in runs]
     for target, run in targets:
         if run.error:
@@ -198,6 +199,12 @@ def unpack(file: Path, folder: Path) -> int:
         target.path.mkdir(parents=True)
         target.restore(run.record, run.events)
     return len(runs)
+
+
+def _refuse_namesakes(runs: Sequence[Run], place: Path) -> None:
+    for run, following in pairwise(runs):
+        if run.name == following.name:
+            raise UserError(f"{place}: {run.name}: there are two runs of this name")
 
 
 def _contents(run: Run, place: Path) -> dict[str, Any]:
@@ -230,7 +237,9 @@ def _texts(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
 @cache
 def _telling() -> re.Pattern[str]:
     """What tells of a machine or of whose it is: a path that begins at a root or at a home, its name, its user's."""
-    names = {socket.gethostname(), socket.gethostname().partition(".")[0], Path.home().name, getpass.getuser()}
+    names = {socket.gethostname(), socket.gethostname().partition(".")[0], Path.home().name}
+    with contextlib.suppress(KeyError, OSError):  # a user without a name
+        names.add(getpass.getuser())
     names -= {"", "root", "localhost", "user", "cpu", "cuda", *METHODS}
     own = "".join(rf"|(?<![\w-]){re.escape(name)}(?![\w-])" for name in sorted(names))
     return re.compile(r"^/\w|file://|(?<![\w./:~-])(?:/(?:[\w.@+-]+/)+|[A-Za-z]:[\\/]|\\\\\w|~(?:[A-Za-z]\w*)?/)" + own)
