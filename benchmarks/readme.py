@@ -1,7 +1,6 @@
-"""Writes the tables of README.md and of the pages in docs/results from the records there: none is typed by hand.
+"""Writes the tables of README.md and of the studies' pages from what was measured: none is typed by hand.
 
-fvae-lora demo --out runs/demo                    # its run.json and metrics.jsonl are kept in docs/results/demo
-python benchmarks/cost.py --repeats 9 --json > docs/results/cost.json
+python benchmarks/cost.py --repeats 9 --json > benchmarks/cost.json
 python benchmarks/readme.py
 """
 
@@ -22,20 +21,25 @@ from fvae_lora.experiments.data.summary import print_summary
 from fvae_lora.experiments.demo import RECIPE
 from fvae_lora.experiments.methods import METHODS
 from fvae_lora.experiments.recipe import AblationSettings, FvaeSettings, flatten, load_recipe
-from fvae_lora.experiments.record import write_atomically
-from fvae_lora.experiments.report import columns, summary_rows, write_markdown
-from fvae_lora.experiments.report.records import read_runs
-from fvae_lora.experiments.report.summary import summarise
+from fvae_lora.experiments.report import cells, summary_rows, write_markdown
+from fvae_lora.experiments.report.aggregate import aggregate
+from fvae_lora.experiments.run_folder import write_atomically
+from fvae_lora.experiments.runs import read_runs
 
 PROJECT = Path(__file__).parents[1]
-RESULTS = PROJECT / "docs" / "results"
+STUDIES = PROJECT / "studies"
 
 
-def report_of(name: str) -> str:
-    """The tables that `fvae-lora report docs/results/NAME` writes."""
+def runs_of(study: str) -> Path:
+    """The runs of a study."""
+    return STUDIES / study / "runs.jsonl.gz"
+
+
+def report_of(study: str) -> str:
+    """The tables that `fvae-lora report studies/NAME` writes."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "report.md")
-        write_markdown(summary_rows(RESULTS / name), file)
+        write_markdown(summary_rows(runs_of(study)), file)
         return file.read_text(encoding="utf-8").strip()
 
 
@@ -47,14 +51,9 @@ def demo_data() -> str:
     return "\n".join(["```", *(line.rstrip() for line in lines), "```"])
 
 
-def reports_of(*names: str) -> dict[str, Callable[[], str]]:
-    """Blocks of a page, each with the tables of the folder that it is named after."""
-    return {name: partial(report_of, name) for name in names}
-
-
 def cost_table() -> str:
     """Ratios to LoRA of a training step and of an eval forward."""
-    results = json.loads((RESULTS / "cost.json").read_text(encoding="utf-8"))["results"]
+    results = json.loads((PROJECT / "benchmarks" / "cost.json").read_text(encoding="utf-8"))["results"]
     methods = list(dict.fromkeys(name.partition(": ")[2] for name in results))
     lines = ["| | training step | eval forward |", "|---|---:|---:|"]
     for method in methods:
@@ -102,7 +101,7 @@ OVERVIEW = {
     "smollm2": "",
     "whisper": ", errors ↓",
 }
-"""The folders of runs that it is made of, and what their columns say beside the data set."""
+"""The studies that it is made of, and what their columns say beside the data set."""
 
 VARIED = {key for _, changes in VARIANTS.values() for key in changes}
 
@@ -111,10 +110,10 @@ def overview() -> str:
     """Test scores of every variant on every data set."""
     found: dict[str, dict[str, str]] = {}
     for name, beside in OVERVIEW.items():
-        for group in summarise(read_runs(RESULTS / name)):
+        for group in aggregate(read_runs(runs_of(name))):
             row = group.row
             if row.state == "complete" and not row.superseded and (variant := variant_of(row.method, group.recipe)):
-                found.setdefault(row.hub_name + beside, {})[variant] = columns.score(row)
+                found.setdefault(row.hub_name + beside, {})[variant] = cells.score(row)
     lines = [f"| | {' | '.join(found)} |", "|---|" + "---:|" * len(found)]
     lines += [f"| {v} | {' | '.join(scores.get(v, '') for scores in found.values())} |" for v in VARIANTS]
     return "\n".join(lines)
@@ -130,14 +129,10 @@ def variant_of(method: str, recipe: dict[str, Any]) -> str | None:
     return None
 
 
-PAGES = {
-    PROJECT / "README.md": {"demo data": demo_data} | reports_of("demo") | {"cost": cost_table},
-    RESULTS / "README.md": {"overview": overview},
-    RESULTS / "images.md": reports_of("clip", "clip-fashion-mnist"),
-    RESULTS / "text.md": reports_of("minilm", "minilm-long", "minilm-spam"),
-    RESULTS / "groups.md": reports_of("clip-groups", "minilm-groups"),
-    RESULTS / "questions.md": reports_of("smollm2"),
-    RESULTS / "speech.md": reports_of("whisper"),
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {
+    PROJECT / "README.md": {"demo data": demo_data, "demo": partial(report_of, "demo"), "cost": cost_table},
+    STUDIES / "README.md": {"overview": overview},
+    **{runs.with_name("README.md"): {"runs": partial(report_of, runs.parent.name)} for runs in STUDIES.glob("*/*.gz")},
 }
 """The pages, and what makes each of their blocks."""
 

@@ -17,7 +17,7 @@ from transformers import Trainer
 from fvae_lora.experiments import runner
 from fvae_lora.experiments.cli import hush
 from fvae_lora.experiments.recipe import Recipe
-from fvae_lora.experiments.record import RunFolder
+from fvae_lora.experiments.run_folder import RunFolder
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["fvae_lora.experiments.runner", "fvae_lora.experiments.tasks.image", "sklearn"])

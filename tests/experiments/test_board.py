@@ -12,7 +12,7 @@ from rich.console import Console
 from fvae_lora.experiments.board import Board
 from fvae_lora.experiments.plan import Planned
 from fvae_lora.experiments.recipe import Recipe
-from fvae_lora.experiments.record import RunFolder
+from fvae_lora.experiments.run_folder import RunFolder
 
 
 @pytest.fixture

@@ -118,8 +118,8 @@ def test_a_folder_of_parquet_files_runs(make: Callable[..., Recipe], tmp_path: P
         Dataset.from_list(rows).to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
     recipe = make("commonsense.max_new_tokens=4", dataset=str(tmp_path), method="lora")
     record = run(recipe, tmp_path / "run", quiet=True)
-    assert record["dataset"]["splits"] == {"train": 8, "validation": 8, "test": 8}
-    assert record["metrics"]["test"].keys() == {"loss", *SCORES}
+    assert record.dataset.splits == {"train": 8, "validation": 8, "test": 8}
+    assert record.metrics.test.keys() == {"loss", *SCORES}
 
 
 def test_a_local_copy_takes_the_place_of_a_name_on_the_hub(
@@ -309,15 +309,15 @@ def test_a_run_from_recipe_to_report(make: Callable[..., Recipe], cli: Cli, tmp_
     record = run(
         make("train.epochs=2", "commonsense.max_new_tokens=8"), tmp_path / "runs" / "fvae-lora-seed1", quiet=True
     )
-    assert record["metric"] == {"name": "choice_accuracy", "greater_is_better": True}
-    assert record["metrics"]["validation"].keys() == {"loss", "choice_accuracy", "best_epoch"}
-    test = record["metrics"]["test"]
+    assert record.metric.contents() == {"name": "choice_accuracy", "greater_is_better": True}
+    assert record.metrics.validation.keys() == {"loss", "choice_accuracy", "best_epoch"}
+    test = record.metrics.test
     sets = ("arc-e", "boolq", "hellaswag")
     assert test.keys() == {"loss", *SCORES} | {f"{name}_{score}" for name in sets for score in SCORES}
     for score in ("choice_accuracy", "generated_accuracy"):
         assert test[score] == pytest.approx(sum(test[f"{name}_{score}"] for name in sets) / 3)
     assert test["unparsable"] == sum(test[f"{name}_unparsable"] for name in sets) == 17  # untrained: it only stammers
-    assert record["dataset"]["splits"] == {"train": 28, "validation": 4, "test": 17}
+    assert record.dataset.splits == {"train": 28, "validation": 4, "test": 17}
 
     assert evaluate(tmp_path / "runs" / "fvae-lora-seed1", quiet=True) == test
     code, out, err = cli("evaluate", tmp_path / "runs" / "fvae-lora-seed1")
@@ -379,7 +379,7 @@ def test_in_bf16_the_frozen_weights_are_bf16_and_the_adapter_is_not(
     monkeypatch.setattr("fvae_lora.experiments.tasks.commonsense.task.write_answers", spied)
     record = run(recipe, tmp_path, quiet=True)
     assert set(in_autocast) == {torch.bfloat16}
-    assert evaluate(tmp_path, quiet=True) == record["metrics"]["test"]
+    assert evaluate(tmp_path, quiet=True) == record.metrics.test
     loaded = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16), str(tmp_path / "adapter")
     )
@@ -397,7 +397,7 @@ def test_a_run_on_weights_of_4_bits(make: Callable[..., Recipe], tmp_path: Path)
     model, _ = load_task(recipe).load_model([])
     assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
     record = run(recipe, tmp_path / "run", quiet=True)
-    assert evaluate(tmp_path / "run", quiet=True) == record["metrics"]["test"]
+    assert evaluate(tmp_path / "run", quiet=True) == record.metrics.test
 
 
 # What is refused: one line, before any training.

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from fvae_lora.experiments.demo import METHODS, RECIPE, SEEDS
-from fvae_lora.experiments.recipe import load_recipe, recipe_file
+from fvae_lora.experiments.recipe import load_recipe
+
+PROJECT = Path(__file__).parents[2]
 
 
 def test_each_method_has_the_rate_that_served_it_best_on_validation() -> None:
-    rates = json.loads(recipe_file(RECIPE).with_name("demo_rates.json").read_text())
+    rates = json.loads((PROJECT / "studies" / "demo" / "rates.json").read_text())
     assert not set(rates["selection_seeds"]) & set(SEEDS)
     grids = [list(by_rate) for by_rate in rates["scores"].values()]
     assert len(grids[0]) >= 5

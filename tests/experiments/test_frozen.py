@@ -37,10 +37,10 @@ def test_a_run_on_cached_states_is_the_run_without(
     cached = make_recipe(method=method, train=train | {"cache_frozen": True}, **LAST)
     record = run(cached, tmp_path / "cached", quiet=True)
     assert learnt(tmp_path / "cached") == learnt(tmp_path / "plain")
-    assert record["metrics"] == plain["metrics"]
-    assert record["parameters"] == plain["parameters"]
-    assert record["flops"]["train_step"] < plain["flops"]["train_step"]
-    assert evaluate(tmp_path / "cached", quiet=True) == record["metrics"]["test"]
+    assert record.metrics == plain.metrics
+    assert record.parameters == plain.parameters
+    assert record.flops.train_step < plain.flops.train_step
+    assert evaluate(tmp_path / "cached", quiet=True) == record.metrics.test
 
 
 def test_the_next_run_finds_the_states_on_disk(
@@ -93,9 +93,9 @@ def test_a_number_of_training_rows_keeps_the_classes_shares_and_the_other_splits
     make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     halves = {"validation_share": 0.5}
-    whole = run(make_recipe(data=halves), tmp_path / "whole", quiet=True)["dataset"]["splits"]
+    whole = run(make_recipe(data=halves), tmp_path / "whole", quiet=True).dataset.splits
     rows = halves | {"train_rows": 8, "validation_rows": 6}
-    part = run(make_recipe(data=rows), tmp_path / "part", quiet=True)["dataset"]["splits"]
+    part = run(make_recipe(data=rows), tmp_path / "part", quiet=True).dataset.splits
     assert part == whole | {"train": 8, "validation": 6}
 
 
@@ -112,5 +112,5 @@ def test_an_image_size_of_ones_own(
         CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(model)
     small = run(make_recipe(model=str(model)), tmp_path / "small", quiet=True)
     large = run(make_recipe(model=str(model), image={"size": 16}), tmp_path / "large", quiet=True)
-    assert large["flops"]["train_step"] > 2 * small["flops"]["train_step"]
-    assert evaluate(tmp_path / "large", quiet=True) == large["metrics"]["test"]
+    assert large.flops.train_step > 2 * small.flops.train_step
+    assert evaluate(tmp_path / "large", quiet=True) == large.metrics.test

@@ -16,6 +16,8 @@ from fvae_lora.experiments import runner
 from fvae_lora.experiments.errors import RunError, UserError
 from fvae_lora.experiments.grid import Choice, Grid, print_choices
 from fvae_lora.experiments.plan import Planned, contenders, parse_values, plan
+from fvae_lora.experiments.record import Record
+from fvae_lora.experiments.report import summary_rows
 
 Cli = Callable[..., tuple[int, str, str]]
 PLACES = {"model": "vit-fashion-mnist", "dataset": "sklearn-digits"}
@@ -49,10 +51,10 @@ def grid_at(out: Path, *grid: str, methods: Sequence[str] = ("lora",), selection
 def scored(run: Planned, metric: dict[str, Any] | None = None, **validation: float) -> None:
     """Leaves the record of such a run, `failed` without a score."""
     run.folder.path.mkdir(parents=True)
-    record = run.folder.opening(run.recipe) | {"state": "failed", "reason": "the loss is nan at step 3"}
+    changes: dict[str, Any] = {"state": "failed", "reason": "the loss is nan at step 3"}
     if validation:
-        record |= {"state": "complete", "metrics": {"validation": validation}} | ({"metric": metric} if metric else {})
-    run.folder.write(record)
+        changes = {"state": "complete", "metrics": {"validation": validation}} | ({"metric": metric} if metric else {})
+    run.folder.write(Record.model_validate(run.folder.opening(run.recipe).contents() | changes))
 
 
 def told(choice: Choice, width: int = 200) -> str:
@@ -139,6 +141,42 @@ def test_a_best_point_on_the_edge_is_a_warning(
         scored(run, accuracy=accuracy)
     (choice,) = grid.choices()
     assert choice.remarks() == (["best learning_rate on the grid's edge: widen it"] if edge else [])
+
+
+def test_of_equal_points_one_with_results_is_chosen_again_and_they_are_not_run_anew(tmp_path: Path) -> None:
+    grid = grid_at(tmp_path, "train.learning_rate=0.1,0.2,0.3")
+    for run, accuracy in zip(grid.runs(), (0.5, 0.5, 0.4), strict=True):
+        scored(run, accuracy=accuracy)
+    assert grid.choices()[0].best == grid.choices()[0].tried[0]
+    (_, second, _) = grid.choices()[0].tried
+    scored(second.contender.run(1), accuracy=0.9)
+    (choice,) = grid.choices()
+    assert choice.values(choice.best) == "learning_rate=0.2"  # type: ignore[arg-type]
+    assert choice.remarks()[0] == "of equals the one with results, with learning_rate=0.1"
+
+
+@pytest.mark.parametrize(
+    ("values", "accuracies", "edge"),
+    [
+        ("train.learning_rate=0.1,0.2", (0.9, 0.5), True),
+        ("train.learning_rate=0.2,0.1", (0.9, 0.5), True),
+        ("train.learning_rate=0.3,0.1,0.2", (0.5, 0.6, 0.9), False),
+        ("train.learning_rate=0.1", (0.9,), False),
+        ("fvae.elbo_stop_gradient=true,false", (0.9, 0.5), False),
+    ],
+    ids=["two values", "two values, the larger first", "inside", "one value", "no numbers"],
+)
+def test_the_terminal_and_the_report_warn_alike_of_an_edge(
+    tmp_path: Path, values: str, accuracies: Sequence[float], edge: bool
+) -> None:
+    grid = grid_at(tmp_path, values)
+    for run, accuracy in zip(grid.runs(), accuracies, strict=True):
+        scored(run, accuracy=accuracy)
+    (choice,) = grid.choices()
+    (row,) = (row for row in summary_rows(tmp_path) if row.chosen)
+    key = values.partition("=")[0]
+    assert choice.remarks() == ([f"best {key.rpartition('.')[2]} on the grid's edge: widen it"] if edge else [])
+    assert row.edge == ((key,) if edge else ())
 
 
 def test_a_failed_point_is_named_and_never_chosen(tmp_path: Path) -> None:

@@ -101,8 +101,8 @@ def test_without_noise_relu_start_and_elbo_the_method_is_lora(two_steps: Callabl
 def test_what_an_ablation_takes_away_is_not_trained(two_steps: Callable[..., Recipe], tmp_path: Path) -> None:
     record = run(two_steps("fvae-lora", "ablation.noise=false"), tmp_path / "run", quiet=True)
     whole = run(two_steps("fvae-lora"), tmp_path / "whole", quiet=True)
-    assert whole["parameters"]["trainable"] - record["parameters"]["trainable"] == LAYERS * R * (R + 1)
-    assert evaluate(tmp_path / "run", quiet=True) == record["metrics"]["test"]
+    assert whole.parameters.trainable - record.parameters.trainable == LAYERS * R * (R + 1)
+    assert evaluate(tmp_path / "run", quiet=True) == record.metrics.test
 
 
 def validation_scores(folder: Path) -> dict[str, float]:
@@ -118,15 +118,15 @@ def validation_scores(folder: Path) -> dict[str, float]:
 @pytest.mark.parametrize("method", INFERENCE)
 def test_what_was_trained_is_what_was_saved(two_steps: Callable[..., Recipe], tmp_path: Path, method: str) -> None:
     record = run(two_steps(method), tmp_path, quiet=True)
-    assert evaluate(tmp_path, quiet=True) == record["metrics"]["test"]
-    in_training = record["metrics"]["validation"]
+    assert evaluate(tmp_path, quiet=True) == record.metrics.test
+    in_training = record.metrics.validation
     again = validation_scores(tmp_path)
     assert again["loss"] == pytest.approx(in_training["loss"], rel=1e-4)
     assert again["accuracy"] == in_training["accuracy"]
 
-    counts = record["parameters"]
-    assert counts["inference"] == HEAD + INFERENCE[method]
-    assert (counts["trainable"] > counts["inference"]) == (method in TRAINED_MORE)
+    counts = record.parameters
+    assert counts.inference == HEAD + INFERENCE[method]
+    assert (counts.trainable > counts.inference) == (method in TRAINED_MORE)
 
 
 def test_every_method_is_tried_here() -> None:
@@ -165,12 +165,12 @@ def test_adalora_gives_ranks_away_and_keeps_its_factors_orthogonal(
 ) -> None:
     longer = ["train.epochs=5", "train.batch_size=8", "train.learning_rate=0.01"]
     record = run(two_steps("adalora", *longer), tmp_path / "long", quiet=True)
-    assert record["parameters"]["trainable"] == HEAD + LAYERS * 6 * (2 * HIDDEN + 1)
+    assert record.parameters.trainable == HEAD + LAYERS * 6 * (2 * HIDDEN + 1)
     config = json.loads((tmp_path / "long" / "adapter" / "adapter_config.json").read_text())
     assert (config["total_step"], config["tinit"], config["tfinal"]) == (20, 2, 6)
     ranks = sum(sum(kept) for kept in config["rank_pattern"].values())
     assert LAYERS * R <= ranks < LAYERS * 6
-    assert record["parameters"]["inference"] == HEAD + ranks * (2 * HIDDEN + 1)
+    assert record.parameters.inference == HEAD + ranks * (2 * HIDDEN + 1)
 
 
 def test_adalora_s_regulariser_is_that_of_peft(two_steps: Callable[..., Recipe], vit: Path) -> None:
@@ -221,7 +221,7 @@ def test_an_interrupted_adalora_run_begins_again(
             run(recipe, tmp_path / "b", quiet=True)
     assert (tmp_path / "b" / "checkpoints" / "checkpoint-4").exists()
     resumed = run(recipe, tmp_path / "b", quiet=True)
-    assert resumed["metrics"] == undisturbed["metrics"]
+    assert resumed.metrics == undisturbed.metrics
     assert (tmp_path / "a" / "metrics.jsonl").read_text() == (tmp_path / "b" / "metrics.jsonl").read_text()
 
 

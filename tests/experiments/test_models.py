@@ -47,8 +47,8 @@ def test_a_run_and_its_adapter_agree(make_recipe: Callable[..., Recipe], tmp_pat
     ViTImageProcessor(size={"height": side, "width": side}).save_pretrained(tmp_path / name)
     recipe = make_recipe(model=str(tmp_path / name), method=method, train={"epochs": 1, "learning_rate": 0.01})
     record = run(recipe, tmp_path / "run", quiet=True)
-    assert evaluate(tmp_path / "run", quiet=True) == record["metrics"]["test"]
-    validation = record["metrics"]["validation"]
+    assert evaluate(tmp_path / "run", quiet=True) == record.metrics.test
+    validation = record.metrics.validation
     assert validation["best_epoch"] == 1
 
 

@@ -88,7 +88,7 @@ def test_the_learning_curve_has_a_line_for_each_event(make_recipe: Callable[...,
             assert all(terms.keys() == TERMS for terms in line["elbo"].values())
         else:
             assert {"loss", "accuracy"} < line.keys()
-    assert {k: lines[-1][k] for k in ("loss", "accuracy")} == record["metrics"]["test"]
+    assert {k: lines[-1][k] for k in ("loss", "accuracy")} == record.metrics.test
 
 
 def test_a_method_without_an_elbo_records_none(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -101,11 +101,11 @@ def test_the_best_epoch_is_the_one_that_is_kept(make_recipe: Callable[..., Recip
     record = run(recipe, tmp_path, quiet=True)
     validation = [event for event in events(tmp_path) if event["event"] == "validation"]
     best = max(validation, key=lambda event: event["accuracy"])  # of equals the first
-    found = record["metrics"]["validation"]
+    found = record.metrics.validation
     assert found == {"accuracy": best["accuracy"], "loss": best["loss"], "best_epoch": round(best["epoch"])}
     assert best is not validation[-1], "the last epoch is the best: this test cannot tell"
     scores = evaluate(tmp_path, quiet=True)
-    assert scores == record["metrics"]["test"]
+    assert scores == record.metrics.test
 
 
 @pytest.mark.parametrize("method", ["fvae-lora", "lora", "linear-probe", "full"])
@@ -114,10 +114,10 @@ def test_the_adapter_alone_gives_the_recorded_figure(
 ) -> None:
     recipe = make_recipe(method=method, train={"learning_rate": 0.05})
     record = run(recipe, tmp_path, quiet=True)
-    assert evaluate(tmp_path, quiet=True) == record["metrics"]["test"]
+    assert evaluate(tmp_path, quiet=True) == record.metrics.test
     code, out, _ = cli("evaluate", tmp_path)
     assert code == 0
-    figure = f"{record['metrics']['test']['loss']:.6f}"
+    figure = f"{record.metrics.test['loss']:.6f}"
     assert out.count(figure) == 2
     for file in (tmp_path / "adapter").iterdir():
         assert file.suffix in (".safetensors", ".json", ".md")
@@ -172,12 +172,12 @@ def test_a_run_whose_model_and_data_have_moved_is_scored_where_they_are_now(
         shutil.copytree(what, place)
     recipe = make_recipe(model=str(tmp_path / "m" / "tiny-vit"), dataset=str(tmp_path / "d"))
     record = run(recipe, tmp_path / "run", quiet=True)
-    assert (record["recipe"]["model"], record["recipe"]["dataset"]) == ("../m/tiny-vit", "../d")
+    assert (record.recipe["model"], record.recipe["dataset"]) == ("../m/tiny-vit", "../d")
     for name in ("run", "m", "d"):  # moved together, a run still finds them
         (tmp_path / "moved").mkdir(exist_ok=True)
         (tmp_path / name).rename(tmp_path / "moved" / name)
-    assert evaluate(tmp_path / "moved" / "run", quiet=True) == record["metrics"]["test"]
+    assert evaluate(tmp_path / "moved" / "run", quiet=True) == record.metrics.test
     (tmp_path / "moved" / "d").rename(tmp_path / "data")
     with pytest.raises(UserError, match="no such folder"):
         evaluate(tmp_path / "moved" / "run", quiet=True)
-    assert evaluate(tmp_path / "moved" / "run", dataset=str(tmp_path / "data"), quiet=True) == record["metrics"]["test"]
+    assert evaluate(tmp_path / "moved" / "run", dataset=str(tmp_path / "data"), quiet=True) == record.metrics.test

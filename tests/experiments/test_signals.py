@@ -18,7 +18,7 @@ from sweeps import Compare, left, states
 
 from fvae_lora.experiments import cli
 from fvae_lora.experiments.recipe import Recipe
-from fvae_lora.experiments.record import RunFolder
+from fvae_lora.experiments.run_folder import RunFolder
 from fvae_lora.experiments.runner import run
 from fvae_lora_experiments import signals
 

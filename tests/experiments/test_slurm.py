@@ -103,7 +103,7 @@ def test_however_a_job_is_lost_its_run_has_failed_with_the_jobs_last_lines(
     assert sweep([run], SlurmLauncher(folder, 1), quiet()) == [f"{run.name}: failed: {reason}"]
     record = run.folder.read()
     assert record is not None
-    assert (record["state"], record["reason"]) == ("failed", reason)
+    assert (record.state, record.reason) == ("failed", reason)
 
 
 def test_a_slurm_that_falls_silent_is_waited_for_but_not_for_ever(
@@ -171,7 +171,7 @@ def test_what_a_job_wrote_is_kept_until_every_run_of_its_array_is_complete(
     (array / "runs.json").write_text(json.dumps([[str(run.folder.path), ""]]))
     run.folder.path.mkdir()
     for state, kept in (("failed", True), ("running", True), ("complete", False)):
-        run.folder.write(run.folder.opening(run.recipe) | {"state": state})
+        run.folder.write(run.folder.opening(run.recipe).model_copy(update={"state": state}))
         assert list(SlurmLauncher(array.parent, 1).launch([])) == []
         assert array.exists() == kept, state
 

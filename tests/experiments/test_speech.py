@@ -51,6 +51,7 @@ from fvae_lora.experiments.data.timit import (
 from fvae_lora.experiments.frozen import collate, use_cached_states
 from fvae_lora.experiments.methods import METHODS
 from fvae_lora.experiments.recipe import Recipe, load_recipe
+from fvae_lora.experiments.record import Record
 from fvae_lora.experiments.runner import evaluate, run
 from fvae_lora.experiments.tasks import load_task, transcription
 from fvae_lora.experiments.tasks.phonemes import PhonemeTask, Sentences
@@ -723,7 +724,8 @@ def test_what_is_written_is_of_what_is_heard_and_not_of_the_cached_batch_before(
     encoder, heard = model.get_base_model().get_encoder(), rows["test"][0]["input_features"][None]
     with torch.no_grad():
         expected = encoder(heard).last_hidden_state
-        record = {"model": {"fingerprint": "a"}, "dataset": {"fingerprint": "b"}}
+        contents = {"model": {"fingerprint": "a"}, "dataset": {"fingerprint": "b"}}
+        record = Record.model_validate({"schema": 1, "state": "running", "method": "lora", "seed": 1} | contents)
         cached = use_cached_states(model, {"train": rows["train"]}, task, record, torch.device("cpu"), quiet=True)
         model(**collate(task, [cached["train"][0]]))
         torch.testing.assert_close(encoder(heard).last_hidden_state, expected)

@@ -82,7 +82,7 @@ def test_a_run_that_fails_does_not_stop_the_others(planned: Callable[..., list[P
     (failure,) = sweep(runs, LocalLauncher(2), quiet())
     assert failure.startswith("linear-probe-learning_rate=1e+30-seed1: failed: the ")
     assert "at step" in failure
-    states = {run.name: (run.folder.read() or {})["state"] for run in runs}
+    states = {run.name: record.state for run in runs if (record := run.folder.read())}
     assert sorted(states.values()) == ["complete", "failed"]
 
 
@@ -144,10 +144,11 @@ def test_a_process_that_dies_before_its_run_began_leaves_a_failed_run_and_its_la
     assert sweep([run], LocalLauncher(1), quiet()) == [f"{run.name}: failed: killed by SIGABRT: b | c | d"]
     record = run.folder.read()
     assert record is not None
-    assert (record["state"], record["reason"]) == ("failed", "killed by SIGABRT: b | c | d")
+    assert (record.state, record.reason) == ("failed", "killed by SIGABRT: b | c | d")
     monkeypatch.undo()
     assert sweep([run], LocalLauncher(1), quiet()) == []
-    assert (run.folder.read() or {})["state"] == "complete"
+    assert (again := run.folder.read()) is not None
+    assert again.state == "complete"
 
 
 def test_where_no_run_can_be_begun_the_command_says_why(small: list[str], cli: Cli, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from fvae_lora import elbo_loss, elbo_terms
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.methods import METHODS
 from fvae_lora.experiments.recipe import load_recipe
+from fvae_lora.experiments.record import Record
 from fvae_lora.experiments.tasks import Metric, load_task
 from fvae_lora.experiments.tasks.text import TextTask
 
@@ -245,7 +246,7 @@ def test_what_a_method_learns_of_texts_is_saved(
     short = ["train.epochs=1", "train.batch_size=20", "data.protocol=reference-on-test"]
     code, _, err = train(folder, *short, *metrics, "--method", method)
     assert code == 0, err
-    assert_saved(record_in(tmp_path / "run"))
+    assert_saved(Record.model_validate(record_in(tmp_path / "run")))
 
 
 def texts_task(model: Path, dataset: Path, *overrides: str) -> TextTask:

@@ -17,7 +17,7 @@ from processes import CONTEXT, LIVELY, assert_alike, result
 
 from fvae_lora.experiments.cli import exit_code, hush
 from fvae_lora.experiments.recipe import Recipe
-from fvae_lora.experiments.record import RunFolder
+from fvae_lora.experiments.run_folder import RunFolder
 from fvae_lora.experiments.runner import evaluate, run
 from fvae_lora.experiments.training import RunTrainer
 from torchrun import torchrun

@@ -43,7 +43,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def source(demo, tmp_path_factory):
-    return write_page(demo, tmp_path_factory.mktemp("page") / "page.html").read_text(encoding="utf-8")
+    return write_page([demo], tmp_path_factory.mktemp("page") / "page.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_its_numbers_are_the_table_s(tmp_path):
         run = record("lora", seed)
         run["metrics"]["test"]["accuracy"] = accuracy
         write_run(tmp_path / "runs" / str(seed), run)
-    page = Page(write_page(tmp_path / "runs", tmp_path / "page.html").read_text(encoding="utf-8"))
+    page = Page(write_page([tmp_path / "runs"], tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "lora 93.00 ± 3.61 8.96 3 Test accuracy, higher is better" in words(page)
     assert "lora 0.001 295k 295k" in words(page)
 
@@ -94,7 +94,7 @@ def test_layers_show_first_and_last_value_of_each_term(tmp_path):
         for e, g in ((1, -18.0), (2, -3.0), (3, 4.5))
     ]
     write_run(tmp_path / "runs" / "a", record("fvae-lora"), lines)
-    text = words(Page(write_page(tmp_path / "runs", tmp_path / "page.html").read_text(encoding="utf-8")))
+    text = words(Page(write_page([tmp_path / "runs"], tmp_path / "page.html").read_text(encoding="utf-8")))
     assert "layer gamma w2 0.q −18 → 4.5 1.q 18 → −4.5 1 → 1" in text
 
 
@@ -121,7 +121,7 @@ def test_links_lead_somewhere_and_ids_are_unique(tmp_path):
     for dataset in ("a", "b"):
         write_run(tmp_path / "runs" / dataset, record(dataset=dataset))
     write_run(tmp_path / "runs" / "odd", "")
-    page = Page(write_page(tmp_path / "runs", tmp_path / "page.html").read_text(encoding="utf-8"))
+    page = Page(write_page([tmp_path / "runs"], tmp_path / "page.html").read_text(encoding="utf-8"))
     ids = [a["id"] for _, a in page.elements if "id" in a]
     links = [a["href"][1:] for _, a in page.elements if a.get("href", "").startswith("#")]
     assert len(ids) == len(set(ids))
@@ -152,7 +152,7 @@ def test_names_stay_text(tmp_path):
     for name, content in (("a", record()), ("b", record(recipe={"train": {"x": "y"}}))):
         write_run(plain / name, content)
 
-    page = Page(write_page(folder, tmp_path / "page.html").read_text(encoding="utf-8"))
+    page = Page(write_page([folder], tmp_path / "page.html").read_text(encoding="utf-8"))
 
     assert page.count("script") == page.count("img") == 0
     assert page.count("title") > 1
@@ -160,7 +160,7 @@ def test_names_stay_text(tmp_path):
     assert not [a for _, attributes in page.elements for a in attributes if a.startswith("on")]
     assert page.text.count("<script>alert(1)</script>") >= 12
     assert "{{7*7}}" in page.text
-    expected = {tag for tag, _ in Page(write_page(plain, tmp_path / "plain.html").read_text()).elements}
+    expected = {tag for tag, _ in Page(write_page([plain], tmp_path / "plain.html").read_text()).elements}
     assert {tag for tag, _ in page.elements} <= expected | {"details", "summary", "path", "circle", "a", "span"}
 
 
@@ -168,19 +168,19 @@ def test_names_that_no_file_can_hold(tmp_path):
     write_run(tmp_path / "runs" / "a", record(dataset="\x00\x1b[2J\n"), [
         {"event": "train", "epoch": 1, "elbo": {"\ud800": {"\udfff": 1.0}}},
     ])  # fmt: skip
-    assert "\x1b" not in write_page(tmp_path / "runs", tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "\x1b" not in write_page([tmp_path / "runs"], tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_nothing_finished_is_a_page_too(tmp_path):
     write_run(tmp_path / "runs" / "a", record(state="failed", reason="disk full", metrics=None))
-    page = Page(write_page(tmp_path / "runs", tmp_path / "page.html").read_text(encoding="utf-8"))
+    page = Page(write_page([tmp_path / "runs"], tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "0 of 1 run counted 1 failed" in words(page)
     assert page.count("figure") == 0
 
 
 def test_a_record_without_costs_or_curves_is_a_row(tmp_path):
     write_run(tmp_path / "runs" / "a", record(parameters=None, time=None, memory=None, flops=None, recipe=None))
-    page = Page(write_page(tmp_path / "runs", tmp_path / "page.html").read_text(encoding="utf-8"))
+    page = Page(write_page([tmp_path / "runs"], tmp_path / "page.html").read_text(encoding="utf-8"))
     assert page.count("figure") == 0
     assert re.search(r"lora \d+\.\d\d – 1 .* lora – – – – – – –", words(page))
 
@@ -189,13 +189,13 @@ def test_a_seed_without_curves_does_not_hide_the_others(tmp_path):
     for seed in (1, 2, 3):
         lines = metrics("fvae-lora", seed, epochs=2, layers=1) if seed < 3 else []
         write_run(tmp_path / "runs" / str(seed), record("fvae-lora", seed), lines)
-    page = Page(write_page(tmp_path / "runs", tmp_path / "page.html").read_text(encoding="utf-8"))
+    page = Page(write_page([tmp_path / "runs"], tmp_path / "page.html").read_text(encoding="utf-8"))
     assert page.count("path", "seed") == 2 * 2
     assert page.count("svg", "spark") == 2 * 4
 
 
 def test_the_same_runs_give_the_same_page(demo, tmp_path, source):
-    assert write_page(demo, tmp_path / "page.html").read_text(encoding="utf-8") == source
+    assert write_page([demo], tmp_path / "page.html").read_text(encoding="utf-8") == source
 
 
 def test_many_rows_share_charts_of_at_most_eight(tmp_path):
@@ -203,7 +203,7 @@ def test_many_rows_share_charts_of_at_most_eight(tmp_path):
         run = record("lora")
         run["recipe"]["train"]["learning_rate"] = rate / 1000
         write_run(tmp_path / "runs" / str(rate), run, metrics("lora", epochs=3))
-    page = Page(write_page(tmp_path / "runs", tmp_path / "page.html").read_text(encoding="utf-8"))
+    page = Page(write_page([tmp_path / "runs"], tmp_path / "page.html").read_text(encoding="utf-8"))
     assert page.count("figure") == 3 * 2 + 4
     assert page.count("svg", "swatch") == 20 + 20 + 20
 
@@ -216,7 +216,7 @@ def test_the_whole_benchmark_stays_a_page(tmp_path):
                 run = record(f"method-{number}", seed, dataset)
                 lines = metrics("fvae-lora" if number < 6 else "lora", seed, dataset, epochs=3)
                 write_run(tmp_path / "runs" / f"{dataset}-{number}-{seed}", run, lines)
-    out = write_page(tmp_path / "runs", tmp_path / "page.html")
+    out = write_page([tmp_path / "runs"], tmp_path / "page.html")
     assert out.stat().st_size < 4e6
     page = Page(out.read_text(encoding="utf-8"))
     assert page.count("section") == 7  # the overview and six data sets
@@ -226,7 +226,7 @@ def test_the_whole_benchmark_stays_a_page(tmp_path):
 
 def test_200_runs_stay_a_page(tmp_path):
     write_many(tmp_path / "runs")
-    out = write_page(tmp_path / "runs", tmp_path / "page.html")
+    out = write_page([tmp_path / "runs"], tmp_path / "page.html")
     assert out.stat().st_size < 3e6
     page = Page(out.read_text(encoding="utf-8"))
     assert "200 of 200 runs counted" in words(page)

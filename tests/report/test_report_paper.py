@@ -7,7 +7,7 @@ import pytest
 from synthetic_runs import record, write_run
 
 from fvae_lora.experiments.report import summary_rows, write_csv, write_latex, write_markdown, write_page
-from fvae_lora.experiments.report.columns import further, results
+from fvae_lora.experiments.report.cells import further, results
 from fvae_lora.experiments.report.paper import figure, paper
 from fvae_lora.experiments.report.tables import comparisons, overviews, tables
 
@@ -65,7 +65,7 @@ def test_the_note_names_the_source_and_what_is_different_here(tmp_path):
     rows = rows_of(tmp_path / "runs", record("lora", dataset="tanganke/dtd"))
     for write, name in ((write_markdown, "table.md"), (write_latex, "table.tex")):
         write(rows, tmp_path / name)
-    write_page(tmp_path / "runs", tmp_path / "page.html")
+    write_page([tmp_path / "runs"], tmp_path / "page.html")
     for name in ("table.md", "table.tex", "page.html"):
         text = (tmp_path / name).read_text(encoding="utf-8")
         assert "arXiv:2510.19640" in text

@@ -83,7 +83,7 @@ def test_a_point_that_is_still_running_is_not_chosen(tmp_path):
         ((0.6, 0.7, 0.8, 0.9), ("train.learning_rate",)),
         ((0.7, 0.9, 0.8, 0.6), ()),
         ((0.7, 0.8, 0.9, None), ()),
-        ((0.7, 0.9), ()),
+        ((0.7, 0.9), ("train.learning_rate",)),
     ],
     ids=["lowest", "highest", "inside", "next to a failure", "two values"],
 )
@@ -131,7 +131,7 @@ def test_a_grid_of_two_keys_goes_across_and_down(tmp_path):
     lines = [line.split() for line in printed(rows).splitlines()]
     assert [line[1:] for line in lines if line[:1] == ["lora"]] == [
         ["60.00", "70.00", "80.00"],
-        ["50.00", "90.00", "*", "70.00"],
+        ["50.00", "90.00", "*", "70.00", "edge:", "weight_decay"],
     ]
     assert [line for line in lines if line and line[0].startswith("weight_decay=")] == [
         ["weight_decay=0.0"],
@@ -179,7 +179,7 @@ def test_the_csv_holds_the_points(tmp_path):
 
 def test_the_page_draws_the_grid_on_a_log_axis(tmp_path):
     grid(tmp_path / "runs", "lora", (0.7, 0.9, 0.8, None), rates=(0.001, 0.01, 0.1, 1.0))
-    page = write_page(tmp_path / "runs", tmp_path / "page.html").read_text(encoding="utf-8")
+    page = write_page([tmp_path / "runs"], tmp_path / "page.html").read_text(encoding="utf-8")
     assert "of 4 runs counted, 3 for selection" in page
     assert 'aria-label="Validation accuracy %, by learning rate, log scale"' in page
     _, curve = re.findall(r'<path class="mean" d="M([^"]+)"', page)  # the first is the legend's
@@ -190,6 +190,6 @@ def test_the_page_draws_the_grid_on_a_log_axis(tmp_path):
 
 def test_a_page_of_selection_runs_alone_shows_the_grid(tmp_path):
     grid(tmp_path / "runs", "lora", (None, None))
-    page = write_page(tmp_path / "runs", tmp_path / "page.html").read_text(encoding="utf-8")
+    page = write_page([tmp_path / "runs"], tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("<td>failed</td>") == 2
     assert "<figure>" not in page

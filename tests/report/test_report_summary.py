@@ -10,7 +10,7 @@ from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.recipe import load_recipe
 from fvae_lora.experiments.report import summary_rows
 from fvae_lora.experiments.report.curves import mean_curve, thinned
-from fvae_lora.experiments.report.records import read_runs
+from fvae_lora.experiments.runs import read_runs
 
 
 def scored(accuracy, seed, **changes):

@@ -11,7 +11,7 @@ from rich.console import Console
 from synthetic_runs import record, write_run
 
 from fvae_lora.experiments.report import print_table, summary_rows, write_csv, write_latex, write_markdown
-from fvae_lora.experiments.report.columns import duration, memory, number, quantity
+from fvae_lora.experiments.report.numbers import duration, memory, number, quantity
 
 
 def printed(rows, width=80):

@@ -263,15 +263,14 @@ def evaluate(
     one_device()
 
     from fvae_lora.experiments import runner
-    from fvae_lora.experiments.record import RunFolder
 
     hush()
     signals.unwind()
     scores = runner.evaluate(run, model, dataset)
-    recorded = (RunFolder(run).read() or {})["metrics"]["test"]
+    _, record = runner.finished_run(run)
     width = max(map(len, scores)) + 2
     for name, value in scores.items():
-        console.print(f"{name:<{width}}{value:.6f}  recorded {recorded[name]:.6f}", highlight=False)
+        console.print(f"{name:<{width}}{value:.6f}  recorded {record.metrics.test[name]:.6f}", highlight=False)
 
 
 @app.command(cls=Command)
@@ -323,10 +322,18 @@ def demo(
 
 @app.command(cls=Command)
 def report(
-    runs: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of runs.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the page and the tables (default: DIR).")] = None,
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUNS...", help="Folders of runs, or files of runs that `pack` wrote.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the page and the tables (default: the folder of runs, or that of their file)."),
+    ] = None,
 ) -> None:
-    """A folder of runs as a table, as CSV, Markdown and LaTeX, and as one HTML page."""
+    """Runs as a table, as CSV, Markdown and LaTeX, and as one HTML page."""
+    if out is None and len(runs) > 1:
+        raise UserError("report: several folders or files need --out, the folder for the page and the tables")
+
     from fvae_lora.experiments.report import (
         print_table,
         summary_rows,
@@ -337,14 +344,36 @@ def report(
     )
 
     signals.unwind()
-    rows = summary_rows(runs)
-    folder = out or runs
+    rows = summary_rows(*runs)
+    folder = out or (runs[0].parent if runs[0].is_file() else runs[0])
     folder.mkdir(parents=True, exist_ok=True)
     print_table(rows, console)
     for write, name in ((write_csv, "report.csv"), (write_markdown, "report.md"), (write_latex, "report.tex")):
         write(rows, folder / name)
     page = write_page(runs, folder / "report.html")
     console.print(f"The page is {page}, the tables lie beside it", highlight=False)
+
+
+@app.command()
+def pack(
+    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="A folder of runs.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write; its name ends in runs.jsonl.gz.")],
+) -> None:
+    """Writes the records and learning curves of many runs to one small file, which `report` reads as it reads RUNS."""
+    from fvae_lora.experiments.runs import pack as pack_runs
+
+    console.print(f"{file}: {pack_runs(runs, file)} runs, without their adapters", highlight=False)
+
+
+@app.command()
+def unpack(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of runs that `pack` wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Where the runs' folders are to lie.")],
+) -> None:
+    """Gives packed runs their folders again, without adapters; `compare --out DIR` then does what is missing."""
+    from fvae_lora.experiments.runs import unpack as unpack_runs
+
+    console.print(f"{out}: {unpack_runs(file, out)} runs", highlight=False)
 
 
 class Format(StrEnum):
@@ -470,7 +499,7 @@ def copy_recipe(
 ) -> None:
     """Copies a recipe to a file, to be changed."""
     from fvae_lora.experiments.recipe import recipe_file
-    from fvae_lora.experiments.record import write_atomically
+    from fvae_lora.experiments.run_folder import write_atomically
 
     source = recipe_file(recipe)
     target = to or Path(source.name)

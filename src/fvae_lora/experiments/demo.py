@@ -40,6 +40,6 @@ def demo(out: Path, quick: bool, console: Console) -> list[str]:
         print_summary(summary, console)
     failures = sweep(runs, LocalLauncher(min(2, os.cpu_count() or 1)), console)
     print_table(summary_rows(out), console)
-    page = write_page(out, out / "report.html")
+    page = write_page([out], out / "report.html")
     console.print(f"Learning curves, costs and each layer's ELBO terms: {page}", highlight=False)
     return failures

@@ -26,7 +26,7 @@ from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.names import is_local
 from fvae_lora.experiments.pretrained import load, load_adapter, load_model, loading
 from fvae_lora.experiments.recipe import ImageSettings
-from fvae_lora.experiments.record import RunFolder
+from fvae_lora.experiments.run_folder import RunFolder
 from fvae_lora.experiments.runner import finished_run, open_base, open_data, scorer
 from fvae_lora.experiments.tasks import load_task
 from fvae_lora.to_lora import ConversionReport, convert_to_lora

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fvae_lora.experiments.errors import UserError
-from fvae_lora.experiments.record import Record, tested_on
+from fvae_lora.experiments.record import Record
 
 if TYPE_CHECKING:
     from fvae_lora.experiments.tasks import Task
@@ -66,7 +66,8 @@ def use_cached_states(
         raise UserError("train.cache_frozen: every epoch sees other images; set image.augmentation=[]")
     blocks = frozen_blocks(model)
     sections = recipe.model_dump(include={"task", "data", "image", "text", "commonsense", "speech"})
-    identity = [record["model"]["fingerprint"], tested_on(record)["fingerprint"], blocks[-1], recipe.train.precision]
+    data = record.dataset.test_fingerprint  # of all splits
+    identity: list[Any] = [record.model.fingerprint, data, blocks[-1], recipe.train.precision]
     identity += [sections, recipe.seed if recipe.data.protocol == "reference" else None]
     files = {}
     for split in rows:

@@ -1,9 +1,8 @@
 """A grid: the same points and the same budget for every method; validation chooses, on seeds that no result uses."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from functools import cached_property
 from typing import Any
 
 from rich.console import Console
@@ -12,10 +11,8 @@ from rich.text import Text
 
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.plan import Contender, Planned, product_of, runs_of
-from fvae_lora.experiments.record import Record
-
-ACCURACY: dict[str, Any] = {"name": "accuracy", "greater_is_better": True}
-"""The metric of a record that names none."""
+from fvae_lora.experiments.record import Metric, Record
+from fvae_lora.experiments.select import Best, Point, best_point, mean_score
 
 
 class Grid:
@@ -44,7 +41,7 @@ class Grid:
             raise UserError(f"--grid {key}: --vary has it too")
         runs_of(contenders, seeds)  # refuses what is wrong with the results before anything is chosen
         self.keys = list(values)
-        self.seeds = selection_seeds
+        self.seeds, self.result_seeds = selection_seeds, seeds
         self.points = [(asked, [asked.at(point) for point in product_of(values)]) for asked in contenders]
 
     def runs(self) -> list[Planned]:
@@ -56,11 +53,15 @@ class Grid:
         return [self._choice(asked, points) for asked, points in self.points]
 
     def _choice(self, asked: Contender, points: Sequence[Contender]) -> "Choice":
-        records = [[p.run(seed, "selection").folder.read() or {} for seed in self.seeds] for p in points]
-        metric = next((r["metric"] for of_point in records for r in of_point if "metric" in r), ACCURACY)
-        scores = [_mean(of_point, metric["name"]) for of_point in records]
-        tried = [Tried(point, score) for point, score in zip(points, scores, strict=True)]
-        return Choice(asked.name, self.keys, tried, metric["name"], metric["greater_is_better"])
+        records = [[p.run(seed, "selection").folder.read() for seed in self.seeds] for p in points]
+        complete = [r for of_point in records for r in of_point if r and r.state == "complete"]
+        metric = complete[0].metric if complete else Metric()
+        scores = [mean_score([_score(record) for record in of_point]) for of_point in records]
+        tried = [Tried(p, score, self._has_results(p)) for p, score in zip(points, scores, strict=True)]
+        return Choice(asked.name, self.keys, tried, metric.name, metric.greater_is_better)
+
+    def _has_results(self, point: Contender) -> bool:
+        return any(point.run(seed).folder.record_file.exists() for seed in self.result_seeds)
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Tried:
 
     contender: Contender
     score: float | None
+    has_results: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,18 @@ class Choice:
     metric: str
     greater_is_better: bool
 
+    @cached_property
+    def _best(self) -> Best | None:
+        points = [
+            Point({key: tried.contender.values[key] for key in self.keys}, tried.score, tried.has_results)
+            for tried in self.tried
+        ]
+        return best_point(points, self.greater_is_better)
+
     @property
     def best(self) -> Tried | None:
-        """The point with the best score, the first of equals; None if all failed."""
-        sign = 1 if self.greater_is_better else -1
-        whole = [tried for tried in self.tried if tried.score is not None]
-        return max(whole, key=lambda tried: sign * (tried.score or 0), default=None)
+        """The chosen point; None if all failed."""
+        return None if self._best is None else self.tried[self._best.index]
 
     def values(self, tried: Tried) -> str:
         """The grid's keys and their values at a point."""
@@ -94,26 +102,22 @@ class Choice:
 
     def remarks(self) -> list[str]:
         """What a reader of the choice should know: failed points, ties, and whether the grid was wide enough."""
-        best = self.best
         failed = [self.values(tried) for tried in self.tried if tried.score is None]
         remarks = [f"failed: {', '.join(failed)}"] if failed else []
-        if best is None:
+        if self._best is None:
             return remarks
-        equals = [self.values(tried) for tried in self.tried if tried is not best and tried.score == best.score]
-        if equals:
-            remarks.append(f"the first of equals, with {', '.join(equals)}")
-        for key in self.keys:
-            values = [tried.contender.values[key] for tried in self.tried]
-            numbers = {value for value in values if isinstance(value, int | float)}
-            if len(numbers) > 1 and best.contender.values[key] in (min(numbers), max(numbers)):
-                remarks.append(f"best {key.rpartition('.')[2]} on the grid's edge: widen it")
+        if self._best.equals:
+            why = (
+                "the first of equals" if self._best.index < min(self._best.equals) else "of equals the one with results"
+            )
+            others = [self.values(self.tried[i]) for i in self._best.equals]
+            remarks.append(f"{why}, with {', '.join(others)}")
+        remarks += [f"best {key.rpartition('.')[2]} on the grid's edge: widen it" for key in self._best.edge]
         return remarks
 
 
-def _mean(records: Iterable[Record], metric: str) -> float | None:
-    scores = [r["metrics"]["validation"][metric] if r.get("state") == "complete" else math.nan for r in records]
-    mean = fmean(scores)
-    return mean if math.isfinite(mean) else None
+def _score(record: Record | None) -> float | None:
+    return record.score if record and record.state == "complete" else None
 
 
 def print_choices(choices: Sequence[Choice], console: Console) -> None:

@@ -12,7 +12,7 @@ import yaml
 
 from fvae_lora.experiments.errors import UserError
 from fvae_lora.experiments.recipe import Recipe, flatten, load_recipe, parse_override
-from fvae_lora.experiments.record import RunFolder
+from fvae_lora.experiments.run_folder import RunFolder
 
 OPTION_OF = {"method": "--methods", "seed": "--seeds", "dataset": "--dataset", "purpose": "--grid"}
 """Keys of a recipe that name a run's place in its sweep, and the option that each has for that."""
@@ -36,8 +36,8 @@ class Planned:
         record = self.folder.read_for(self.recipe)
         if record is None:
             return False
-        hopeless = self.recipe.purpose == "selection" and record.get("diverged", False)
-        return record["state"] == "complete" or bool(hopeless)
+        hopeless = self.recipe.purpose == "selection" and record.diverged
+        return record.state == "complete" or hopeless
 
     def epochs_done(self) -> int:
         """How many epochs its learning curve, read from its end, tells of."""

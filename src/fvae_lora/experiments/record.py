@@ -1,237 +1,225 @@
-"""A run's folder: what it holds, how it is written, and how two processes stay out of each other's way.
+"""A run's record, as it is written and as it is read: `run.json`, and the lines of `metrics.jsonl`.
 
-`run.json` is the record, `metrics.jsonl` the learning curve, `adapter/` what was trained, `checkpoints/` what an
-unfinished run resumes from. Every file is replaced as a whole or not at all; whatever kills the process, the folder
-holds one consistent state.
+What only a later version knows is kept; a record that this version would misread has another `schema`.
 """
 
 import contextlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal, TypeGuard
 
-from filelock import FileLock, Timeout
-
-from fvae_lora.experiments.errors import UserError
-from fvae_lora.experiments.names import portable, short
-from fvae_lora.experiments.processes import main_only
-from fvae_lora.experiments.recipe import Recipe, check_recipe, flatten
-
-SCHEMA = 1
-
-Record = dict[str, Any]
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Puts `text` in the place of the file `path`, in one step that survives a crash."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
+def printable(value: object) -> str:
+    """`value` as text without control characters and lone surrogates, fit for terminals and files."""
+    text = value if isinstance(value, str) else "" if value is None else json.dumps(value)
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-class RunFolder:
-    """One run's folder. Of several processes that do the run, the main one alone changes it.
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether `value` is a number that can be averaged and drawn: not True, not NaN, not beyond 1e100."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
 
-    Args:
-        path: the folder; it is made when the run is locked.
+
+def _numbers(value: object) -> object:
+    return {printable(k): v for k, v in value.items() if is_number(v)} if isinstance(value, dict) else value
+
+
+def _terms(value: object) -> object:
+    modules = value.items() if isinstance(value, dict) else ()
+    return {module: _numbers(terms) for module, terms in modules if isinstance(terms, dict)}
+
+
+def _refuse_no_number(value: object) -> object:
+    if not is_number(value):
+        raise ValueError("not a number")
+    return value
+
+
+Name = Annotated[str, BeforeValidator(printable)]
+Note = Annotated[str | None, BeforeValidator(lambda value: None if value is None else printable(value))]
+Count = Annotated[int, Field(ge=0, le=10**18)]
+Quantity = Annotated[int | float, Field(ge=0, le=1e30)]
+Measured = Annotated[int | float | None, BeforeValidator(lambda value: value if is_number(value) else None)]
+Scores = Annotated[dict[str, int | float], BeforeValidator(_numbers)]
+"""Scores by name; NaN, infinity and what is not a number are left out."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    def contents(self) -> dict[str, Any]:
+        """What is written of it: what was found out, and what was read and is unknown here."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
+
+
+class Source(_Part):
+    """A model: its name and the fingerprint of its contents."""
+
+    name: Name = "unknown"
+    fingerprint: Name = ""
+
+
+class TestedOn(_Part):
+    """The data of a run's test scores, where they have changed since it was trained."""
+
+    fingerprint: Name
+    splits: dict[str, Any] = {}
+
+
+class Dataset(Source):
+    """A data set, and what was measured on it. A task adds facts of its own."""
+
+    protocol: Name = ""
+    splits: dict[str, Any] = {}
+    classes: list[Any] = []
+    validation_from: Name = ""
+    test_from: Name = ""
+    groups: dict[str, Any] = {}
+    average: Name = ""
+    """How the groups are weighted in an average over them."""
+    note: Note = None
+    """How it differs from the published data set that it looks like."""
+    tested_on: TestedOn | None = None
+
+    @property
+    def test_fingerprint(self) -> str:
+        """The fingerprint of the data of the test scores."""
+        return self.tested_on.fingerprint if self.tested_on else self.fingerprint
+
+
+class Parameters(_Part):
+    """Numbers of parameters."""
+
+    total: Count | None = None
+    trainable: Count | None = None
+    inference: Count | None = None
+
+
+class Time(_Part):
+    """Seconds from start to end, pauses not counted; the dates of start and end."""
+
+    wall_s: Quantity | None = None
+    train_s: Quantity | None = None
+    started: Note = None
+    finished: Note = None
+
+
+class Memory(_Part):
+    """Peak memory in MB."""
+
+    peak_mb: Quantity | None = None
+
+
+class Flops(_Part):
+    """Floating-point operations: of a step, of the whole training, of a forward of one batch with the final model."""
+
+    train_step: Quantity | None = None
+    train_total: Quantity | None = None
+    eval_batch: Quantity | None = None
+
+
+class Metric(_Part):
+    """The score by which a run selected its epoch and by which it is judged."""
+
+    name: Name = "accuracy"
+    greater_is_better: bool = True
+
+
+class Metrics(_Part):
+    """The scores that a run ended with: on validation those of its best epoch, on test none for a point of a grid."""
+
+    validation: Scores = {}
+    test: Scores = {}
+
+
+class Record(_Part):
+    """`run.json`. A run that was stopped early lacks what it had not yet found out."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    state: Literal["running", "complete", "failed"]
+    reason: Note = None
+    """Why it failed."""
+    diverged: bool = False
+    """Whether it failed because a number became NaN or infinite, and would fail so again."""
+    task: Name = ""
+    method: Name
+    seed: int
+    recipe: dict[str, Any] = {}
+    """As it was resolved; places of model and data are relative to the run's folder."""
+    metric: Metric = Metric()
+    model: Source = Source()
+    dataset: Dataset = Dataset()
+    parameters: Parameters = Parameters()
+    versions: dict[str, Any] = {}
+    git_commit: Note = None
+    hardware: Any = None
+    time: Time = Time()
+    memory: Memory = Memory()
+    flops: Flops = Flops()
+    metrics: Metrics = Metrics()
+
+    @property
+    def is_selection(self) -> bool:
+        """Whether it is a point of a grid: scored on validation alone, to choose a setting."""
+        return self.recipe.get("purpose") == "selection"
+
+    @property
+    def score(self) -> float | None:
+        """The score by which the run is judged: on test, or, for a point of a grid, on validation."""
+        split = self.metrics.validation if self.is_selection else self.metrics.test
+        return split.get(self.metric.name)
+
+
+class Event(_Part):
+    """A line of `metrics.jsonl`: what was measured after a step, by the name of each score."""
+
+    event: Literal["train", "validation", "test"]
+    step: Count = 0
+    epoch: Annotated[int | float, BeforeValidator(_refuse_no_number)]
+    loss: Measured = None
+    learning_rate: Measured = None
+    grad_norm: Measured = None
+    elbo: Annotated[dict[str, dict[str, int | float]], BeforeValidator(_terms)] = {}
+    """The terms of each layer's ELBO, by the module's name."""
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The loss, and the task's scores."""
+        measured = {"loss": self.loss} | (self.model_extra or {})
+        return {name: value for name, value in measured.items() if is_number(value)}
+
+
+def parse_record(contents: str | bytes | dict[str, Any]) -> Record:
+    """The record in `contents`, which are those of a `run.json` or what these say.
+
+    Raises:
+        ValueError: there is none; in one line.
     """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.record_file = path / "run.json"
-        self.metrics_file = path / "metrics.jsonl"
-        self.adapter = path / "adapter"
-        self.checkpoints = path / "checkpoints"
-
-    @contextlib.contextmanager
-    def locked(self, patience_s: float = 0) -> Iterator[None]:
-        """Holds the folder for this process; the system lets go of it however the process ends.
-
-        Args:
-            patience_s: how long to wait for another process to let go.
-
-        Raises:
-            UserError: another process holds it, or it cannot be written to.
-        """
-        existed = self.path.exists()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock", timeout=patience_s)
-            lock.acquire()
-        except Timeout as error:
-            raise UserError(f"{self.path}: another process is using this run's folder") from error
-        except OSError as error:
-            raise UserError(f"{self.path}: not a folder that can be written to: {error.strerror}") from error
-        try:
-            yield
-        finally:
-            if not existed and not self.record_file.exists():
-                Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
-            if not existed:
-                with contextlib.suppress(OSError):  # not empty: a run has begun
-                    self.path.rmdir()
-
-    def read(self) -> Record | None:
-        """The record, or None if there is none yet.
-
-        Raises:
-            UserError: if it is not a whole record.
-        """
-        try:
-            record = json.loads(self.record_file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.record_file}: not a whole record; nothing was changed") from error
-        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-            raise UserError(f"{self.record_file}: not a record of schema {SCHEMA}; nothing was changed")
-        return record
-
-    def opening(self, recipe: Recipe) -> Record:
-        """The first lines of a record: what was asked for."""
-        places = {"model": portable(recipe.model, self.path), "dataset": portable(recipe.dataset, self.path)}
-        return {
-            "schema": SCHEMA,
-            "state": "running",
-            "reason": None,
-            "diverged": False,
-            "task": recipe.task,
-            "method": recipe.method,
-            "seed": recipe.seed,
-            "recipe": recipe.model_dump() | places,
-        }
-
-    def read_for(self, recipe: Recipe) -> Record | None:
-        """The record of this very recipe's run, or None if there is none yet.
-
-        Where model and data lie may have changed since; what they are is compared by fingerprint when they are open.
-
-        Raises:
-            UserError: the folder holds another recipe's run, or no whole record.
-        """
-        record = self.read()
-        if record is not None:
-            earlier = check_recipe(record["recipe"], str(self.record_file)).model_dump()
-            there, here = flatten(earlier), flatten(self.opening(recipe)["recipe"])
-            for key in sorted((there.keys() | here.keys()) - {"model", "dataset"}):
-                if there.get(key) != here.get(key):
-                    raise UserError(
-                        f"{self.path}: holds a run of another recipe, {key} is {there.get(key)} there and "
-                        f"{here.get(key)} here; nothing was changed"
-                    )
-        return record
-
-    @main_only
-    def write(self, record: Record) -> None:
-        """Replaces the record."""
-        self._replace(record)
-
-    def close_as_failed(self, reason: str, opening: Record | None = None, diverged: bool = False) -> None:
-        """Closes the record of a run that had begun; on a full disk a half-written checkpoint makes room for that.
-
-        Whichever process failed may do that: the main one may hang, waiting for it.
-
-        Args:
-            reason: why.
-            opening: what to begin the record with where there is none yet; without it, none is written then.
-            diverged: whether it would end like this again.
-        """
-        with contextlib.suppress(OSError):
-            self.drop_unfinished_checkpoints()
-            if record := self.read() or opening:
-                self._replace(record | {"state": "failed", "reason": reason, "diverged": diverged})
-
-    def _replace(self, record: Record) -> None:
-        write_atomically(self.record_file, json.dumps(record, indent=1) + "\n")
-
-    @main_only
-    def append(self, event: dict[str, Any]) -> None:
-        """Adds one line to the learning curve."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def events(self) -> list[dict[str, Any]]:
-        """The learning curve, without a last line that was cut off."""
-        if not self.metrics_file.exists():
-            return []
-        events = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                events.append(json.loads(line))
-        return events
-
-    @main_only
-    def rewind(self, step: int) -> None:
-        """Forgets what the learning curve tells about steps after `step`: they will be done again."""
-        kept = [e for e in self.events() if e["step"] <= step and e["event"] != "test"]
-        write_atomically(self.metrics_file, "".join(json.dumps(event) + "\n" for event in kept))
-
-    def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written to its end."""
-        whole = [c for c in self.checkpoints.glob("checkpoint-*") if (c / ".whole").exists()]
-        return max(whole, key=checkpoint_step, default=None)
-
-    @main_only
-    def keep_checkpoints(self, *keep: int) -> None:
-        """Marks the checkpoints of these steps as whole and removes all others."""
-        for step in keep:
-            (self.checkpoints / f"checkpoint-{step}" / ".whole").touch()
-        for checkpoint in self.checkpoints.glob("checkpoint-*"):
-            if checkpoint_step(checkpoint) not in keep:
-                (checkpoint / ".whole").unlink(missing_ok=True)
-                shutil.rmtree(checkpoint)
-
-    @main_only
-    def drop_unfinished_checkpoints(self) -> None:
-        """Removes checkpoints whose writing was interrupted."""
-        for checkpoint in self.checkpoints.glob("checkpoint-*"):
-            if not (checkpoint / ".whole").exists():
-                shutil.rmtree(checkpoint)
-
-    @main_only
-    def save_adapter(self, checkpoint: Path, base: str) -> None:
-        """Makes what a checkpoint holds of the model the run's result.
-
-        Where the files name `base`, the place of the base model on this machine, or the place where it was when the
-        checkpoint was written, they get its short name.
-        """
-        part = self.path / ".adapter.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        for file in checkpoint.iterdir():
-            if file.suffix == ".safetensors" or file.name in ("adapter_config.json", "config.json", "README.md"):
-                shutil.copyfile(file, part / file.name)
-        config = part / "adapter_config.json"
-        then = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] if config.exists() else base
-        for file in (*part.glob("*.json"), *part.glob("*.md")):
-            text = file.read_text(encoding="utf-8")
-            for place in filter(None, (then, base)):
-                text = text.replace(place, short(base))
-            file.write_text(text, encoding="utf-8")
-        shutil.rmtree(self.adapter, ignore_errors=True)
-        part.rename(self.adapter)
+    try:
+        if isinstance(contents, str | bytes):
+            return Record.model_validate_json(contents)
+        return Record.model_validate(contents)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(printable(f"{where + ': ' if where else ''}{first['msg']}")) from error
 
 
-def tested_on(record: Record) -> Record:
-    """The data of a run's test scores, with their `fingerprint`: they may have changed since it was trained."""
-    data: Record = record["dataset"]
-    return data.get("tested_on", data)
+def parse_events(text: str) -> list[Event]:
+    """The learning curve in the text of a `metrics.jsonl`, without the line that a kill cut off."""
+    return _whole(Event.model_validate_json, text.splitlines())
 
 
-def checkpoint_step(checkpoint: Path) -> int:
-    """The step after which a checkpoint was written."""
-    return int(checkpoint.name.rpartition("-")[2])
+def read_events(lines: Iterable[Any]) -> list[Event]:
+    """The learning curve in `lines`, each as a dict."""
+    return _whole(Event.model_validate, lines)
+
+
+def _whole(read: Callable[[Any], Event], lines: Iterable[Any]) -> list[Event]:
+    events = []
+    for line in lines:
+        with contextlib.suppress(ValidationError):
+            events.append(read(line))
+    return events

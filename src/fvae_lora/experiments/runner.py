@@ -40,7 +40,20 @@ from fvae_lora.experiments.methods import METHODS
 from fvae_lora.experiments.names import located, short, without_places
 from fvae_lora.experiments.pretrained import load_adapter, loading
 from fvae_lora.experiments.recipe import Recipe, check_recipe
-from fvae_lora.experiments.record import Record, RunFolder, checkpoint_step, tested_on
+from fvae_lora.experiments.record import (
+    Dataset,
+    Event,
+    Flops,
+    Memory,
+    Metric,
+    Metrics,
+    Parameters,
+    Record,
+    Source,
+    TestedOn,
+    Time,
+)
+from fvae_lora.experiments.run_folder import RunFolder, checkpoint_step
 from fvae_lora.experiments.surroundings import git_commit, hardware, peak_memory_mb, versions
 from fvae_lora.experiments.tasks import Task, load_task
 from fvae_lora.experiments.training import (
@@ -79,8 +92,8 @@ def run(recipe: Recipe, path: Path, quiet: bool = False, on_other_data: bool = F
     with folder.locked() if processes.is_main() else contextlib.nullcontext():
         processes.wait()
         earlier = folder.read_for(recipe)
-        if earlier is None or earlier["state"] != "complete":
-            prepared = _prepare(recipe, folder, (earlier or {}) | folder.opening(recipe), quiet, on_other_data)
+        if earlier is None or earlier.state != "complete":
+            prepared = _prepare(recipe, folder, folder.opening(recipe, earlier), quiet, on_other_data)
             try:
                 earlier = _complete(prepared, folder, quiet)
             except Exception as error:
@@ -110,17 +123,19 @@ def evaluate(path: Path, model: str | None = None, dataset: str | None = None, q
         `loss` and the task's metric, as in the record's `metrics.test`.
 
     Raises:
-        UserError: no finished run there; another model or other data than the run had.
+        UserError: no finished run there, or one without its adapter; another model or other data than the run had.
         RunError: the run cannot be finished. Its record says why.
     """
     folder = RunFolder(path)
-    if (record := folder.read()) and record["state"] != "complete":
+    if (record := folder.read()) and record.state != "complete":
         recipe = _recorded_recipe(record, path, model, dataset)
         if _is_trained(folder, recipe):
             run(recipe, path, quiet, on_other_data=True)
     recipe, record = finished_run(path, model, dataset)
     if recipe.purpose == "selection":
         raise UserError(f"{path}: a point of a grid, which is not scored on the test split")
+    if not folder.adapter.is_dir():
+        raise UserError(f"{path}: its adapter is not there, which is what would be scored")
     task, splits = load_task(recipe), open_data(recipe, record)
     base, processor = open_base(recipe, record)
     return _score(task, base, task.datasets(splits, base, processor)["test"], RunFolder(path), record, quiet)[0]
@@ -139,16 +154,16 @@ def finished_run(path: Path, model: str | None = None, dataset: str | None = Non
     """
     folder = RunFolder(path)
     record = folder.read()
-    if record is None or record["state"] != "complete":
-        raise UserError(f"{path}: no finished run" + ("" if record is None else f"; its state is {record['state']}"))
+    if record is None or record.state != "complete":
+        raise UserError(f"{path}: no finished run" + ("" if record is None else f"; its state is {record.state}"))
     return _recorded_recipe(record, path, model, dataset), record
 
 
 def _recorded_recipe(record: Record, path: Path, model: str | None, dataset: str | None) -> Recipe:
     places = {
-        key: given or located(record["recipe"][key], path) for key, given in (("model", model), ("dataset", dataset))
+        key: given or located(record.recipe[key], path) for key, given in (("model", model), ("dataset", dataset))
     }
-    return check_recipe(record["recipe"] | places, str(RunFolder(path).record_file))
+    return check_recipe(record.recipe | places, str(RunFolder(path).record_file))
 
 
 def _is_trained(folder: RunFolder, recipe: Recipe) -> bool:
@@ -164,8 +179,8 @@ def open_data(recipe: Recipe, record: Record) -> Splits:
     """
     task = load_task(recipe)
     official = task.open_source()
-    if fingerprint(official, task.content) != tested_on(record)["fingerprint"]:
-        raise UserError(_other_contents("dataset", recipe.dataset, record))
+    if fingerprint(official, task.content) != record.dataset.test_fingerprint:
+        raise UserError(_other_contents("dataset", recipe.dataset, record.dataset))
     return task.split(official)
 
 
@@ -175,9 +190,9 @@ def open_base(recipe: Recipe, record: Record) -> tuple[PreTrainedModel, Any]:
     Raises:
         UserError: no such model, or another model than the run had.
     """
-    base, processor = load_task(recipe).load_model(record["dataset"]["classes"])
-    if _model_fingerprint(base) != record["model"]["fingerprint"]:
-        raise UserError(_other_contents("model", recipe.model, record))
+    base, processor = load_task(recipe).load_model(record.dataset.classes)
+    if _model_fingerprint(base) != record.model.fingerprint:
+        raise UserError(_other_contents("model", recipe.model, record.model))
     return base, processor
 
 
@@ -221,13 +236,13 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, on_
     if note is not None and processes.is_main():
         print(f"fvae-lora: warning: dataset {recipe.dataset}: {note}", file=sys.stderr)
     identity = task.identify(official)
-    data = {"name": short(recipe.dataset), "fingerprint": identity.fingerprint}
-    base = {"name": short(recipe.model), "fingerprint": _model_fingerprint(model)}
-    described = data | _described(splits, recipe, note)
-    if "model" in record and record["model"]["fingerprint"] != base["fingerprint"]:
-        raise UserError(_other_contents("model", base["name"], record))
-    if "dataset" in record and record["dataset"]["fingerprint"] != data["fingerprint"]:
-        described = _on_other_data(record, described, folder, recipe, on_other_data)
+    base = Source(name=short(recipe.model), fingerprint=_model_fingerprint(model))
+    data = Dataset(name=short(recipe.dataset), fingerprint=identity.fingerprint, **_described(splits, recipe, note))
+    if record.model.fingerprint not in ("", base.fingerprint):  # a run that is only beginning knows nothing yet
+        raise UserError(_other_contents("model", base.name, record.model))
+    changed = record.dataset.fingerprint not in ("", data.fingerprint)
+    if changed:
+        data = _on_other_data(record.dataset, data, folder, recipe, on_other_data)
 
     with processes.main_first():  # images that one has decoded are known to the others
         summary = summarise(task, official, identity, notes, quiet)
@@ -239,19 +254,15 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, on_
     total = sum(p.numel() for p in model.parameters())
     adapted = method.apply(model, recipe)
     trained = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
-    record |= {
-        "metric": asdict(task.metric),
-        "model": base,
-        "dataset": ({} if "tested_on" in described else facts | summary.facts()) | described,
-        "parameters": {
-            "total": total,
-            "trainable": sum(trained.values()),
-            "inference": method.inference_parameters(adapted, trained),
-        },
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "hardware": hardware(),
-    }
+    record.metric = Metric(**asdict(task.metric))
+    record.model = base
+    record.dataset = data if changed else Dataset(**facts, **summary.facts(), **data.contents())
+    record.parameters = Parameters(
+        total=total,
+        trainable=sum(trained.values()),
+        inference=method.inference_parameters(adapted, trained),
+    )
+    record.versions, record.git_commit, record.hardware = versions(), git_commit(), hardware()
     if recipe.train.cache_frozen:
         trained_on = {name: rows[name] for name in ("train", "validation")}
         rows |= use_cached_states(adapted, trained_on, task, record, arguments.device, quiet)
@@ -261,18 +272,18 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, on_
 def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
     """Trains from the last checkpoint on, scores, and closes the record."""
     recipe, record, rows = prepared.recipe, prepared.record, prepared.rows
-    before = record.get("time", {"wall_s": 0.0, "train_s": 0.0, "started": _now()})
+    before, started = record.time, record.time.started or _now()
     training_began = time.monotonic()
 
     def note_cost() -> None:
         now = time.monotonic()
-        record["time"] = {
-            "wall_s": before["wall_s"] + now - prepared.began,
-            "train_s": before["train_s"] + now - training_began,
-            "started": before["started"],
-            "finished": None,
-        }
-        record["memory"] = {"peak_mb": max(peak_memory_mb(), record.get("memory", {}).get("peak_mb", 0.0))}
+        record.time = Time(
+            wall_s=(before.wall_s or 0.0) + now - prepared.began,
+            train_s=(before.train_s or 0.0) + now - training_began,
+            started=started,
+            finished=None,
+        )
+        record.memory = Memory(peak_mb=max(peak_memory_mb(), record.memory.peak_mb or 0.0))
         folder.write(record)
 
     note_cost()
@@ -287,27 +298,26 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
     )
     state = _train(trainer, recipe, folder)
     note_cost()
-    train_s = record["time"]["train_s"]
+    train_s = record.time.train_s
 
     folder.save_adapter(folder.checkpoints / f"checkpoint-{state.best_global_step}", prepared.model.name_or_path)
     processes.wait()
-    best = next(e for e in folder.events() if e["event"] == "validation" and e["step"] == state.best_global_step)
-    scores = {key: value for key, value in best.items() if key not in ("event", "step", "epoch")}
+    best = next(e for e in folder.events() if e.event == "validation" and e.step == state.best_global_step)
     micro_batches = state.global_step * recipe.train.gradient_accumulation
     share = _batch(prepared.task, rows["train"], prepared.arguments.per_device_train_batch_size)
     step_flops = training_flops(prepared.model, share) * processes.count()
-    record["flops"] = {"train_step": step_flops, "train_total": step_flops * micro_batches}
-    record["metrics"] = {"validation": scores | {"best_epoch": round(best["epoch"])}}
+    record.flops = Flops(train_step=step_flops, train_total=step_flops * micro_batches)
+    record.metrics = Metrics(validation=best.scores | {"best_epoch": round(best.epoch)})
     if recipe.purpose == "result":
         base, _ = open_base(recipe, record)
-        test, record["flops"]["eval_batch"], scored = _score(prepared.task, base, rows["test"], folder, record, quiet)
+        test, eval_flops, scored = _score(prepared.task, base, rows["test"], folder, record, quiet)
+        record.metrics.test, record.flops.eval_batch = test, eval_flops
         trained = {name for name, p in prepared.model.named_parameters() if p.requires_grad}
-        record["parameters"]["inference"] = METHODS[recipe.method].inference_parameters(scored, trained)
-        folder.append({"event": "test", "step": state.global_step, "epoch": state.epoch, **test})
-        record["metrics"]["test"] = test
+        record.parameters.inference = METHODS[recipe.method].inference_parameters(scored, trained)
+        folder.append(Event.model_validate({"event": "test", "step": state.global_step, "epoch": state.epoch, **test}))
     note_cost()
-    record["time"] |= {"train_s": train_s, "finished": _now()}
-    record["state"] = "complete"
+    record.time.train_s, record.time.finished = train_s, _now()
+    record.state = "complete"
     folder.write(record)
     return record
 
@@ -354,8 +364,8 @@ def _with_adapter(base: PreTrainedModel, adapter: Path, is_trainable: bool) -> n
     return base
 
 
-def _described(splits: Splits, recipe: Recipe, note: str | None) -> Record:
-    described: Record = {
+def _described(splits: Splits, recipe: Recipe, note: str | None) -> dict[str, Any]:
+    described: dict[str, Any] = {
         "protocol": recipe.data.protocol,
         "splits": splits.sizes,
         "classes": splits.classes,
@@ -382,25 +392,25 @@ def _model_fingerprint(model: nn.Module) -> str:
     return total.hexdigest()
 
 
-def _other_contents(what: str, name: str, record: Record) -> str:
-    return f"{what} {name}: not what the run was started with ({record[what]['name']}, other contents)"
+def _other_contents(what: str, name: str, known: Source) -> str:
+    return f"{what} {name}: not what the run was started with ({known.name}, other contents)"
 
 
-def _on_other_data(record: Record, described: Record, folder: RunFolder, recipe: Recipe, on_other_data: bool) -> Record:
+def _on_other_data(known: Dataset, found: Dataset, folder: RunFolder, recipe: Recipe, on_other_data: bool) -> Dataset:
     """What the record of a run whose training is complete says of its data where they have changed since.
 
     Raises:
         UserError: training goes on; nobody asked for that; other classes.
     """
-    refusal = _other_contents("dataset", described["name"], record)
+    refusal = _other_contents("dataset", found.name, known)
     if not _is_trained(folder, recipe):
         raise UserError(refusal)
-    if not on_other_data and described["fingerprint"] != tested_on(record)["fingerprint"]:
+    if not on_other_data and found.fingerprint != known.test_fingerprint:
         raise UserError(f"{refusal}; its training is complete: fvae-lora evaluate {folder.path} scores it on these")
-    if described["classes"] != record["dataset"]["classes"]:
+    if found.classes != known.classes:
         raise UserError(f"{refusal}, and they have other classes")
     print(f"fvae-lora: warning: {refusal}; the record says so", file=sys.stderr)
-    return record["dataset"] | {"tested_on": {"fingerprint": described["fingerprint"], "splits": described["splits"]}}
+    return known.model_copy(update={"tested_on": TestedOn(fingerprint=found.fingerprint, splits=found.splits)})
 
 
 def _in_one_line(error: Exception, recipe: Recipe, path: Path) -> str:

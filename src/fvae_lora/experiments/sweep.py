@@ -60,12 +60,12 @@ def _failure(ended: Ended) -> str | None:
         record = folder.read()
     except UserError as error:
         return str(error)
-    if ended.code == 0 or (record and record["state"] == "complete"):
+    if ended.code == 0 or (record and record.state == "complete"):
         return None
     if ended.code == REFUSED and lines:
         return lines[-1]
-    if ended.code == 1 and record and record["state"] == "failed":
-        return f"failed: {record['reason']}"
+    if ended.code == 1 and record and record.state == "failed":
+        return f"failed: {record.reason}"
     reason = ": ".join([ended.how, " | ".join(lines)]) if lines else ended.how
     recipe = ended.run.recipe
     reason = without_places(reason, folder.path, Path(recipe.dataset), Path(recipe.model))

@@ -32,7 +32,8 @@ from fvae_lora.experiments.frozen import collate
 from fvae_lora.experiments.pretrained import load_model
 from fvae_lora.experiments.progress import ProgressLines, on_terminal
 from fvae_lora.experiments.recipe import Recipe
-from fvae_lora.experiments.record import RunFolder
+from fvae_lora.experiments.record import Event
+from fvae_lora.experiments.run_folder import RunFolder
 from fvae_lora.experiments.surroundings import cores
 from fvae_lora.experiments.tasks import Metric, Task
 
@@ -188,9 +189,9 @@ class FolderCallback(TrainerCallback):
                 raise DivergenceError(f"the gradient's norm is {line['grad_norm']} at step {state.global_step}")
             if terms := elbo_terms(kwargs["model"]):
                 line["elbo"] = terms
-            self.folder.append(line)
+            self.folder.append(Event.model_validate(line))
         elif "eval_loss" in logs:
-            self.folder.append({"event": "validation", **where, **scores_among(logs, "eval")})
+            self.folder.append(Event.model_validate({"event": "validation", **where, **scores_among(logs, "eval")}))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The checkpoint is whole now: it and the best one stay."""

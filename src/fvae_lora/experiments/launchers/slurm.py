@@ -26,7 +26,7 @@ from filelock import FileLock
 from fvae_lora.experiments.errors import RunError, UserError
 from fvae_lora.experiments.launchers import Ended, News, ending, refuse_folders_in_use
 from fvae_lora.experiments.plan import Planned
-from fvae_lora.experiments.record import RunFolder, write_atomically
+from fvae_lora.experiments.run_folder import RunFolder, write_atomically
 
 NAME = "fvae-lora-"
 POLL_S, LONGEST_POLL_S = 0.5, 10.0
@@ -194,7 +194,7 @@ class SlurmLauncher:
         for notes in self.folder.glob(f"{NAME}*/runs.json"):
             paths = [Path(path) for path, _ in json.loads(notes.read_text(encoding="utf-8"))]
             with contextlib.suppress(UserError):  # no whole record: not complete
-                if all((RunFolder(path).read() or {}).get("state") == "complete" for path in paths):
+                if all((record := RunFolder(path).read()) and record.state == "complete" for path in paths):
                     shutil.rmtree(notes.parent, ignore_errors=True)
 
     def _ended(self, run: Planned, number: str, job: _Job | None) -> Ended:

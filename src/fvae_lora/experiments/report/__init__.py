@@ -3,10 +3,10 @@
 Everything is derived from the records (`run.json`, `metrics.jsonl`); nothing here trains or scores.
 """
 
+from fvae_lora.experiments.report.aggregate import summary_rows
 from fvae_lora.experiments.report.files import write_csv, write_latex, write_markdown
 from fvae_lora.experiments.report.page import write_page
 from fvae_lora.experiments.report.rows import Row
-from fvae_lora.experiments.report.summary import summary_rows
 from fvae_lora.experiments.report.terminal import print_table
 
 __all__ = ["Row", "print_table", "summary_rows", "write_csv", "write_latex", "write_markdown", "write_page"]

@@ -7,20 +7,20 @@ from typing import Any
 
 from markupsafe import Markup
 
+from fvae_lora.experiments.record import is_number, printable
 from fvae_lora.experiments.report.charts import COLOURS, Dot, Line, Mark, line_chart, scatter_chart, spark, strip
-from fvae_lora.experiments.report.columns import number, quantity
 from fvae_lora.experiments.report.curves import mean_curve, thinned
-from fvae_lora.experiments.report.records import Point, Run, is_number, printable
+from fvae_lora.experiments.report.numbers import factor, number, quantity, title
 from fvae_lora.experiments.report.rows import Group, Row
-from fvae_lora.experiments.report.scores import factor, title
 from fvae_lora.experiments.report.tables import Compared, Table, grid_key, grid_lines, grids, tables
+from fvae_lora.experiments.runs import Point, Run
 
 POINTS_IN_A_MEAN = 120
 POINTS_IN_A_SEED = 60
 POINTS_IN_A_SPARK = 24
 """What a curve is thinned to, so that 200 runs stay a page that a browser opens at once."""
 
-COSTS: dict[str, Callable[[Row], float | None]] = {
+CHARTED_COSTS: dict[str, Callable[[Row], float | None]] = {
     "FLOPs of training": lambda row: row.train_flops,
     "seconds": lambda row: row.time_s,
     "trainable parameters": lambda row: row.trainable_parameters,
@@ -144,7 +144,7 @@ def _grid_charts(points: Sequence[Row], marks: dict[str, Mark]) -> Iterator[Pane
 
 def _costs(rows: Sequence[Row], marks: dict[str, Mark]) -> Panel:
     charts = []
-    for name, cost in COSTS.items():
+    for name, cost in CHARTED_COSTS.items():
         dots = [
             Dot(marks[row.label], value, scale * row.score, scale * (row.score_std or 0))
             for row in rows
@@ -203,7 +203,7 @@ def _facts(runs: Sequence[Run]) -> dict[str, str]:
         "splits": [_listing(r.dataset.splits) for r in records],
         "groups": [_listing({k: _listing(v) for k, v in r.dataset.groups.items()}) for r in records],
         "average over groups": [r.dataset.average for r in records],
-        "note": [r.dataset.note for r in records],
+        "note": [r.dataset.note or "" for r in records],
         "classes": [str(len(r.dataset.classes) or "") for r in records],
         "validation from": [r.dataset.validation_from for r in records],
         "test from": [r.dataset.test_from for r in records],
@@ -211,7 +211,7 @@ def _facts(runs: Sequence[Run]) -> dict[str, str]:
         "parameters": [quantity(r.parameters.total) for r in records],
         "hardware": [_listing(r.hardware) for r in records],
         "versions": [_listing(r.versions) for r in records],
-        "commit": [r.git_commit[:12] + ("-dirty" if r.git_commit.endswith("-dirty") else "") for r in records],
+        "commit": [commit[:12] + "-dirty" * commit.endswith("-dirty") for r in records if (commit := r.git_commit)],
     }
     return {k: text for k, v in facts.items() if (text := "; ".join(filter(None, dict.fromkeys(v))))}
 

@@ -9,9 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fvae_lora.experiments.record import write_atomically
 from fvae_lora.experiments.report.rows import Row
 from fvae_lora.experiments.report.tables import Table, comparisons, left_out, overviews, tables
+from fvae_lora.experiments.run_folder import write_atomically
 
 HEADING_WIDTH = 10
 """How many characters of a heading stand side by side in LaTeX."""

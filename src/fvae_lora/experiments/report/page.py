@@ -1,28 +1,29 @@
 """The report as one HTML page that needs nothing but itself: no script, no request."""
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fvae_lora.experiments.record import write_atomically
+from fvae_lora.experiments.report.aggregate import aggregate
 from fvae_lora.experiments.report.charts import Mark, swatch
 from fvae_lora.experiments.report.comparison import comparison
-from fvae_lora.experiments.report.records import printable, read_runs
-from fvae_lora.experiments.report.summary import summarise
 from fvae_lora.experiments.report.tables import comparisons, grid_key, grid_lines, left_out, overviews
+from fvae_lora.experiments.run_folder import write_atomically
+from fvae_lora.experiments.runs import place_name, read_runs
 
 
-def write_page(runs: Path, out: Path) -> Path:
-    """Write the page about all runs at or below `runs` to the file `out`, and return `out`.
+def write_page(places: Sequence[Path], out: Path) -> Path:
+    """Write the page about all runs at or below `places` to the file `out`, and return `out`.
 
     Raises:
-        UserError: there is no such folder, or no run in it.
+        UserError: as `read_runs`.
 
     """
-    read = read_runs(runs)
-    groups = summarise(read)
+    read = read_runs(*places)
+    groups = aggregate(read)
     rows = [group.row for group in groups]
     uncounted = left_out(rows)
     counted = [group for group in groups if group.runs]
@@ -38,7 +39,7 @@ def write_page(runs: Path, out: Path) -> Path:
         lstrip_blocks=True,
     )
     page = templates.get_template("page.html").render(
-        folder=printable(runs.resolve().name),
+        folder=", ".join(map(place_name, places)),
         runs=len(read),
         counted=sum(len(group.runs) for group in counted if group.row.state == "complete"),
         selecting=sum(len(group.runs) for group in counted if group.row.state == "selection"),

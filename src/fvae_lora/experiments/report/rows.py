@@ -4,7 +4,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fvae_lora.experiments.report.records import Run
+from fvae_lora.experiments.record import Record
+from fvae_lora.experiments.runs import Run
+from fvae_lora.experiments.select import mean_score
+
+State = Literal["complete", "selection", "running", "failed", "unreadable", "duplicate"]
 
 Recipe = Mapping[str, Any]
 """Dotted keys and their values; a key that is missing has none."""
@@ -22,15 +26,10 @@ class Further:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of the report.
+class Measured:
+    """What was measured, and with which method."""
 
-    A row is the finished runs of one recipe over its seeds (state "complete"), or those of a point of a grid (state
-    "selection"), or a single run that is counted nowhere: any other state, no numbers, and `run` and `reason` say
-    which run and why.
-    """
-
-    state: Literal["complete", "selection", "running", "failed", "unreadable", "duplicate"]
+    state: State
     task: str = ""
     dataset: str = ""
     """Its name, with the configuration, and with the fingerprint where two things share a name."""
@@ -46,6 +45,22 @@ class Row:
     """The name of the score by which the runs are judged, and by which each selected its epoch on validation."""
     greater_is_better: bool = True
     method: str = ""
+
+    @property
+    def comparison(self) -> tuple[str, str, str, str, str]:
+        """What was measured: rows that agree in task, data set, protocol, model and metric may be compared."""
+        return self.task, self.dataset, self.protocol, self.model, self.metric
+
+
+@dataclass(frozen=True)
+class Row(Measured):
+    """One row of the report.
+
+    A row is the finished runs of one recipe over its seeds (state "complete"), or those of a point of a grid (state
+    "selection"), or a single run that is counted nowhere: any other state, no numbers, and `run` and `reason` say
+    which run and why.
+    """
+
     settings: str = ""
     """What sets this row apart from other rows of its method, as `key=value key=value`, or nothing."""
     learning_rate: float | None = None
@@ -53,7 +68,7 @@ class Row:
     missing_seeds: tuple[int, ...] = ()
     """Seeds that this recipe began and did not finish, or that at least half of the compared rows have."""
     scores: tuple[float, ...] = ()
-    """Test scores in the order of `seeds`; fractions, unless `scores.NO_FRACTIONS` says otherwise."""
+    """Test scores in the order of `seeds`; fractions, unless `numbers.NO_FRACTIONS` says otherwise."""
     score: float | None = None
     """Their mean."""
     score_std: float | None = None
@@ -86,7 +101,7 @@ class Row:
     chosen: bool = False
     """Whether this point of a grid has the best validation score."""
     edge: tuple[str, ...] = ()
-    """The keys with more than two values on whose first or last value a chosen point lies."""
+    """The keys with several numbers on whose smallest or largest a chosen point lies."""
     superseded: bool = False
     """Whether these results are of an earlier choice: by now the grid chooses another point."""
     run: str = ""
@@ -97,21 +112,36 @@ class Row:
         """The method, with its settings where they are needed to tell rows apart."""
         return f"{self.method} {self.settings}".rstrip()
 
-    @property
-    def comparison(self) -> tuple[str, str, str, str, str]:
-        """What was measured: rows that agree in task, data set, protocol, model and metric may be compared."""
-        return self.task, self.dataset, self.protocol, self.model, self.metric
 
-
-@dataclass
+@dataclass(frozen=True)
 class Group:
     """A row, the finished runs behind it by seed, and the recipe that they share."""
 
     row: Row
-    runs: dict[int, Run] = field(default_factory=dict)
+    runs: Mapping[int, Run] = field(default_factory=dict)
     recipe: Recipe = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Trials:
+    """The runs whose recipes differ in nothing but the seed, from which a row is made."""
+
+    measured: Measured
+    recipe: Recipe
+    runs: dict[int, Run] = field(default_factory=dict)
+    """The finished ones."""
     unfinished: dict[int, str] = field(default_factory=dict)
     """The state of each seed that began and is not complete."""
+
+    @property
+    def records(self) -> list[Record]:
+        """Those of the finished runs, in the order of their seeds."""
+        return [run.record for _, run in sorted(self.runs.items()) if run.record]
+
+    @property
+    def selection_score(self) -> float | None:
+        """For a point of a grid: its mean validation score; None while a seed of it has not finished."""
+        return mean_score([*(record.score for record in self.records), *(None for _ in self.unfinished)])
 
 
 def differing(recipes: Iterable[Recipe]) -> set[str]:

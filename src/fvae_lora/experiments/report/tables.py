@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from fvae_lora.experiments.report.baseline import BASELINE
-from fvae_lora.experiments.report.columns import COSTS, UNKNOWN, further, percent, results, score
+from fvae_lora.experiments.report.cells import COSTS, further, results, score
+from fvae_lora.experiments.report.numbers import UNKNOWN, percent, shown, title
 from fvae_lora.experiments.report.paper import paper, published
 from fvae_lora.experiments.report.rows import Row
-from fvae_lora.experiments.report.scores import shown, title
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from fvae_lora.experiments.data import Splits, accuracies, open_images
 from fvae_lora.experiments.data.files import Notes
 from fvae_lora.experiments.data.images import ImageFacts, Images, augmentation, image_content, look_at_all, process
 from fvae_lora.experiments.pretrained import load, loading
-from fvae_lora.experiments.record import write_atomically
+from fvae_lora.experiments.run_folder import write_atomically
 from fvae_lora.experiments.tasks import Task
 
 BUILT_IN = {"vit-fashion-mnist": Path(str(files("fvae_lora.experiments"))) / "assets" / "vit-fashion-mnist"}
