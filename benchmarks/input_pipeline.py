@@ -22,8 +22,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor, default_data_collator
 
-from fvae_lora.experiments.data.images import Images, augmentation, open_image, process
-from fvae_lora.experiments.recipe import ImageSettings
+from fvae_lora_experiments.data.images import Images, augmentation, open_image, process
+from fvae_lora_experiments.recipe import ImageSettings
 
 BATCH = 32
 AUGMENTED = ImageSettings(augmentation=["random_resized_crop", "horizontal_flip"])

@@ -33,7 +33,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-ASSET = Path(__file__).parents[1] / "src/fvae_lora/experiments/assets/vit-fashion-mnist"
+ASSET = Path(__file__).parents[1] / "src/fvae_lora_experiments/assets/vit-fashion-mnist"
 FILES = {
     "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
     "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),

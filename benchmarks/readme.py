@@ -16,15 +16,15 @@ from typing import Any
 
 from rich.console import Console
 
-from fvae_lora.experiments.check import look
-from fvae_lora.experiments.data.summary import print_summary
-from fvae_lora.experiments.demo import RECIPE
-from fvae_lora.experiments.methods import METHODS
-from fvae_lora.experiments.recipe import AblationSettings, FvaeSettings, flatten, load_recipe
-from fvae_lora.experiments.report import cells, summary_rows, write_markdown
-from fvae_lora.experiments.report.aggregate import aggregate
-from fvae_lora.experiments.run_folder import write_atomically
-from fvae_lora.experiments.runs import read_runs
+from fvae_lora_experiments.check import look
+from fvae_lora_experiments.data.summary import print_summary
+from fvae_lora_experiments.demo import RECIPE
+from fvae_lora_experiments.methods import METHODS
+from fvae_lora_experiments.recipe import AblationSettings, FvaeSettings, flatten, load_recipe
+from fvae_lora_experiments.report import cells, summary_rows, write_markdown
+from fvae_lora_experiments.report.aggregate import aggregate
+from fvae_lora_experiments.run_folder import write_atomically
+from fvae_lora_experiments.runs import read_runs
 
 PROJECT = Path(__file__).parents[1]
 STUDIES = PROJECT / "studies"

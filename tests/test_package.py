@@ -27,7 +27,7 @@ NAMES = {
     "export_for_inference",
     "load_reference_adapter",
 }
-OF_THE_EXPERIMENTS = {"datasets", "fvae_lora.experiments", "matplotlib", "pandas", "pydantic", "typer"}
+OF_THE_EXPERIMENTS = {"datasets", "fvae_lora_experiments", "matplotlib", "pandas", "pydantic", "typer"}
 OF_THE_EXPERIMENTS |= {"transformers.trainer"}
 
 

@@ -1,1 +1,1 @@
-"""Where the command `fvae-lora` begins: beside `fvae_lora`, whose import takes seconds that can be interrupted, too."""
+"""Experiments with FVAE-LoRA: recipes, runs, records, reports, the command line (extra: ``fvae-lora[experiments]``)."""

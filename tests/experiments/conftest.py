@@ -19,8 +19,8 @@ from colours import SIDE, write_pictures
 from hub import MODEL, Hub, write_data_sets
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from fvae_lora.experiments.cli import app, exit_code, hush
-from fvae_lora.experiments.recipe import Recipe, check_recipe
+from fvae_lora_experiments.cli import app, exit_code, hush
+from fvae_lora_experiments.recipe import Recipe, check_recipe
 
 SCRIPT = Path(__file__).parents[1] / "slurm" / "local-slurm.sh"
 

@@ -22,7 +22,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pil
 from sentences import sentences
 
-PROGRAM = "import sys; from fvae_lora_experiments.command import main; sys.argv[0] = 'fvae-lora'; main()"
+PROGRAM = "import sys; from fvae_lora_experiments.__main__ import main; sys.argv[0] = 'fvae-lora'; main()"
 SMALL = ("train.epochs=1", "train.batch_size=8", "train.precision=fp32", "adapter.r=4")
 """What makes a recipe of the benchmark take a second."""
 

@@ -17,8 +17,7 @@ import psutil
 from arguments import later_wins
 from processes import CONTEXT
 
-from fvae_lora.experiments import cli
-from fvae_lora_experiments import signals
+from fvae_lora_experiments import cli, signals
 
 
 class Compare:

@@ -14,9 +14,9 @@ from rich.console import Console
 from sentences import write_encoder
 from test_intake import TASKS, lay_out, questions, recordings, texts, write
 
-from fvae_lora.experiments.check import look, task_of
-from fvae_lora.experiments.data.summary import print_summary
-from fvae_lora.experiments.recipe import Recipe, load_recipe
+from fvae_lora_experiments.check import look, task_of
+from fvae_lora_experiments.data.summary import print_summary
+from fvae_lora_experiments.recipe import Recipe, load_recipe
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -112,7 +112,7 @@ def test_compare_begins_with_the_summary_of_each_data_set_once(
     settings = [*small, "train.epochs=1", "data.validation_share=0.25"]
     compare = ["compare", "image/default", *settings, "--methods", "linear-probe", "--out", tmp_path / "runs"]
     asked: list[int] = []
-    monkeypatch.setattr("fvae_lora.experiments.sweep.sweep", lambda runs, *_: asked.append(len(runs)) or [])
+    monkeypatch.setattr("fvae_lora_experiments.sweep.sweep", lambda runs, *_: asked.append(len(runs)) or [])
     code, out, err = cli(*compare, "--dataset", f"{data},{pictures}", "--seeds", "1,2")
     assert (code, err, asked) == (0, "", [4])
     assert out.count("Data: ") == 2
@@ -126,7 +126,7 @@ def test_compare_begins_with_the_summary_of_each_data_set_once(
 def test_a_comparison_on_data_that_are_refused_says_so_as_its_runs_do(
     cli: Cli, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fvae_lora.experiments.sweep.sweep", lambda *_: ["a: dataset no/where: no such folder"])
+    monkeypatch.setattr("fvae_lora_experiments.sweep.sweep", lambda *_: ["a: dataset no/where: no such folder"])
     code, out, err = cli("compare", "image/default", *small, "--dataset", "no/where", "--out", tmp_path / "runs")
     assert code == 1
     assert "Data: " not in out
@@ -189,5 +189,5 @@ def test_an_image_that_was_decoded_is_not_decoded_again(
     make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = look(make_recipe())
-    monkeypatch.setattr("fvae_lora.experiments.tasks.image.look_at_all", None)
+    monkeypatch.setattr("fvae_lora_experiments.tasks.image.look_at_all", None)
     assert look(make_recipe()).facts() == first.facts()

@@ -26,14 +26,14 @@ from saved import assert_saved
 from transformers import AutoModelForCausalLM, BloomForCausalLM, MambaForCausalLM, PreTrainedModel
 
 from fvae_lora import FVAELoraConfig, elbo_terms
-from fvae_lora.experiments.data.questions import open_questions, question
-from fvae_lora.experiments.methods import METHODS
-from fvae_lora.experiments.recipe import Recipe, load_recipe
-from fvae_lora.experiments.runner import evaluate, run
-from fvae_lora.experiments.tasks import load_task
-from fvae_lora.experiments.tasks.commonsense.answers import parse, write_answers
-from fvae_lora.experiments.tasks.commonsense.likelihood import log_likelihoods
-from fvae_lora.experiments.tasks.commonsense.prompts import prompt
+from fvae_lora_experiments.data.questions import open_questions, question
+from fvae_lora_experiments.methods import METHODS
+from fvae_lora_experiments.recipe import Recipe, load_recipe
+from fvae_lora_experiments.runner import evaluate, run
+from fvae_lora_experiments.tasks import load_task
+from fvae_lora_experiments.tasks.commonsense.answers import parse, write_answers
+from fvae_lora_experiments.tasks.commonsense.likelihood import log_likelihoods
+from fvae_lora_experiments.tasks.commonsense.prompts import prompt
 from tiny import randomised
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -144,7 +144,7 @@ def test_model_and_questions_by_their_names_on_the_hub(llama: Path, tmp_path: Pa
     with Hub(tmp_path / "hub").serving() as hub:
         options = ["train.epochs=1", "commonsense.max_new_tokens=2", "--method", "lora", "--out", tmp_path / "run"]
         places = ["--model", "owner/tiny-llama", "--dataset", "owner/questions", "--quiet"]
-        program = "import sys; from fvae_lora.experiments.cli import main; sys.argv[0] = 'fvae-lora'; main()"
+        program = "import sys; from fvae_lora_experiments.cli import main; sys.argv[0] = 'fvae-lora'; main()"
         done = subprocess.run(
             [sys.executable, "-c", program, "train", "commonsense/default", *map(str, options), *places],
             env=os.environ | hub.environment(tmp_path / "home"),
@@ -376,7 +376,7 @@ def test_in_bf16_the_frozen_weights_are_bf16_and_the_adapter_is_not(
         in_autocast.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
         return write_answers(*args)
 
-    monkeypatch.setattr("fvae_lora.experiments.tasks.commonsense.task.write_answers", spied)
+    monkeypatch.setattr("fvae_lora_experiments.tasks.commonsense.task.write_answers", spied)
     record = run(recipe, tmp_path, quiet=True)
     assert set(in_autocast) == {torch.bfloat16}
     assert evaluate(tmp_path, quiet=True) == record.metrics.test

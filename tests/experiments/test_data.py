@@ -15,11 +15,11 @@ from colours import write_pictures
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
-from fvae_lora.experiments.data import fingerprint, open_images, split
-from fvae_lora.experiments.data.images import image_content, random_resized_crop
-from fvae_lora.experiments.errors import UserError
-from fvae_lora.experiments.recipe import DataSettings, Recipe
-from fvae_lora.experiments.tasks.image import ImageTask, load_image_classifier
+from fvae_lora_experiments.data import fingerprint, open_images, split
+from fvae_lora_experiments.data.images import image_content, random_resized_crop
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.recipe import DataSettings, Recipe
+from fvae_lora_experiments.tasks.image import ImageTask, load_image_classifier
 
 DEFAULT = DataSettings()
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fvae_lora.experiments.demo import METHODS, RECIPE, SEEDS
-from fvae_lora.experiments.recipe import load_recipe
+from fvae_lora_experiments.demo import METHODS, RECIPE, SEEDS
+from fvae_lora_experiments.recipe import load_recipe
 
 PROJECT = Path(__file__).parents[2]
 

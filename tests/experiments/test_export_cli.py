@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from fvae_lora import FVAELoraConfig, export_for_inference, load_reference_adapter
-from fvae_lora.experiments.recipe import check_recipe
-from fvae_lora.experiments.runner import run
+from fvae_lora_experiments.recipe import check_recipe
+from fvae_lora_experiments.runner import run
 from tiny import randomised
 
 Cli = Callable[..., tuple[int, str, str]]

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from transformers import CLIPConfig, CLIPForImageClassification, CLIPImageProcessor, CLIPVisionConfig
 
-from fvae_lora.experiments.errors import RunError, UserError
-from fvae_lora.experiments.recipe import Recipe
-from fvae_lora.experiments.runner import evaluate, run
+from fvae_lora_experiments.errors import RunError, UserError
+from fvae_lora_experiments.recipe import Recipe
+from fvae_lora_experiments.runner import evaluate, run
 
 LAST = {"adapter": {"layers": [1]}}
 

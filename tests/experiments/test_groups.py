@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image as Pil
 
-from fvae_lora.experiments.data import accuracies, fingerprint, group_counts, open_images, split, unlike_published
-from fvae_lora.experiments.data.groups import group_scores, weighted_as
-from fvae_lora.experiments.data.images import image_content
-from fvae_lora.experiments.data.published import CELEBA, SPUCO_ANIMALS, WATERBIRDS, Published
-from fvae_lora.experiments.data.text import open_texts
-from fvae_lora.experiments.errors import UserError
-from fvae_lora.experiments.recipe import DataSettings, TextSettings, load_recipe
+from fvae_lora_experiments.data import accuracies, fingerprint, group_counts, open_images, split, unlike_published
+from fvae_lora_experiments.data.groups import group_scores, weighted_as
+from fvae_lora_experiments.data.images import image_content
+from fvae_lora_experiments.data.published import CELEBA, SPUCO_ANIMALS, WATERBIRDS, Published
+from fvae_lora_experiments.data.text import open_texts
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.recipe import DataSettings, TextSettings, load_recipe
 
 Cli = Callable[..., tuple[int, str, str]]
 GROUPED = DataSettings(group_column="group")

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from hub import CLASSES, MODEL, SMALL, Hub, command_line
 
-from fvae_lora.experiments.data import fingerprint, open_images
-from fvae_lora.experiments.data.images import image_content
-from fvae_lora.experiments.recipe import DataSettings
+from fvae_lora_experiments.data import fingerprint, open_images
+from fvae_lora_experiments.data.images import image_content
+from fvae_lora_experiments.recipe import DataSettings
 
 
 @pytest.mark.slow
@@ -47,9 +47,9 @@ def test_compare_from_names_on_the_hub_to_the_report(hub: Hub, tmp_path: Path) -
 
 SPLITS_OF_ALL = """
 import json
-from fvae_lora.experiments.data import split
-from fvae_lora.experiments.recipe import load_recipe, shipped
-from fvae_lora.experiments.tasks import load_task
+from fvae_lora_experiments.data import split
+from fvae_lora_experiments.recipe import load_recipe, shipped
+from fvae_lora_experiments.tasks import load_task
 found = {}
 for name in shipped():
     if name.startswith("image/") and name not in ("image/default", "image/reference", "image/demo"):
@@ -113,8 +113,8 @@ def test_other_programs_and_this_one_get_on_with_each_others_caches(hub: Hub, tm
 
 
 OPENED = """
-from fvae_lora.experiments.data import open_images
-from fvae_lora.experiments.recipe import DataSettings
+from fvae_lora_experiments.data import open_images
+from fvae_lora_experiments.recipe import DataSettings
 print(sorted(open_images("{name}", DataSettings(config="{config}"))))
 """
 

@@ -10,9 +10,9 @@ import torch
 import transformers
 from transformers import AutoModelForImageClassification, PreTrainedConfig, ViTImageProcessor
 
-from fvae_lora.experiments.heads import head_modules
-from fvae_lora.experiments.recipe import Recipe
-from fvae_lora.experiments.runner import evaluate, run
+from fvae_lora_experiments.heads import head_modules
+from fvae_lora_experiments.recipe import Recipe
+from fvae_lora_experiments.runner import evaluate, run
 
 SIDE = 16
 WIDTHS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
@@ -53,7 +53,7 @@ def test_a_run_and_its_adapter_agree(make_recipe: Callable[..., Recipe], tmp_pat
 
 
 def test_a_frozen_batch_norm_keeps_its_statistics(make_recipe: Callable[..., Recipe]) -> None:
-    from fvae_lora.experiments.methods import METHODS
+    from fvae_lora_experiments.methods import METHODS
 
     model = AutoModelForImageClassification.from_config(CONFIGS["resnet"][0])
     adapted = METHODS["linear-probe"].apply(model, make_recipe(method="linear-probe"))

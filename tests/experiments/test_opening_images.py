@@ -12,11 +12,11 @@ import pytest
 from datasets import Dataset
 from PIL import ExifTags, Image
 
-from fvae_lora.experiments.data.images import ImageFacts, look_at, look_at_all, open_image
-from fvae_lora.experiments.errors import UserError
-from fvae_lora.experiments.recipe import ImageSettings, Recipe, load_recipe
-from fvae_lora.experiments.tasks import load_task
-from fvae_lora.experiments.tasks.image import load_image_classifier
+from fvae_lora_experiments.data.images import ImageFacts, look_at, look_at_all, open_image
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.recipe import ImageSettings, Recipe, load_recipe
+from fvae_lora_experiments.tasks import load_task
+from fvae_lora_experiments.tasks.image import load_image_classifier
 
 RAMP = np.linspace(0, 1, 16).reshape(1, 16)
 EIGHT_BITS = (RAMP * 255).round().astype("uint8")

@@ -25,11 +25,11 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from fvae_lora.experiments.classifiers import load_classifier
-from fvae_lora.experiments.errors import UserError
-from fvae_lora.experiments.pretrained import load_model, load_tokenizer, loading
-from fvae_lora.experiments.recipe import Recipe, load_recipe
-from fvae_lora.experiments.tasks import load_task
+from fvae_lora_experiments.classifiers import load_classifier
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.pretrained import load_model, load_tokenizer, loading
+from fvae_lora_experiments.recipe import Recipe, load_recipe
+from fvae_lora_experiments.tasks import load_task
 
 Cli = Callable[..., tuple[int, str, str]]
 

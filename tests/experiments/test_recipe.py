@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from fvae_lora import FVAELoraConfig, FVAEPEFTConfig
-from fvae_lora.experiments.errors import UserError
-from fvae_lora.experiments.methods import METHODS
-from fvae_lora.experiments.recipe import FvaeSettings, load_recipe, shipped
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.methods import METHODS
+from fvae_lora_experiments.recipe import FvaeSettings, load_recipe, shipped
 
 PLACES = {"model": "m", "dataset": "d"}
 

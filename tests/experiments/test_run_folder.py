@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 from processes import CONTEXT, attempt
 
-from fvae_lora.experiments.errors import UserError
-from fvae_lora.experiments.names import located, portable, short
-from fvae_lora.experiments.recipe import Recipe
-from fvae_lora.experiments.record import Event
-from fvae_lora.experiments.run_folder import RunFolder, write_atomically
-from fvae_lora.experiments.runner import run
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.names import located, portable, short
+from fvae_lora_experiments.recipe import Recipe
+from fvae_lora_experiments.record import Event
+from fvae_lora_experiments.run_folder import RunFolder, write_atomically
+from fvae_lora_experiments.runner import run
 
 PROJECT = Path(__file__).parents[2]
 
@@ -113,7 +113,7 @@ def test_when_nothing_more_can_be_written_the_run_fails_and_goes_on_later(
 
 
 def _run_limited(recipe: Recipe, folder: Path, limit: int) -> None:
-    from fvae_lora.experiments.errors import RunError
+    from fvae_lora_experiments.errors import RunError
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from synthetic_runs import metrics, record, write_demo, write_run
 
-from fvae_lora.experiments.errors import UserError
-from fvae_lora.experiments.plan import contenders
-from fvae_lora.experiments.report import summary_rows
-from fvae_lora.experiments.runs import pack, read_runs, unpack
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.plan import contenders
+from fvae_lora_experiments.report import summary_rows
+from fvae_lora_experiments.runs import pack, read_runs, unpack
 
 PROJECT = Path(__file__).parents[2]
 Cli = Callable[..., tuple[int, str, str]]
@@ -142,7 +142,7 @@ def test_a_run_that_tells_where_it_was_done_is_not_packed(tmp_path: Path, cli: C
 
 
 def test_the_user_s_name_is_found_as_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fvae_lora.experiments import runs
+    from fvae_lora_experiments import runs
 
     monkeypatch.setattr(getpass, "getuser", lambda: "alice")
     runs._telling.cache_clear()

@@ -16,11 +16,10 @@ import pytest
 from processes import CONTEXT, LIVELY, attempt, result
 from sweeps import Compare, left, states
 
-from fvae_lora.experiments import cli
-from fvae_lora.experiments.recipe import Recipe
-from fvae_lora.experiments.run_folder import RunFolder
-from fvae_lora.experiments.runner import run
-from fvae_lora_experiments import signals
+from fvae_lora_experiments import cli, signals
+from fvae_lora_experiments.recipe import Recipe
+from fvae_lora_experiments.run_folder import RunFolder
+from fvae_lora_experiments.runner import run
 
 LINE = "fvae-lora: stopped; the same command goes on where it was\n"
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -38,7 +37,7 @@ class Signalling(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Signalling())
 sys.argv[0] = "fvae-lora"
-from fvae_lora_experiments.command import main
+from fvae_lora_experiments.__main__ import main
 main()
 """
 """The command line in a process that is sent a signal when it begins to import a module."""
@@ -68,12 +67,12 @@ def lines(text: str) -> Sequence[str]:
         "torch",
         pytest.param("peft", marks=pytest.mark.slow),
         pytest.param("transformers.modeling_utils", marks=pytest.mark.slow),
-        pytest.param("fvae_lora.experiments.cli", marks=pytest.mark.slow),
-        pytest.param("fvae_lora.experiments.recipe", marks=pytest.mark.slow),
+        pytest.param("fvae_lora_experiments.cli", marks=pytest.mark.slow),
+        pytest.param("fvae_lora_experiments.recipe", marks=pytest.mark.slow),
         pytest.param("datasets", marks=pytest.mark.slow),
         pytest.param("transformers.trainer", marks=pytest.mark.slow),
         pytest.param("transformers.models.vit.modeling_vit", marks=pytest.mark.slow),
-        pytest.param("fvae_lora.experiments.runner", marks=pytest.mark.slow),
+        pytest.param("fvae_lora_experiments.runner", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_while_libraries_load_is_one_line(

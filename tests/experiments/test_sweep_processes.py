@@ -14,13 +14,13 @@ from processes import assert_alike
 from rich.console import Console
 from sweeps import Compare, assert_survives, states
 
-from fvae_lora.experiments import worker
-from fvae_lora.experiments.errors import UserError
-from fvae_lora.experiments.launchers.local import LocalLauncher
-from fvae_lora.experiments.plan import plan
-from fvae_lora.experiments.recipe import Recipe
-from fvae_lora.experiments.runner import run
-from fvae_lora.experiments.sweep import sweep
+from fvae_lora_experiments import worker
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.launchers.local import LocalLauncher
+from fvae_lora_experiments.plan import plan
+from fvae_lora_experiments.recipe import Recipe
+from fvae_lora_experiments.runner import run
+from fvae_lora_experiments.sweep import sweep
 
 Cli = Callable[..., tuple[int, str, str]]
 

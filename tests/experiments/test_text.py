@@ -32,12 +32,12 @@ from sklearn import metrics
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fvae_lora import elbo_loss, elbo_terms
-from fvae_lora.experiments.errors import UserError
-from fvae_lora.experiments.methods import METHODS
-from fvae_lora.experiments.recipe import load_recipe
-from fvae_lora.experiments.record import Record
-from fvae_lora.experiments.tasks import Metric, load_task
-from fvae_lora.experiments.tasks.text import TextTask
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.methods import METHODS
+from fvae_lora_experiments.recipe import load_recipe
+from fvae_lora_experiments.record import Record
+from fvae_lora_experiments.tasks import Metric, load_task
+from fvae_lora_experiments.tasks.text import TextTask
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -205,7 +205,7 @@ def test_scores_on_the_validation_split_that_selected_are_called_so(
 
 RUN_ALL = """
 import sys
-from fvae_lora.experiments.cli import main
+from fvae_lora_experiments.cli import main
 for name in {names}:
     sys.argv = ["fvae-lora", "train", f"glue/{{name}}", *{options}, "--quiet", "--out", f"{out}/{{name}}"]
     try:

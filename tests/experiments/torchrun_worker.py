@@ -9,8 +9,8 @@ from pathlib import Path
 
 from processes import do_run
 
-from fvae_lora.experiments.processes import leave
-from fvae_lora.experiments.recipe import Recipe
+from fvae_lora_experiments.processes import leave
+from fvae_lora_experiments.recipe import Recipe
 
 
 def main(jobs: Path) -> None:

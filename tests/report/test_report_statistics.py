@@ -7,9 +7,9 @@ import pytest
 import scipy.stats
 from synthetic_runs import record, write_run
 
-from fvae_lora.experiments.report import summary_rows, write_markdown
-from fvae_lora.experiments.report.cells import difference, further, results, score, seeds
-from fvae_lora.experiments.report.numbers import half_width
+from fvae_lora_experiments.report import summary_rows, write_markdown
+from fvae_lora_experiments.report.cells import difference, further, results, score, seeds
+from fvae_lora_experiments.report.numbers import half_width
 
 
 def scored(method, seed, accuracy, data=None, **recipe):

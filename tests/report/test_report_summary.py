@@ -6,11 +6,11 @@ import math
 import pytest
 from synthetic_runs import metrics, record, write_demo, write_run
 
-from fvae_lora.experiments.errors import UserError
-from fvae_lora.experiments.recipe import load_recipe
-from fvae_lora.experiments.report import summary_rows
-from fvae_lora.experiments.report.curves import mean_curve, thinned
-from fvae_lora.experiments.runs import read_runs
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.recipe import load_recipe
+from fvae_lora_experiments.report import summary_rows
+from fvae_lora_experiments.report.curves import mean_curve, thinned
+from fvae_lora_experiments.runs import read_runs
 
 
 def scored(accuracy, seed, **changes):

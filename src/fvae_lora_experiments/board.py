@@ -1,0 +1,88 @@
+"""How a sweep is getting on, on the terminal or as lines of a log."""
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from fvae_lora_experiments.plan import Planned
+from fvae_lora_experiments.progress import PAUSE_S, ends
+
+
+class Board:
+    """Shows how many runs are done, running, failed and waiting, and when all will have ended.
+
+    A terminal shows that below the lines of the runs that ended, always up to date; elsewhere it stands on each line,
+    and on one of its own now and then.
+
+    Args:
+        total: runs of the sweep.
+        to_do: those that are not done yet.
+        console: where to.
+    """
+
+    def __init__(self, total: int, to_do: Sequence[Planned], console: Console):
+        self.total, self.done, self.running, self.failed = total, total - len(to_do), 0, 0
+        self.epochs = {run.folder.path: run.epochs_done() for run in to_do}
+        self.all_epochs = sum(run.recipe.train.epochs for run in to_do)
+        self.began = self.said = time.monotonic()
+        self.began_with = sum(self.epochs.values())
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[end]}"),
+            console=console,
+            expand=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task(self.counts(), total=self.all_epochs, completed=self.began_with, end="")
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.progress.stop()
+
+    def counts(self) -> str:
+        """`3/12 done, 2 running, 1 failed, 6 waiting`."""
+        waiting = self.total - self.done - self.running - self.failed
+        return f"{self.done}/{self.total} done, {self.running} running, {self.failed} failed, {waiting} waiting"
+
+    def end(self) -> str:
+        """`ends 14:05, in 0:12:03`, if the rest takes as long per epoch as what was done; if that is known."""
+        done = sum(self.epochs.values())
+        if done in (self.began_with, self.all_epochs):
+            return ""
+        elapsed = time.monotonic() - self.began
+        return ends(timedelta(seconds=round(elapsed * (self.all_epochs - done) / (done - self.began_with))))
+
+    def _standing(self) -> str:
+        return ", ".join(filter(None, (self.counts(), self.end())))
+
+    def _say(self, line: str) -> None:
+        self.said = time.monotonic()
+        self.progress.console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+    def show(self, running: Sequence[Planned], ended: Sequence[tuple[Planned, str | None]] = ()) -> None:
+        """Brings everything up to date.
+
+        Args:
+            running: the runs that are under way.
+            ended: those that have ended since the last time, and why, if not well.
+        """
+        self.running = len(running)
+        self.epochs |= {run.folder.path: run.epochs_done() for run in running}
+        self.epochs |= {run.folder.path: run.recipe.train.epochs for run, _ in ended}
+        self.failed += sum(failure is not None for _, failure in ended)
+        self.done += sum(failure is None for _, failure in ended)
+        for run, failure in ended:
+            line = f"{run.name}: {failure or 'done'}"
+            self._say(f"{line} ({self._standing()})" if self.progress.disable else line)
+        if self.progress.disable and time.monotonic() - self.said >= PAUSE_S:
+            self._say(self._standing())
+        self.progress.update(self.task, completed=sum(self.epochs.values()), description=self.counts(), end=self.end())

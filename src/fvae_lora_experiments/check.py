@@ -1,0 +1,84 @@
+"""A look at data without training: what `check` prints, and what a comparison begins with."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from datasets import Image
+
+from fvae_lora_experiments.data.files import Notes
+from fvae_lora_experiments.data.image_source import BUILT_IN, IMAGE_COLUMNS
+from fvae_lora_experiments.data.source import official_splits, place_of, read_tables
+from fvae_lora_experiments.data.summary import Summary, summarise
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.plan import Planned
+from fvae_lora_experiments.recipe import DataSettings, Recipe
+from fvae_lora_experiments.tasks import load_task
+
+RECIPES = {
+    "image": "image/default",
+    "text": "text/default",
+    "commonsense": "commonsense/default",
+    "phonemes": "speech/timit",
+    "transcription": "speech/whisper",
+}
+"""The recipe by which each task looks at a data set alone."""
+
+
+def look(recipe: Recipe, with_model: bool = True) -> Summary:
+    """What training by `recipe` would see of its data.
+
+    Args:
+        recipe: names the data set.
+        with_model: whether it names the model, too, whose tokenizer says which rows are cut.
+
+    Raises:
+        UserError: data that training would refuse.
+    """
+    task, notes = load_task(recipe), Notes()
+    official = task.open_source(notes)
+    summary = summarise(task, official, task.identify(official), notes)
+    return replace(summary, cut=task.truncated(task.split(official)) if with_model else {})
+
+
+def look_at_each(runs: Iterable[Planned], seen: set[str]) -> Iterator[Summary]:
+    """A summary of each data set of the runs that are not done, but for those in `seen` and those that are refused.
+
+    The runs on these say so themselves.
+    """
+    for run in runs:
+        kept = run.recipe.model_dump_json(include={"task", "dataset", "data"})
+        if kept in seen or run.is_done():
+            continue
+        seen.add(kept)
+        try:
+            yield look(run.recipe)
+        except UserError:
+            continue
+
+
+def task_of(data: str) -> str:
+    """The task that a data set is for, by its columns; images where there are none.
+
+    Raises:
+        UserError: no such data set.
+    """
+    if data in BUILT_IN:
+        return "image"
+    place = place_of(data, None)
+    if Path(data).is_dir() and {"TRAIN", "TEST"} <= {p.name.upper() for p in Path(data).iterdir()}:
+        sounds = (file for file in Path(data).glob("*/*/*/*") if file.suffix.lower() == ".phn")
+        if next(sounds, None):
+            return "phonemes"
+    try:
+        features = official_splits(data, DataSettings(), read_tables, Notes())["train"].features
+    except UserError:
+        if place is None:
+            raise
+        return "image"
+    if {"audio", "text"} <= features.keys():
+        return "transcription"
+    if {"choices", "instruction"} & features.keys():
+        return "commonsense"
+    images = any(isinstance(feature, Image) for feature in features.values()) or features.keys() & set(IMAGE_COLUMNS)
+    return "image" if images else "text"

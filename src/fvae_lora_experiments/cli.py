@@ -1,0 +1,577 @@
+"""The command line: `fvae-lora`."""
+
+import os
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperCommand
+
+from fvae_lora_experiments import processes, signals
+from fvae_lora_experiments.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from fvae_lora_experiments.launchers import Launcher
+    from fvae_lora_experiments.plan import Planned
+
+
+class Command(TyperCommand):
+    """A command that refuses an option which is given twice."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parses the command line; as typer's otherwise, which takes the last of several values without a word."""
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for option in given:
+            if given.count(option) > 1 and option.nargs == 1 and not getattr(option, "multiple", False):
+                raise UserError(f"{option.opts[0]}: given twice; expected one of them")
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    help="FVAE-LoRA beside LoRA, its relatives, a linear probe and full fine-tuning: train, compare, report.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # which would make a picture of H:M:S
+)
+recipes = typer.Typer(help="Lists, shows and copies recipes.", invoke_without_command=True)
+app.add_typer(recipes, name="recipes")
+console = Console(markup=False, emoji=False)  # what a user named is shown as it is
+INTERRUPTED, TERMINATED = 130, 143
+"""The exit codes after Ctrl-C and SIGTERM."""
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (image/default) or a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.epochs=3.")]
+Model = Annotated[str | None, typer.Option(help="Pretrained model: a name on the hub or a folder.")]
+Dataset = Annotated[str | None, typer.Option(help="Data: a name on the hub, a folder of images or tables, a table.")]
+
+
+def _set_data_root(folder: Path | None) -> None:
+    if folder is not None:
+        if not folder.is_dir():
+            raise UserError(f"--data-root {folder}: no such folder")
+        os.environ["FVAE_LORA_DATA_ROOT"] = str(folder.resolve())  # where the runs' processes find it, too
+
+
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(
+        help="Local copies of data sets on the hub, as DIR/owner/name or DIR/name: folders of images or of parquet.",
+        metavar="DIR",
+        envvar="FVAE_LORA_DATA_ROOT",
+        callback=_set_data_root,
+    ),
+]
+
+
+@app.callback(invoke_without_command=True)
+def refuse_what_is_no_run(context: typer.Context) -> None:
+    """Each of the processes that torchrun starts would do the whole command.
+
+    Raises:
+        UserError: there are several, and the command is not `train`.
+    """
+    if processes.count() > 1 and context.invoked_subcommand != "train":
+        raise UserError(f"{context.invoked_subcommand}: not for several processes; torchrun is for train")
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
+
+
+@app.command(cls=Command)
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    model: Model = None,
+    dataset: Dataset = None,
+    data_root: DataRoot = None,
+    method: Annotated[str | None, typer.Option(help="One of those that `fvae-lora recipes` lists.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything that is random.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/METHOD-seedN).")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Trains one run and scores it. A run that was stopped goes on where it was.
+
+    On several GPUs: torchrun --nproc-per-node 2 --no-python fvae-lora train RECIPE, or accelerate launch. The recipe's
+    batch is shared out among them.
+    """
+    from fvae_lora_experiments.recipe import load_recipe
+
+    options = _given(model=model, dataset=dataset, method=method, seed=seed)
+    chosen = load_recipe(recipe, overrides or [], options)
+    folder = out or Path("runs") / f"{chosen.method}-seed{chosen.seed}"
+    one_device()
+
+    from fvae_lora_experiments.report import print_table, summary_rows
+    from fvae_lora_experiments.runner import run
+
+    hush()
+    signals.unwind()
+    run(chosen, folder, quiet)
+    processes.leave()
+    if processes.is_main():
+        print_table(summary_rows(folder), console)
+        console.print(f"The run is in {folder}", highlight=False)
+
+
+class Where(StrEnum):
+    """Where `compare` does its runs."""
+
+    local = "local"
+    slurm = "slurm"
+
+
+@app.command(cls=Command)
+def compare(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE[,RECIPE]...", help="Recipes, shipped ones or YAML files.")],
+    overrides: Overrides = None,
+    model: Model = None,
+    dataset: Annotated[str | None, typer.Option(help="Data sets as for train, separated by commas.")] = None,
+    data_root: DataRoot = None,
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "fvae-lora,lora,linear-probe",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "1,2,42",
+    vary: Annotated[
+        list[str] | None, typer.Option(help="KEY=A,B: do it for each value; may be given several times.")
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="KEY=A,B: choose the value on validation, for each method and data set; may be given several times. "
+            "With a wider grid the points that exist are used again; where that chooses otherwise, the results of the "
+            "earlier choice stay, as rows of their own."
+        ),
+    ] = None,
+    selection_seeds: Annotated[
+        str | None, typer.Option(help="Seeds of the runs that choose, none of --seeds (default: 0).")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder of the runs.")] = Path("runs"),
+    launcher: Annotated[Where, typer.Option(help="Runs are processes of this machine, or jobs of SLURM.")] = (
+        Where.local
+    ),
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 1,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="GPUs for a run, a process for each; they share out the recipe's batch (default: local 1 if there are "
+            "any, which runs may have to share; slurm 0).",
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="Processes for a run without GPUs (default: 1).")
+    ] = None,
+    partition: Annotated[str | None, typer.Option(help="slurm: where (default: the cluster's).")] = None,
+    account: Annotated[str | None, typer.Option(help="slurm: whom to charge.")] = None,
+    time: Annotated[str | None, typer.Option(help="slurm: limit for a run, as minutes, H:M:S or D-H:M:S.")] = None,
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="slurm: cores for a run (default: one for each process).")
+    ] = None,
+) -> None:
+    """Does recipes x data sets x methods x seeds x varied keys; only what is missing is run.
+
+    Killed at any moment, it goes on from there. Local runs share the machine's cores and GPUs, and end when this
+    command ends. Jobs of SLURM go on without it, and the same command waits for them; what else they need, sbatch
+    takes from its own variables (SBATCH_MEM_PER_NODE, SBATCH_QOS, SBATCH_CONSTRAINT). Their output is in OUT/.slurm
+    until all runs of their array are complete.
+    """
+    from fvae_lora_experiments.check import look_at_each
+    from fvae_lora_experiments.data.summary import print_summary
+    from fvae_lora_experiments.grid import Grid, print_choices
+    from fvae_lora_experiments.plan import contenders, parse_list, parse_values, runs_of
+    from fvae_lora_experiments.report import print_table, summary_rows
+    from fvae_lora_experiments.sweep import sweep
+
+    signals.unwind()
+    if processes and gpus:
+        raise UserError(f"--processes {processes}: for runs without GPUs; --gpus {gpus} has a process for each")
+    size = {"processes": processes or gpus or 1, "gpus": 0 if processes else gpus}
+    launch = _launcher(launcher, out, jobs, size, partition=partition, account=account, time=time, cpus=cpus)
+    compared = contenders(
+        recipe,
+        out,
+        parse_list("--methods", methods),
+        overrides or [],
+        _given(model=model, dataset=dataset),
+        parse_values("--vary", vary or []),
+    )
+    result_seeds = parse_list("--seeds", seeds)
+    tried, lost = [], []
+    seen: set[str] = set()
+
+    def show_data(runs: list["Planned"]) -> None:
+        hush()
+        for summary in look_at_each(runs, seen):
+            print_summary(summary, console)
+
+    if grid:
+        choosing = parse_list("--selection-seeds", selection_seeds or "0")
+        points = Grid(compared, parse_values("--grid", grid), choosing, result_seeds)
+        tried = points.runs()
+        show_data(tried)
+        sweep(tried, launch, console)
+        choices = points.choices()
+        print_choices(choices, console)
+        compared = [choice.best.contender for choice in choices if choice.best]
+        lost = [choice.name for choice in choices if not choice.best]
+    elif selection_seeds:
+        raise UserError("--selection-seeds: of use with --grid only")
+    runs = runs_of(compared, result_seeds)
+    show_data(runs)
+    failures = sweep(runs, launch, console)
+    if any(out.rglob("run.json")):
+        print_table(summary_rows(out), console)
+    if failures:
+        raise RunError(
+            f"{len(failures)} of {len(runs)} runs failed; the same command tries them again; the first: {failures[0]}"
+        )
+    if lost:
+        raise RunError(f"{', '.join(lost)}: failed at every point of the grid, so without a result")
+    if again := [run.name for run in tried if not run.is_done()]:
+        raise RunError(
+            f"{len(again)} runs of the grid failed; the same command tries them again; the first: {again[0]}"
+        )
+
+
+def _launcher(where: Where, out: Path, jobs: int, size: dict[str, Any], **of_slurm: Any) -> "Launcher":
+    if where is Where.slurm:
+        from fvae_lora_experiments.launchers.slurm import SlurmLauncher
+
+        return SlurmLauncher(out / ".slurm", jobs, **size, **of_slurm)
+    for option in _given(**of_slurm):
+        raise UserError(f"--{option}: only with --launcher slurm")
+
+    from fvae_lora_experiments.launchers.local import LocalLauncher
+
+    return LocalLauncher(jobs, **size)
+
+
+@app.command(cls=Command)
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    model: Model = None,
+    dataset: Dataset = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Scores a finished run again, from its adapter alone."""
+    one_device()
+
+    from fvae_lora_experiments import runner
+
+    hush()
+    signals.unwind()
+    scores = runner.evaluate(run, model, dataset)
+    _, record = runner.finished_run(run)
+    width = max(map(len, scores)) + 2
+    for name, value in scores.items():
+        console.print(f"{name:<{width}}{value:.6f}  recorded {record.metrics.test[name]:.6f}", highlight=False)
+
+
+@app.command(cls=Command)
+def check(
+    what: Annotated[str, typer.Argument(metavar="DATA|RECIPE", help="A data set as for --dataset, or a recipe.")],
+    overrides: Overrides = None,
+    model: Model = None,
+    dataset: Dataset = None,
+    data_root: DataRoot = None,
+    task: Annotated[
+        str | None, typer.Option(help="DATA: what for (default: what its columns say, else images).")
+    ] = None,
+) -> None:
+    """Shows what training would see of the data, and what is wrong with them; exit code 2 where it would be refused."""
+    from fvae_lora_experiments.check import RECIPES, look, task_of
+    from fvae_lora_experiments.data.summary import print_summary
+    from fvae_lora_experiments.recipe import load_recipe, shipped
+
+    signals.unwind()
+    hush()
+    if what in shipped() or Path(what).suffix in (".yaml", ".yml"):
+        recipe = load_recipe(what, overrides or [], _given(model=model, dataset=dataset))
+        print_summary(look(recipe), console)
+        return
+    if task is not None and task not in RECIPES:
+        raise UserError(f"--task {task}: no such task; allowed are {', '.join(RECIPES)}")
+    own = task or task_of(what)
+    recipe = load_recipe(RECIPES[own], overrides or [], {"model": model or "none", "dataset": what})
+    try:
+        print_summary(look(recipe, with_model=model is not None), console)
+    except UserError as error:
+        if task is None:
+            raise UserError(f"{error} (read for the task {own}; --task names another)") from error
+        raise
+
+
+@app.command(cls=Command)
+def demo(
+    out: Annotated[Path | None, typer.Option(help="The folder of the runs (default: runs/demo).")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One seed, two epochs: does everything work?")] = False,
+) -> None:
+    """FVAE-LoRA, LoRA and a linear probe on handwritten digits; nothing is fetched."""
+    from fvae_lora_experiments.demo import demo as run_demo
+
+    signals.unwind()
+    if failures := run_demo(out or Path("runs/demo-quick" if quick else "runs/demo"), quick, console):
+        raise RunError(f"{len(failures)} runs failed")
+
+
+@app.command(cls=Command)
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUNS...", help="Folders of runs, or files of runs that `pack` wrote.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the page and the tables (default: the folder of runs, or that of their file)."),
+    ] = None,
+) -> None:
+    """Runs as a table, as CSV, Markdown and LaTeX, and as one HTML page."""
+    if out is None and len(runs) > 1:
+        raise UserError("report: several folders or files need --out, the folder for the page and the tables")
+
+    from fvae_lora_experiments.report import (
+        print_table,
+        summary_rows,
+        write_csv,
+        write_latex,
+        write_markdown,
+        write_page,
+    )
+
+    signals.unwind()
+    rows = summary_rows(*runs)
+    folder = out or (runs[0].parent if runs[0].is_file() else runs[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    print_table(rows, console)
+    for write, name in ((write_csv, "report.csv"), (write_markdown, "report.md"), (write_latex, "report.tex")):
+        write(rows, folder / name)
+    page = write_page(runs, folder / "report.html")
+    console.print(f"The page is {page}, the tables lie beside it", highlight=False)
+
+
+@app.command()
+def pack(
+    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="A folder of runs.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write; its name ends in runs.jsonl.gz.")],
+) -> None:
+    """Writes the records and learning curves of many runs to one small file, which `report` reads as it reads RUNS."""
+    from fvae_lora_experiments.runs import pack as pack_runs
+
+    console.print(f"{file}: {pack_runs(runs, file)} runs, without their adapters", highlight=False)
+
+
+@app.command()
+def unpack(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of runs that `pack` wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Where the runs' folders are to lie.")],
+) -> None:
+    """Gives packed runs their folders again, without adapters; `compare --out DIR` then does what is missing."""
+    from fvae_lora_experiments.runs import unpack as unpack_runs
+
+    console.print(f"{out}: {unpack_runs(file, out)} runs", highlight=False)
+
+
+class Format(StrEnum):
+    """What `export` writes."""
+
+    inference = "inference"
+    lora = "lora"
+
+
+class Bias(StrEnum):
+    """Where the constant of the encoders goes in a LoRA."""
+
+    keep = "keep"
+    fold = "fold"
+
+
+NewFolder = Annotated[Path, typer.Option(help="The folder to write; must not exist, or be empty.")]
+
+
+@app.command(cls=Command)
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A finished run's folder, or an adapter's.")],
+    out: NewFolder,
+    format: Annotated[Format, typer.Option(help="inference: small, for this package; lora: for any.")] = (
+        Format.inference
+    ),
+    model: Model = None,
+    dataset: Dataset = None,
+    data_root: DataRoot = None,
+    bias: Annotated[Bias, typer.Option(help="lora: keep (exact, for peft) or fold (for servers).")] = Bias.keep,
+    max_error: Annotated[float, typer.Option(help="lora: the largest relative error of a layer's update.")] = 0.1,
+    rows: Annotated[int, typer.Option(min=1, help="lora: rows of the training split to fit on.")] = 512,
+) -> None:
+    """Writes an adapter for inference alone, or as a plain LoRA that loads without this package."""
+    one_device()
+
+    from fvae_lora_experiments.export import export_lora, export_small
+
+    hush()
+    signals.unwind()
+    if format is Format.inference:
+        export_small(source, out, model)
+    else:
+        report = export_lora(source, out, model, dataset, bias.value, max_error, rows)
+        console.print(str(report), highlight=False, soft_wrap=True)
+    console.print(f"The adapter is in {out}", highlight=False)
+
+
+@app.command("import-reference", cls=Command)
+def import_reference(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An adapter that the reference saved.")],
+    model: Annotated[str, typer.Option(help="The base model it was trained on: a name on the hub or a folder.")],
+    out: NewFolder,
+) -> None:
+    """Turns an adapter of the reference implementation into one of this package."""
+    one_device()
+
+    from fvae_lora_experiments import export
+
+    hush()
+    signals.unwind()
+    export.import_reference(folder, model, out)
+    console.print(f"The adapter is in {out}", highlight=False)
+
+
+@recipes.callback()
+def recipes_default(context: typer.Context) -> None:
+    """Lists recipes, methods and built-in data; `show` prints a recipe, `copy` makes it yours."""
+    if context.invoked_subcommand is None:
+        list_recipes()
+
+
+@recipes.command("list", cls=Command)
+def list_recipes() -> None:
+    """The shipped recipes, the methods, and the models and data that need neither a folder nor a network."""
+    from fvae_lora_experiments.data.image_source import BUILT_IN as DATASETS
+    from fvae_lora_experiments.methods import METHODS
+    from fvae_lora_experiments.recipe import shipped
+    from fvae_lora_experiments.tasks.image import BUILT_IN as MODELS
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    for heading, entries in (
+        ("Recipes", {name: _first_comment(file) for name, file in shipped().items()}),
+        ("Methods", {name: method.summary for name, method in METHODS.items()}),
+        ("Models", dict.fromkeys(MODELS, "comes with the package; others: a folder, or a name on the hub")),
+        ("Data sets", dict.fromkeys(DATASETS, "comes with a package; others: a folder, or a name on the hub")),
+    ):
+        table.add_row(heading, "", style="underline")
+        for name, what in entries.items():
+            table.add_row(f"  {name}", what)
+    console.print(table)
+
+
+@recipes.command("show", cls=Command)
+def show_recipe(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A shipped recipe or a YAML file.")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every key, its value (here or by default), what is allowed, what it means.")
+    ] = False,
+) -> None:
+    """Prints a recipe, or every key that recipes may have."""
+    from fvae_lora_experiments.recipe import as_yaml, keys, recipe_file, recipe_tree
+
+    if recipe is None and not every:
+        raise UserError("recipes show: expected a recipe, or --all")
+    if not every:
+        print(recipe_file(str(recipe)).read_text(encoding="utf-8"), end="")
+        return
+    here = {} if recipe is None else recipe_tree(recipe)
+    for key in keys():
+        value = as_yaml(here[key.name]) if key.name in here else key.default
+        default = f"; {key.default} by default" if key.default not in (None, value) else ""
+        print(f"{key.name}: {'(to be given)' if value is None else value}")
+        for line in (f"{key.allowed}{default}", key.meaning):
+            print(textwrap.fill(line, 120, initial_indent="    # ", subsequent_indent="    # "))
+
+
+@recipes.command("copy", cls=Command)
+def copy_recipe(
+    recipe: RecipeName,
+    to: Annotated[Path | None, typer.Argument(metavar="FILE", help="Where to (default: its name, here).")] = None,
+) -> None:
+    """Copies a recipe to a file, to be changed."""
+    from fvae_lora_experiments.recipe import recipe_file
+    from fvae_lora_experiments.run_folder import write_atomically
+
+    source = recipe_file(recipe)
+    target = to or Path(source.name)
+    if target.exists():
+        raise UserError(f"{target}: exists already")
+    write_atomically(target, source.read_text(encoding="utf-8"))
+    console.print(f"{target}: change it, then fvae-lora train {target}", highlight=False)
+
+
+def _first_comment(file: Path) -> str:
+    comment = file.read_text(encoding="utf-8").partition("\n\n")[0]
+    lines = [line.removeprefix("# ") for line in comment.splitlines() if line.startswith("#")]
+    return " ".join(lines).partition(". ")[0].rstrip(".")
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def one_device() -> None:
+    """A process has one device; the Trainer would silently give all GPUs to a lone process, and grow the batch."""
+    if processes.count() == 1:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+
+
+def hush() -> None:
+    """A new head and a renamed option are no news to somebody who asked for a run."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it cannot read is an error of ours, too
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    of_peft = "Setting `save_embedding_layers`|The following rank_pattern keys"  # a head for CTC; AdaLoRA's own pattern
+    warnings.filterwarnings("ignore", message=of_peft, module="peft")
+
+
+def main() -> None:
+    """Runs the command line: one line and exit code 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C.
+
+    143 after SIGTERM, if its signals are handled (`fvae_lora_experiments.__main__`).
+    """
+    processes.end(exit_code(lambda: app(standalone_mode=False)))
+
+
+def exit_code(command: Callable[[], Any]) -> int:
+    """Runs `command`; says in one line what a user has to know of its end."""
+    try:
+        result = command()
+    except KeyboardInterrupt:
+        result = INTERRUPTED
+    except signals.Terminated:
+        result = TERMINATED
+    except (UserError, RunError) as error:
+        return _say(str(error), 2 if isinstance(error, UserError) else 1)
+    except OSError as error:
+        return _say(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong type
+            return _say(error.format_message(), 2)
+        if processes.first_to_fail():
+            traceback.print_exc()
+        return 1
+    if result in (INTERRUPTED, TERMINATED):  # typer, too, makes the first of Ctrl-C
+        return _say(signals.STOPPED, result)
+    return result if isinstance(result, int) else 0
+
+
+def _say(line: str, code: int) -> int:
+    if processes.first_to_fail():
+        print(f"fvae-lora: {line}", file=sys.stderr)
+    return code

@@ -1,0 +1,9 @@
+"""Labelled rows: where they come from, how they are split and grouped, and a fingerprint of what they are."""
+
+from fvae_lora_experiments.data.fingerprint import fingerprint
+from fvae_lora_experiments.data.groups import accuracies, group_counts
+from fvae_lora_experiments.data.image_source import open_images
+from fvae_lora_experiments.data.published import unlike_published
+from fvae_lora_experiments.data.splits import Splits, split
+
+__all__ = ["Splits", "accuracies", "fingerprint", "group_counts", "open_images", "split", "unlike_published"]

@@ -1,0 +1,240 @@
+"""Labelled images by name: a local folder or table, a data set on the hub, or the digits that ship with scikit-learn.
+
+Whatever the source, a split has two columns: `image` (a file's path or its bytes, not decoded) and `label`; and
+`group`, if the recipe asks for groups.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset, Features, Image, Value
+
+from fvae_lora_experiments.data.celeba import read_celeba
+from fvae_lora_experiments.data.columns import class_names
+from fvae_lora_experiments.data.files import (
+    Notes,
+    has_suffix,
+    is_no_data,
+    listed,
+    refuse_two_for_one,
+    split_of_folder,
+    visible_files,
+    what_is_there,
+)
+from fvae_lora_experiments.data.images import readable_suffixes
+from fvae_lora_experiments.data.source import (
+    READERS,
+    official_splits,
+    own_columns,
+    read_tables,
+    with_classes,
+    without_hidden,
+)
+from fvae_lora_experiments.data.spuco_animals import read_spuco_animals
+from fvae_lora_experiments.data.waterbirds import read_waterbirds
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.recipe import DataSettings
+
+IMAGE_COLUMNS = ("image", "img", "file_name", "filename", "file", "filepath", "path", "image_path")
+"""What the column of images, or of their files, may be called; `file_name` is the hub's in `metadata.csv`."""
+
+FILE = Image(decode=False)
+
+UNDERSTOOD = (
+    "a folder for each class with its images, also below train/ and test/; "
+    "a table of images, or of their paths (image or file_name) and labels, as metadata.csv"
+)
+
+
+def open_images(name: str, settings: DataSettings, notes: Notes | None = None) -> dict[str, Dataset]:
+    """The official splits of a data set, by their usual names: `train`, and `validation` and `test` where they exist.
+
+    Args:
+        name: a folder, a table, a name on the hub or one of `BUILT_IN`.
+        settings: with which it is opened.
+        notes: gets what is left out, and where the splits come from.
+
+    Raises:
+        UserError: no such data set; a split that is empty; one class only; labels that differ between splits; rows
+            without a label or a group.
+    """
+    notes = Notes() if notes is None else notes
+    read = partial(_from_place, settings)
+    splits = BUILT_IN[name]() if name in BUILT_IN else official_splits(name, settings, read, notes)
+    typed = [column for column, feature in splits["train"].features.items() if isinstance(feature, Image)]
+    images = [settings.image_column] if settings.image_column else [*typed, *IMAGE_COLUMNS]
+    splits = own_columns(name, splits, settings, {"image": ("data.image_column", images)}, notes)
+    splits = {split: rows.cast_column("image", Image(decode=False)) for split, rows in splits.items()}
+    return with_classes(name, without_hidden(splits, settings, notes), settings)
+
+
+def _digits() -> dict[str, Dataset]:
+    from PIL import Image as Pil
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = [Pil.fromarray((image * 255 / 16).round().astype("uint8")) for image in digits.images]
+    labels = ClassLabel(names=[str(digit) for digit in digits.target_names])
+    features = Features({"image": Image(), "label": labels})
+    return {"train": Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)}
+
+
+BUILT_IN: dict[str, Callable[[], dict[str, Dataset]]] = {"sklearn-digits": _digits}
+"""Data sets that need neither a network nor a folder."""
+
+
+PUBLISHED_LAYOUTS: tuple[Callable[[Path], dict[str, Dataset] | None], ...] = (
+    read_waterbirds,
+    read_celeba,
+    read_spuco_animals,
+)
+"""Readers of data sets in the layout that they were published in; each gives None for other folders."""
+
+
+def _from_place(settings: DataSettings, place: Path, notes: Notes) -> dict[str, Dataset]:
+    """A published layout, tables with images or paths in them, or a folder of images for each class.
+
+    A lone folder of images is a class only if no table says more.
+    """
+    tables = partial(_from_tables, settings, place)
+    if place.is_file():
+        return tables(notes)
+    for read in PUBLISHED_LAYOUTS:
+        if (published := read(place)) is not None:
+            return published
+    lone = None
+    for layout in (partial(tables, suffixes=[".parquet"]), partial(_from_class_folders, place), tables):
+        own = Notes()
+        if not (splits := layout(own)):
+            continue
+        if layout is tables or any(len(class_names(rows)) != 1 for rows in splits.values()):
+            notes.add(own)
+            return splits
+        lone = lone or splits
+    if lone is None:
+        raise UserError(f"dataset {place}: {_not_understood(place)}; understood are: {UNDERSTOOD}")
+    return lone
+
+
+def _not_understood(folder: Path) -> str:
+    images = [file for file in visible_files(folder, Notes()) if has_suffix(file, readable_suffixes())]
+    if not images:
+        return f"no images in it; it has {what_is_there(folder)}"
+    return f"{len(images)} images, but neither folders nor a table that say their classes"
+
+
+def _from_tables(
+    settings: DataSettings, place: Path, notes: Notes, suffixes: Sequence[str] = tuple(READERS)
+) -> dict[str, Dataset]:
+    """The splits in tables; those of a lone table by the folders that its paths lie in, if they are named after splits.
+
+    Raises:
+        UserError: paths of which some lie in such folders, of several splits, and some do not.
+    """
+    splits = read_tables(place, notes, suffixes, readable_suffixes(), partial(_with_files, settings))
+    if list(splits) != ["train"]:
+        return splits
+    root, rows = place if place.is_dir() else place.parent, splits["train"]
+    files = next((column for column, feature in rows.features.items() if feature == FILE), None)
+    found = [_split_of_path(Path(image["path"]), root) for image in rows[files]] if files else []
+    if len(set(found) - {None}) < 2:
+        return splits
+    if None in found:
+        row = found.index(None) + 1
+        raise UserError(f"dataset {place}: row {row}: its image lies in no split's folder, and those of other rows do")
+    notes.sources = {split: f"{notes.sources['train']}, paths below {split}'s folder" for split in found if split}
+    return {split: rows.select([i for i, own in enumerate(found) if own == split]) for split in notes.sources}
+
+
+def _split_of_path(image: Path, root: Path) -> str | None:
+    inside = image.relative_to(root).parts[:-1] if image.is_relative_to(root) else ()
+    return next(filter(None, map(split_of_folder, inside)), None)
+
+
+def _with_files(settings: DataSettings, table: Path, rows: Dataset) -> Dataset:
+    """A table's rows, where they name files with these as images; paths are relative to the table's folder.
+
+    Raises:
+        UserError: a file that is not there.
+    """
+    wanted = [settings.image_column] if settings.image_column else IMAGE_COLUMNS
+    column = next((name for name in wanted if name in rows.column_names), None)
+    if column is None or rows.features[column] not in (Value("string"), Value("large_string")):
+        return rows
+    images: list[dict[str, Any]] = []
+    for number, path in enumerate(rows[column], 1):
+        if path is None or not (table.parent / path).is_file():
+            raise UserError(f"{table}, row {number}: no image {path}")
+        images.append({"bytes": None, "path": str(table.parent / path)})
+    return rows.remove_columns(column).add_column(column, images).cast_column(column, FILE)
+
+
+def _from_class_folders(folder: Path, notes: Notes) -> dict[str, Dataset]:
+    """A folder for each class, below those of the splits if there are any; none where images are not laid out so."""
+    seen = Notes()
+    files = visible_files(folder, seen)
+    images = [file for file in files if has_suffix(file, readable_suffixes())]
+    parts = _layout(folder, images)
+    if not parts:
+        return {}
+    splits, used = {}, set()
+    for split, part in parts.items():
+        mine = [image for image in images if image.is_relative_to(part) and image.parent != part]
+        splits[split] = _rows(part, mine)
+        used.update(mine)
+        notes.sources[split] = f"{part.relative_to(folder)}/" if part != folder else "a folder for each class"
+        for name in sorted(set(_folders(part)) - set(class_names(splits[split]))):
+            notes.warnings.append(f"{name}: no image in this folder, so no class")
+    for file in files:
+        if file not in used:
+            notes.leave_out(*_why_not(file, folder, list(parts.values())))
+    notes.add(seen)
+    return splits
+
+
+def _layout(folder: Path, images: Sequence[Path]) -> dict[str, Path]:
+    """The folder of each split, in which the classes' lie; none if the images lie otherwise.
+
+    A folder that holds nothing but one other is looked through. One called `train` that holds images, and no classes'
+    folders, is a class if there are others beside it.
+
+    Raises:
+        UserError: two folders for one split.
+    """
+    inside = [image.relative_to(folder).parts for image in images]
+    tops, nested = ({parts[0] for parts in inside if len(parts) > depth} for depth in (1, 2))
+    of_split = {name: split for name in _folders(folder) if (split := split_of_folder(name))}
+    if nested & of_split.keys():
+        for split in of_split.values():
+            if len(same := [f"{name}/" for name, other in of_split.items() if other == split]) > 1:
+                refuse_two_for_one(folder, split, listed(same))
+        return {split: folder / name for name, split in of_split.items()}
+    if len(tops & of_split.keys()) > 1 or tops <= of_split.keys():
+        return {}
+    if len(tops) == 1 and all(len(parts) > 2 for parts in inside):
+        return _layout(folder / tops.pop(), images)
+    return {"train": folder}
+
+
+def _folders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not is_no_data(p.name))
+
+
+def _why_not(file: Path, folder: Path, parts: Sequence[Path]) -> tuple[str, str]:
+    """Why a file is left out, and what it is called in the summary."""
+    kind = file.suffix.lower() or file.name
+    if not has_suffix(file, readable_suffixes()):
+        return "not an image that can be read", kind
+    if any(file.is_relative_to(part) for part in parts):
+        return "in no class's folder", kind
+    top = file.relative_to(folder).parts[0]
+    return "in no split's folder", kind if top == file.name else f"{top}/"
+
+
+def _rows(folder: Path, images: Sequence[Path]) -> Dataset:
+    """Images by the first folder, below `folder`, that they lie in."""
+    names = [image.relative_to(folder).parts[0] for image in images]
+    features = Features({"image": Image(), "label": ClassLabel(names=sorted(set(names)))})
+    return Dataset.from_dict({"image": [str(image) for image in images], "label": names}, features=features)

@@ -1,0 +1,81 @@
+"""Recordings and what is said in them: tables, or a data set on the hub, with the columns `audio` and `text`."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Audio, Dataset, Features, Value
+
+from fvae_lora_experiments.data.audio import SOUND, sound_content
+from fvae_lora_experiments.data.files import Notes
+from fvae_lora_experiments.data.source import official_splits, place_of, places, read_tables, refuse_values
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.recipe import DataSettings
+
+COLUMNS = ["audio", "text"]
+SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".sph")
+"""Suffixes of the files that tables name."""
+
+
+def open_recordings(name: str, settings: DataSettings, notes: Notes | None = None) -> dict[str, Dataset]:
+    """The official splits of a data set: rows of `audio`, `text` and `where` they are, for messages.
+
+    Args:
+        name: a folder of tables, a table, or a name on the hub. Paths in a folder's tables are relative to it. Sounds
+            are not decoded: each is a path or bytes.
+        settings: with which it is opened.
+        notes: gets what is left out.
+
+    Raises:
+        UserError: no such data set, one without these columns, or a row without text.
+    """
+    read = partial(read_tables, beside=SOUNDS)
+    splits = official_splits(name, settings, read, Notes() if notes is None else notes)
+    place = place_of(name, settings.config) or Path()
+    folder = place.parent if place.is_file() else place
+    splits = {split: _columns(name, folder, split, rows) for split, rows in splits.items()}
+    refuse_values(name, splits, settings, "text", _no_text)
+    return {
+        split: rows.add_column("where", _where(rows, places(name, settings, split, len(rows))))
+        for split, rows in splits.items()
+    }
+
+
+def _where(rows: Dataset, places: list[str]) -> list[str]:
+    paths = (audio and audio["path"] for audio in rows["audio"])
+    return [f"{place}, {path}" if path else place for place, path in zip(places, paths, strict=True)]
+
+
+def _columns(name: str, folder: Path, split: str, rows: Dataset) -> Dataset:
+    for column in COLUMNS:
+        if column not in rows.column_names:
+            raise UserError(
+                f"dataset {name}: no {column} column in split {split}; it has {', '.join(rows.column_names)}"
+            )
+    if not len(rows):
+        raise UserError(f"dataset {name}: split {split} is empty")
+    rows = rows.select_columns(COLUMNS)
+    if isinstance(rows.features["audio"], Value):
+        features = Features({"audio": SOUND, "text": rows.features["text"]})
+        return rows.map(lambda row: {"audio": _sound(folder, row["audio"])}, features=features)
+    try:
+        return rows.cast_column("audio", Audio(decode=False))
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise UserError(f"dataset {name}: split {split}: its audio column holds neither sounds nor paths") from error
+
+
+def _sound(folder: Path, path: Any) -> dict[str, Any]:
+    return {"bytes": None, "path": None if path is None else str(folder / str(path))}
+
+
+def _no_text(text: Any) -> str | None:
+    return None if isinstance(text, str) and text.strip() else f"text is {text!r}; expected what is said"
+
+
+def recording_content(row: dict[str, Any]) -> bytes:
+    """A row's sound, encoded, and its text.
+
+    Raises:
+        UserError: a sound that cannot be read.
+    """
+    return sound_content(row) + b"\0" + str(row["text"]).encode()

@@ -1,0 +1,181 @@
+"""Adapters for other places: for inference alone, as a plain LoRA, or from the reference implementation."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from peft import PeftModel
+from torch.utils.data import Subset
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
+
+from fvae_lora import adapter_folder, export_for_inference, load_reference_adapter
+from fvae_lora.adapter_folder import new_folder
+from fvae_lora.to_lora import ConversionReport, convert_to_lora
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.names import is_local
+from fvae_lora_experiments.pretrained import load, load_adapter, load_model, loading
+from fvae_lora_experiments.recipe import ImageSettings
+from fvae_lora_experiments.run_folder import RunFolder
+from fvae_lora_experiments.runner import finished_run, open_base, open_data, scorer
+from fvae_lora_experiments.tasks import load_task
+
+TASK_CLASSES = {
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "QUESTION_ANS": AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": AutoModel,
+}
+OPTIONS = {"folder": "--out", "bias": "--bias", "max_error": "--max-error", "calibration": "--rows"}
+"""What the method's arguments are called on the command line."""
+
+HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
+
+
+def export_small(source: Path, out: Path, model: str | None = None) -> None:
+    """Writes the adapter for inference: encoder 1's mean and B alone.
+
+    Args:
+        source: a run's folder, or an adapter's.
+        out: the folder to write; must not exist, or be empty.
+        model: where the base model is, if not where the run or the adapter says.
+
+    Raises:
+        UserError: no FVAE-LoRA adapter there, no base model for it, or `out` holds something.
+    """
+    with _refusals():
+        export_for_inference(_adapted(source, model), out)
+
+
+def export_lora(
+    source: Path,
+    out: Path,
+    model: str | None = None,
+    dataset: str | None = None,
+    bias: Literal["keep", "fold"] = "keep",
+    max_error: float = 0.1,
+    rows: int = 512,
+) -> ConversionReport:
+    """Writes the adapter as a plain LoRA; what has to be fitted is fitted on training data, scored on validation.
+
+    Args:
+        source: a run's folder; an adapter's will do where nothing has to be fitted.
+        out: the folder to write; must not exist, or be empty.
+        model: where the base model is, if not where the run or the adapter says.
+        dataset: where the data are, if not where the run says.
+        bias: where the encoders' constant goes, see `fvae_lora.to_lora`.
+        max_error: the largest relative error of a layer's update that is accepted.
+        rows: how many rows of the training split to fit on.
+
+    Returns:
+        What was done.
+
+    Raises:
+        UserError: as `export_small`, and what `fvae_lora.to_lora.convert_to_lora` refuses.
+    """
+    with _refusals():
+        folder = _adapter_folder(source)
+        linear = adapter_folder.check_json(folder / "adapter_config.json").get("encoder_hidden_dims") == []
+        if folder == source and not (linear and bias == "keep"):
+            raise UserError(f"{source}: an adapter alone; its encoders are fitted on data, so give its run's folder")
+        if linear and bias == "keep":
+            return convert_to_lora(_adapted(source, model), out, max_error=max_error, bias=bias)
+        recipe, record = finished_run(source, model, dataset)
+        base, processor = open_base(recipe, record)
+        plain = recipe.model_copy(update={"image": ImageSettings()})  # fitted on images as they will be seen
+        splits = load_task(plain).datasets(open_data(recipe, record), base, processor)
+        generator = torch.Generator().manual_seed(recipe.seed)
+        chosen = torch.randperm(len(splits["train"]), generator=generator)[:rows].tolist()
+        with scorer(load_adapter(base, folder), recipe, quiet=True) as trainer:
+
+            def score(_: PeftModel) -> dict[str, float]:
+                scores = trainer.score(splits["validation"], "validation")
+                return {f"validation_{name}": score for name, score in scores.items()}
+
+            batches = trainer.get_eval_dataloader(Subset(splits["train"], chosen))
+            return convert_to_lora(trainer.model, out, batches, max_error=max_error, bias=bias, evaluate=score)
+
+
+def import_reference(folder: Path, model: str, out: Path) -> None:
+    """Writes an adapter of the reference implementation as one of this package.
+
+    Args:
+        folder: the reference's adapter.
+        model: the base model that it was trained on.
+        out: the folder to write; must not exist, or be empty.
+
+    Raises:
+        UserError: no adapter of the reference, one that asks for what is not supported or does not fit the model, or
+            `out` holds something.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        what = "holds no adapter_config.json" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: {what}; expected the folder of an adapter that the reference implementation saved")
+    with _refusals(), new_folder(out) as inside:
+        load_reference_adapter(_base_of(folder, model), folder).save_pretrained(inside)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What the method refuses is, here, the user's mistake, and its arguments are options."""
+    try:
+        yield
+    except ValueError as error:
+        argument, colon, reason = " ".join(str(error).split()).partition(":")
+        raise UserError(f"{OPTIONS.get(argument, argument)}{colon}{reason}") from error
+
+
+def _adapter_folder(source: Path) -> Path:
+    """Where the FVAE-LoRA adapter of a run lies; `source` itself if it is no run."""
+    folder = RunFolder(source).adapter if RunFolder(source).record_file.exists() else source
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{source}: neither a run with an adapter nor an adapter's folder")
+    kind = adapter_folder.check_json(folder / "adapter_config.json").get("peft_type")
+    if kind != "FVAE_LORA":
+        raise UserError(f"{source}: an adapter of type {kind}; only FVAE_LORA can be exported")
+    return folder
+
+
+def _adapted(source: Path, model: str | None) -> PeftModel:
+    folder = _adapter_folder(source)
+    base = _base_of(source, model) if folder == source else open_base(*finished_run(source, model))[0]
+    return load_adapter(base, folder)
+
+
+def _base_of(adapter: Path, model: str | None) -> PreTrainedModel:
+    """The base model of an adapter, with a head of the size that the adapter's has."""
+    fields = adapter_folder.check_json(adapter / "adapter_config.json")
+    name = model or fields.get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{adapter}: does not say what its base model is; give --model")
+    if is_local(name) and not Path(name).is_dir():
+        raise UserError(f"model {name}: no such folder; --model says where it is")
+    heads = [shape[0] for key, shape in adapter_folder.shapes(adapter).items() if key.endswith(HEADS)]
+    options: dict[str, Any] = {"num_labels": heads[0]} if heads else {}
+    with loading(name, "as the adapter's base model"):
+        return load_model(_class(fields, name), name, **options)[0]
+
+
+def _class(fields: Mapping[str, Any], model: str) -> Any:
+    """The class of an adapter's base model: as the adapter names it, or else as the model does."""
+    if (task := TASK_CLASSES.get(fields.get("task_type") or "")) is not None:
+        return task
+    named = (fields.get("auto_mapping") or {}).get("base_model_class")
+    name = named or (load(AutoConfig, model).architectures or ["none"])[0]
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(f"transformers has no model class {name}")
+    return found

@@ -1,0 +1,187 @@
+"""Models, tokenizers and processors of others: they run no code of their own, and nothing of them is unpickled."""
+
+import json
+import os
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, find_adapter_config_file, has_file
+
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.heads import head_modules
+from fvae_lora_experiments.names import is_local
+
+os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # transformers would let the hub convert a pickle for everybody
+
+TO_SAFETENSORS = """\
+import pathlib, torch; from safetensors.torch import save_file; folder = pathlib.Path({folder}); \
+files = sorted(folder.glob("pytorch_model*.bin")); \
+state = {{k: v for f in files for k, v in torch.load(f, map_location="cpu", weights_only=True).items()}}; \
+save_file({{k: v.contiguous().clone() for k, v in state.items()}}, folder / "model.safetensors", {{"format": "pt"}})"""
+"""A program that writes the weights in a folder as safetensors, beside the pickles that hold them."""
+
+NEARLY_ALL = 0.9
+"""The share of unknown tokens among those of the training split from which on a tokenizer is none of this text's."""
+
+
+@contextmanager
+def loading(name: str, role: str) -> Iterator[None]:
+    """Whatever goes wrong when a model or a part of it is loaded, its files are at fault.
+
+    Raises:
+        UserError: in one line that names the model and its `role`, as "for transcription".
+    """
+    if is_local(name) and not Path(name).is_dir():
+        raise UserError(f"model {name}: no such folder")
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"model {name}: {_reason(error, role)}") from error
+
+
+def _reason(error: Exception, role: str) -> str:
+    if isinstance(error, OSError) and "couldn't connect to" in str(error):
+        return "no such folder, no such name in the cache, and the hub cannot be reached"
+    return f"cannot be loaded {role}: {in_one_line(error)}"
+
+
+def in_one_line(error: Exception) -> str:
+    """The first line of what an error says, after its kind where that is no sentence."""
+    line = str(error).strip().partition("\n")[0].rstrip(":")
+    is_sentence = isinstance(error, ImportError | OSError | ValueError | RuntimeError) and " " in line
+    return line if is_sentence else ": ".join(filter(None, (type(error).__name__, line)))
+
+
+def load(kind: Any, name: str, **options: Any) -> Any:
+    """`kind.from_pretrained(name)` for a configuration, a tokenizer or a processor; code that comes with it is refused.
+
+    Raises:
+        Exception: whatever transformers makes of the files, see `loading`.
+    """
+    return kind.from_pretrained(name, trust_remote_code=False, **options)
+
+
+def load_model(kind: Any, name: str, **options: Any) -> tuple[PreTrainedModel, set[str]]:
+    """A model from safetensors.
+
+    Args:
+        kind: the class of transformers that loads it, as `AutoModelForCausalLM`.
+        name: a folder or a name on the hub.
+        options: as those of `from_pretrained`.
+
+    Returns:
+        The model, and the names of its parameters that `name` does not have. A head of another size is new.
+
+    Raises:
+        UserError: an adapter; weights in pickle format alone, or of other shapes than the configuration says.
+        Exception: whatever else transformers makes of the files, see `loading`.
+    """
+    if find_adapter_config_file(name):
+        raise UserError(f"model {name}: holds an adapter (adapter_config.json); expected a whole model")
+    config = options.get("config") or load(AutoConfig, name)
+    if not str(getattr(config, "transformers_weights", None) or ".safetensors").endswith((".safetensors", ".json")):
+        raise UserError(f"model {name}: its config.json names weights that are no safetensors, which are not read")
+    options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    try:
+        model, info = load(kind, name, **options)
+    except OSError as error:
+        if _is_pickled(name):
+            raise UserError(_how_to_convert(name)) from error
+        raise
+    if wrong := [key for key, *_ in info["mismatched_keys"] if not key.startswith(_heads(model))]:
+        raise UserError(f"model {name}: its weights do not fit its config.json: {', '.join(sorted(wrong)[:3])}")
+    return model, set(info["missing_keys"])
+
+
+def _heads(model: PreTrainedModel) -> tuple[str, ...]:
+    return tuple(f"{head}." for head in head_modules(model))
+
+
+def _is_pickled(name: str) -> bool:
+    if Path(name).is_dir():
+        return any(Path(name).glob("pytorch_model*.bin"))
+    with suppress(OSError):
+        return any(has_file(name, file) for file in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME))
+    return False
+
+
+def _how_to_convert(name: str) -> str:
+    here = Path(name).is_dir()
+    folder = name if here else Path(name).name
+    program = shlex.quote(TO_SAFETENSORS.format(folder=json.dumps(folder)))
+    fetch, use = ("", "") if here else (f"hf download {name} --local-dir {folder} && ", f" and give --model ./{folder}")
+    return (
+        f"model {name}: its weights are there as a pickle alone, which is not read; if you trust it, "
+        f"run {fetch}python -c {program}{use}"
+    )
+
+
+def load_adapter(base: PreTrainedModel, folder: Path, is_trainable: bool = False) -> PeftModel:
+    """`base` with the adapter in `folder`.
+
+    Raises:
+        UserError: it cannot be loaded, or is not in safetensors.
+    """
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise UserError(f"{folder}: holds no {ADAPTER_WEIGHTS}")
+    try:
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
+    except Exception as error:
+        raise UserError(f"{folder}: cannot be loaded as an adapter: {in_one_line(error)}") from error
+
+
+def load_tokenizer(name: str, role: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Raises:
+        UserError: there is none; transformers would make one up of a few special tokens.
+    """
+    with loading(name, role):
+        if Path(name).is_dir() and not any(map(_may_be_vocabulary, Path(name).iterdir())):
+            raise UserError(_no_tokenizer(name))
+        tokenizer: PreTrainedTokenizerBase = load(AutoTokenizer, name)
+        check_vocabulary(name, tokenizer)
+    return tokenizer
+
+
+def _may_be_vocabulary(file: Path) -> bool:
+    return file.name.startswith(("tokenizer", "vocab", "tekken")) or file.suffix in (".model", ".tiktoken", ".spm")
+
+
+def _no_tokenizer(name: str) -> str:
+    return f"model {name}: no tokenizer there; put the files of the one that it was trained with beside it"
+
+
+def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises a `UserError` if there is nothing in the vocabulary of a model's tokenizer but special tokens."""
+    if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens, "▁"}:
+        raise UserError(_no_tokenizer(name))
+
+
+def check_tokens(name: str, tokenizer: PreTrainedTokenizerBase, texts: Iterable[Sequence[int]]) -> None:
+    """Refuses a tokenizer that does not know its texts.
+
+    Args:
+        name: the model's.
+        tokenizer: the model's.
+        texts: tokens of the training split's texts.
+
+    Raises:
+        UserError: nearly all of them are unknown, or there are none but special ones.
+    """
+    special, unknown_id = set(tokenizer.all_special_ids), tokenizer.unk_token_id
+    known = unknown = 0
+    for ids in texts:
+        ordinary = sum(token not in special for token in ids)
+        known, unknown = known + ordinary, unknown + sum(token == unknown_id for token in ids)
+    if known <= (1 - NEARLY_ALL) * (known + unknown):
+        share = f"{unknown / (known + unknown):.0%} of the training split's tokens" if unknown else "its texts"
+        raise UserError(f"model {name}: {share} are unknown to its tokenizer; is it the one that belongs to the model?")

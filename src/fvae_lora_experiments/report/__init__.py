@@ -1,0 +1,12 @@
+"""A folder of runs, told four ways: a terminal table, CSV, Markdown or LaTeX, and one HTML page.
+
+Everything is derived from the records (`run.json`, `metrics.jsonl`); nothing here trains or scores.
+"""
+
+from fvae_lora_experiments.report.aggregate import summary_rows
+from fvae_lora_experiments.report.files import write_csv, write_latex, write_markdown
+from fvae_lora_experiments.report.page import write_page
+from fvae_lora_experiments.report.rows import Row
+from fvae_lora_experiments.report.terminal import print_table
+
+__all__ = ["Row", "print_table", "summary_rows", "write_csv", "write_latex", "write_markdown", "write_page"]

@@ -1,0 +1,82 @@
+"""What every table shows of a row."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from fvae_lora_experiments.report.baseline import BASELINE
+from fvae_lora_experiments.report.numbers import (
+    UNKNOWN,
+    duration,
+    memory,
+    percent,
+    quantity,
+    rate,
+    shown,
+    signed,
+    title,
+)
+from fvae_lora_experiments.report.rows import Further, Row
+
+Column = Callable[[Row], str]
+
+
+def score(row: Row) -> str:
+    """Write mean ± standard deviation."""
+    return UNKNOWN if row.score is None else shown(row.metric, row.score, row.score_std)
+
+
+def seeds(row: Row) -> str:
+    """Say how many seeds finished, and of how many where some are missing."""
+    n = len(row.seeds)
+    return f"{n} of {n + len(row.missing_seeds)}, incomplete" if row.missing_seeds else str(n)
+
+
+def half_width(row: Row) -> str:
+    """Write half the width of the interval of the score."""
+    return UNKNOWN if row.score_half_width is None else shown(row.metric, row.score_half_width)
+
+
+def difference(row: Row) -> str:
+    """Write the difference to the baseline with half the width of its interval."""
+    if row.difference is None:
+        return "baseline" if row.method == BASELINE else UNKNOWN
+    return signed(shown(row.metric, row.difference, row.difference_half_width))
+
+
+def results(rows: Sequence[Row]) -> dict[str, Column]:
+    """Return the columns of the scores; those of the baseline and of the paper where a row has something in them."""
+    metric = rows[0].metric
+    lower = "" if rows[0].greater_is_better else " ↓"
+    columns: dict[str, Column] = {title(metric) + lower: score, "95% CI ±": half_width, "seeds": seeds}
+    if any(row.pairs for row in rows):
+        columns[f"vs {BASELINE} ± 95% CI"] = difference
+        columns["pairs"] = lambda row: str(row.pairs) if row.pairs else UNKNOWN
+    if any(row.paper is not None for row in rows):
+        columns[f"paper, {title(metric)}"] = lambda row: percent(row.paper)
+    return columns
+
+
+def further(rows: Sequence[Row]) -> dict[str, Column]:
+    """Return a column for each test score beside the one by which the runs are judged, and the paper's beside it."""
+    columns: dict[str, Column] = {}
+    for name in dict.fromkeys(score.name for row in rows for score in row.further):
+        columns[title(name)] = partial(_further, name, lambda found: shown(found.name, found.mean, found.std))
+        if any(score.name == name and score.paper is not None for row in rows for score in row.further):
+            columns[f"paper, {title(name)}"] = partial(_further, name, lambda found: percent(found.paper))
+    return columns
+
+
+COSTS: dict[str, Column] = {
+    "lr": lambda row: rate(row.learning_rate),
+    "trainable params": lambda row: quantity(row.trainable_parameters),
+    "inference params": lambda row: quantity(row.inference_parameters),
+    "time": lambda row: duration(row.time_s),
+    "peak memory": lambda row: memory(row.peak_memory_mb),
+    "training FLOPs": lambda row: quantity(row.train_flops),
+    "batch FLOPs": lambda row: quantity(row.inference_flops),
+}
+"""What it took: FLOPs are those of the whole training, and of a forward of one batch with the final model."""
+
+
+def _further(name: str, write: Callable[[Further], str], row: Row) -> str:
+    return next((write(score) for score in row.further if score.name == name), UNKNOWN)

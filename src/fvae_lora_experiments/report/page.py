@@ -1,0 +1,60 @@
+"""The report as one HTML page that needs nothing but itself: no script, no request."""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from fvae_lora_experiments.report.aggregate import aggregate
+from fvae_lora_experiments.report.charts import Mark, swatch
+from fvae_lora_experiments.report.comparison import comparison
+from fvae_lora_experiments.report.tables import comparisons, grid_key, grid_lines, left_out, overviews
+from fvae_lora_experiments.run_folder import write_atomically
+from fvae_lora_experiments.runs import place_name, read_runs
+
+
+def write_page(places: Sequence[Path], out: Path) -> Path:
+    """Write the page about all runs at or below `places` to the file `out`, and return `out`.
+
+    Raises:
+        UserError: as `read_runs`.
+
+    """
+    read = read_runs(*places)
+    groups = aggregate(read)
+    rows = [group.row for group in groups]
+    uncounted = left_out(rows)
+    counted = [group for group in groups if group.runs]
+    labels = {row.label for row in rows if row.state == "complete"}
+    for compared in comparisons(rows):
+        labels |= grid_lines(compared.points, grid_key(compared.points)).keys()
+    marks = {label: Mark(label, i) for i, label in enumerate(sorted(labels))}
+    templates = Environment(
+        loader=PackageLoader(__package__),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = templates.get_template("page.html").render(
+        folder=", ".join(map(place_name, places)),
+        runs=len(read),
+        counted=sum(len(group.runs) for group in counted if group.row.state == "complete"),
+        selecting=sum(len(group.runs) for group in counted if group.row.state == "selection"),
+        states=Counter(row.state for row in uncounted),
+        incomplete=sum(bool(row.missing_seeds) for row in rows if row.state == "complete"),
+        swatch=swatch,
+        overviews=overviews(rows),
+        comparisons=[
+            comparison(list(alike), marks)
+            for _, alike in groupby(
+                (group for group in groups if group.row.state in ("complete", "selection")),
+                lambda group: group.row.comparison,
+            )
+        ],
+        left_out=uncounted,
+    )
+    write_atomically(out, page)
+    return out

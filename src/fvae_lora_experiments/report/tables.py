@@ -1,0 +1,247 @@
+"""What is told of the rows, as tables and notes of plain text; each format writes these."""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from fvae_lora_experiments.report.baseline import BASELINE
+from fvae_lora_experiments.report.cells import COSTS, further, results, score
+from fvae_lora_experiments.report.numbers import UNKNOWN, percent, shown, title
+from fvae_lora_experiments.report.paper import paper, published
+from fvae_lora_experiments.report.rows import Row
+
+
+@dataclass(frozen=True)
+class Table:
+    """A heading for each column, and rows of as many cells; the first column says which row it is."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    """What a reader must know of it, a sentence or two each."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The rows that were measured alike: finished ones, and the points of their methods' grids."""
+
+    rows: Sequence[Row]
+    points: Sequence[Row]
+
+    @property
+    def any(self) -> Row:
+        """A row, for what all have in common."""
+        return (*self.rows, *self.points)[0]
+
+    @property
+    def name(self) -> str:
+        """What was measured."""
+        return " · ".join(filter(None, self.any.comparison[:4]))
+
+
+def comparisons(rows: Sequence[Row]) -> Iterator[Compared]:
+    """Yield the rows that were measured alike together, for each of such sets."""
+    counted = (row for row in rows if row.state in ("complete", "selection"))
+    for _, alike in groupby(counted, key=lambda row: row.comparison):
+        both = list(alike)
+        yield Compared(
+            [row for row in both if row.state == "complete"], [row for row in both if row.state == "selection"]
+        )
+
+
+def left_out(rows: Sequence[Row]) -> list[Row]:
+    """Pick the runs that no number contains: failed, unfinished, unreadable, or there twice."""
+    return [row for row in rows if row.state not in ("complete", "selection")]
+
+
+def tables(compared: Compared) -> list[Table]:
+    """Return the tables of a comparison that have something to tell, the results first."""
+    return [*_measured(compared.rows), *grids(compared.points)]
+
+
+def _measured(rows: Sequence[Row]) -> list[Table]:
+    if not rows:
+        return []
+    made = (
+        ("Test scores", results(rows), _result_notes(rows)),
+        ("Further test scores", further(rows), ["Mean ± sample standard deviation over seeds.", *_paper_note(rows)]),
+        ("Settings and cost", COSTS, [COST_NOTE]),
+    )
+    return [
+        Table(
+            what, ["method", *columns], [[row.label, *(cell(row) for cell in columns.values())] for row in rows], said
+        )
+        for what, columns, said in made
+        if columns
+    ]
+
+
+def grids(points: Sequence[Row]) -> list[Table]:
+    """Return the table of validation scores over the grids of all methods, if there is a grid.
+
+    The key that most methods vary (the learning rate, if it is one of them) goes across, what else varies goes down.
+    """
+    if not points:
+        return []
+    across = grid_key(points)
+    values = sorted({_value(row, across) for row in points}, key=lambda value: (isinstance(value, str), value))
+    lines = []
+    for name, line in grid_lines(points, across).items():
+        cells = {value: _point(row) for value, row in line.items()}
+        edge = ", ".join(sorted({key.rpartition(".")[2] for row in line.values() for key in row.edge}))
+        lines.append([name, *(cells.get(value, UNKNOWN) for value in values), edge and f"edge: {edge}"])
+    heading = across.rpartition(".")[2].replace("_", " ")
+    shown_values = [f"{value:g}" if isinstance(value, float | int) else value for value in values]
+    what = f"Selection: validation {title(points[0].metric)} over {heading}"
+    headings = ["method", *shown_values, "best at"]
+    kept = len(headings) - (not any(row.edge for row in points))
+    return [Table(what, headings[:kept], [line[:kept] for line in lines], _grid_notes(points))]
+
+
+def grid_key(points: Sequence[Row]) -> str:
+    """Return the key that the grids of most methods vary; the learning rate wins a tie."""
+    keys = [key for row in points for key, _ in row.point]
+    return max(sorted(set(keys)), key=lambda key: (keys.count(key), key == "train.learning_rate"), default="")
+
+
+def grid_lines(points: Sequence[Row], across: str) -> dict[str, dict[float | str, Row]]:
+    """Return, for each method and combination of its other gridded values, the points by their value of `across`."""
+    lines: dict[str, dict[float | str, Row]] = {}
+    for row in points:
+        others = [f"{key.rpartition('.')[2]}={value}" for key, value in row.point if key != across]
+        lines.setdefault(" ".join([row.method, *others]), {})[_value(row, across)] = row
+    return lines
+
+
+def _value(row: Row, key: str) -> float | str:
+    return dict(row.point).get(key, "as it is")
+
+
+def _point(row: Row) -> str:
+    if row.validation_score is None:
+        return row.reason
+    return shown(row.metric, row.validation_score) + (" *" if row.chosen else "")
+
+
+def overviews(rows: Sequence[Row]) -> list[Table]:
+    """Return a table of data sets across and methods down for each model that has results on several data sets.
+
+    The mean over the data sets is that of methods which have every seed on every one of them. Where the paper has
+    figures for the same data sets, they follow as a table of their own.
+    """
+    results = sorted((row for row in rows if row.state == "complete"), key=_family)
+    made = []
+    for _, family in groupby(results, key=_family):
+        alike = list(family)
+        datasets = {row.dataset: row.hub_name for row in alike}
+        if len(datasets) > 1:
+            made += [_overview(alike, list(datasets)), *_published(alike[0], datasets)]
+    return made
+
+
+def _family(row: Row) -> tuple[str, ...]:
+    return row.task, row.model, row.protocol, row.metric
+
+
+def _overview(rows: Sequence[Row], datasets: Sequence[str]) -> Table:
+    found = {(row.label, row.dataset): row for row in rows}
+    lines = []
+    for label in sorted({row.label for row in rows}):
+        line = [found.get((label, dataset)) for dataset in datasets]
+        cells = [
+            UNKNOWN if row is None else score(row) + (" (incomplete)" if row.missing_seeds else "") for row in line
+        ]
+        whole = [row.score for row in line if row and row.score is not None and not row.missing_seeds]
+        mean = shown(rows[0].metric, statistics.fmean(whole)) if len(whole) == len(datasets) else UNKNOWN
+        lines.append([label, *cells, mean])
+    what = ", ".join(filter(None, (title(rows[0].metric), rows[0].protocol and f"protocol {rows[0].protocol}")))
+    return Table(
+        f"Overview: test {what}, {rows[0].model}",
+        ["method", *map(_short, datasets), "mean"],
+        lines,
+        [
+            "Mean ± sample standard deviation over seeds; the last column is the mean over the data sets, of methods "
+            "that have every seed on every one of them."
+        ],
+    )
+
+
+def _published(row: Row, datasets: dict[str, str]) -> list[Table]:
+    """The paper's figures for the data sets of an overview, where one of its tables has them all."""
+    found = published(row.hub_name, row.metric)
+    if found is None:
+        return []
+    table, _ = found
+    if not set(datasets.values()) <= set(table.datasets):
+        return []
+    means = table.means if set(datasets.values()) == set(table.datasets) else {}
+    lines = []
+    for method in {**table.figures, **means}:
+        figures = [table.figure(method, dataset) for dataset in datasets.values()]
+        lines.append([method, *map(percent, figures), percent(means.get(method))])
+    what = f"The paper's own figures, not measured here: {table.setting}, %"
+    return [Table(what, ["method", *map(_short, datasets), "mean"], lines, [f"Source: {paper()[0]}."])]
+
+
+COST_NOTE = (
+    "Time is the mean wall time and memory the largest peak; FLOPs are those of the whole training, and of a forward "
+    "of one batch with the final model."
+)
+
+
+GROUP_NOTES = {
+    "plain": "Groups: accuracy counts every row alike; gap is this average minus the accuracy of the worst group.",
+    "train-weighted": "Groups: accuracy weights each group by its share of train (train-weighted); gap is this average "
+    "minus the accuracy of the worst group.",
+}
+
+
+def _result_notes(rows: Sequence[Row]) -> list[str]:
+    better = "higher" if rows[0].greater_is_better else "lower"
+    metric = rows[0].metric.replace("_", " ")
+    said = [
+        f"Test {metric}, {better} is better: mean ± sample standard deviation over seeds, and half the width of the "
+        f"95% confidence interval of the mean by Student's t. Each run selected its epoch by validation {metric}."
+    ]
+    if any(row.pairs for row in rows):
+        said.append(
+            f"vs {BASELINE}: the mean difference over pairs of the same seed on the same splits, and half the width of "
+            "its 95% interval; the settings are the same but for the learning rate and what a grid chose."
+        )
+    if any(row.missing_seeds for row in rows):
+        said.append("incomplete: a seed is missing that began and did not finish, or that other rows have.")
+    said += [note for average, note in GROUP_NOTES.items() if any(row.average == average for row in rows)]
+    said += [f"Warning: {note}." for note in dict.fromkeys(row.data_note for row in rows) if note]
+    return said + (_paper_note(rows) if any(row.paper is not None for row in rows) else [])
+
+
+def _paper_note(rows: Sequence[Row]) -> list[str]:
+    if all(row.paper is None and all(score.paper is None for score in row.further) for row in rows):
+        return []
+    row, (source, _) = rows[0], paper()
+    scores = [row.metric, *(score.name for row in rows for score in row.further)]
+    settings = dict.fromkeys(found[0].setting for score in scores if (found := published(row.hub_name, score)))
+    return [
+        f"paper: as published in {source} ({'; '.join(settings)}), measured by its authors under their own protocol. "
+        f"Here: model {row.model}, protocol {row.protocol or 'not recorded'}. Where model, protocol or settings "
+        "differ, it is not the same measurement."
+    ]
+
+
+def _grid_notes(points: Sequence[Row]) -> list[str]:
+    return [
+        "Means over the selection seeds, on validation alone. * is the point that was chosen; failed is one with a run "
+        "that failed. No test score contains these runs.",
+        *(
+            f"Warning: the best {key.rpartition('.')[2]} of {row.method}, {dict(row.point)[key]}, lies on the edge of "
+            f"its grid on {row.dataset}; a better one may lie outside."
+            for row in points
+            for key in row.edge
+        ),
+    ]
+
+
+def _short(dataset: str) -> str:
+    return dataset.rpartition("/")[2]

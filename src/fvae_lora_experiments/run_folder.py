@@ -1,0 +1,238 @@
+"""A run's folder: what it holds, how it is written, and how two processes stay out of each other's way.
+
+`run.json` is the record, `metrics.jsonl` the learning curve, `adapter/` what was trained, `checkpoints/` what an
+unfinished run resumes from. Every file is replaced as a whole or not at all; whatever kills the process, the folder
+holds one consistent state.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.names import portable, short
+from fvae_lora_experiments.processes import main_only
+from fvae_lora_experiments.recipe import Recipe, check_recipe, flatten
+from fvae_lora_experiments.record import Event, Record, parse_events, parse_record
+
+
+def write_atomically(path: Path, contents: str | bytes) -> None:
+    """Puts `contents` in the place of the file `path`, in one step that survives a crash."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(contents.encode() if isinstance(contents, str) else contents)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+class RunFolder:
+    """One run's folder. Of several processes that do the run, the main one alone changes it.
+
+    Args:
+        path: the folder; it is made when the run is locked.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.record_file = path / "run.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.adapter = path / "adapter"
+        self.checkpoints = path / "checkpoints"
+
+    @contextlib.contextmanager
+    def locked(self, patience_s: float = 0) -> Iterator[None]:
+        """Holds the folder for this process; the system lets go of it however the process ends.
+
+        Args:
+            patience_s: how long to wait for another process to let go.
+
+        Raises:
+            UserError: another process holds it, or it cannot be written to.
+        """
+        existed = self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock", timeout=patience_s)
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(f"{self.path}: another process is using this run's folder") from error
+        except OSError as error:
+            raise UserError(f"{self.path}: not a folder that can be written to: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            if not existed and not self.record_file.exists():
+                Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+            if not existed:
+                with contextlib.suppress(OSError):  # not empty: a run has begun
+                    self.path.rmdir()
+
+    def read(self) -> Record | None:
+        """The record, or None if there is none yet.
+
+        Raises:
+            UserError: if it is not a whole record.
+        """
+        try:
+            return parse_record(self.record_file.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(f"{self.record_file}: {error.strerror}; nothing was changed") from error
+        except ValueError as error:
+            raise UserError(f"{self.record_file}: not a whole record: {error}; nothing was changed") from error
+
+    def opening(self, recipe: Recipe, earlier: Record | None = None) -> Record:
+        """What a record begins with: what was asked for, and what an `earlier` start of the run has found out."""
+        places = {"model": portable(recipe.model, self.path), "dataset": portable(recipe.dataset, self.path)}
+        asked = Record(
+            schema=1,
+            state="running",
+            reason=None,
+            diverged=False,
+            task=recipe.task,
+            method=recipe.method,
+            seed=recipe.seed,
+            recipe=recipe.model_dump() | places,
+        )
+        if earlier is None:
+            return asked
+        return earlier.model_copy(update={key: getattr(asked, key) for key in asked.model_fields_set})
+
+    def read_for(self, recipe: Recipe) -> Record | None:
+        """The record of this very recipe's run, or None if there is none yet.
+
+        Where model and data lie may have changed since; what they are is compared by fingerprint when they are open.
+
+        Raises:
+            UserError: the folder holds another recipe's run, or no whole record.
+        """
+        record = self.read()
+        if record is not None:
+            earlier = check_recipe(record.recipe, str(self.record_file)).model_dump()
+            there, here = flatten(earlier), flatten(self.opening(recipe).recipe)
+            for key in sorted((there.keys() | here.keys()) - {"model", "dataset"}):
+                if there.get(key) != here.get(key):
+                    raise UserError(
+                        f"{self.path}: holds a run of another recipe, {key} is {there.get(key)} there and "
+                        f"{here.get(key)} here; nothing was changed"
+                    )
+        return record
+
+    @main_only
+    def write(self, record: Record) -> None:
+        """Replaces the record."""
+        self._replace(record)
+
+    def close_as_failed(self, reason: str, opening: Record | None = None, diverged: bool = False) -> None:
+        """Closes the record of a run that had begun; on a full disk a half-written checkpoint makes room for that.
+
+        Whichever process failed may do that: the main one may hang, waiting for it.
+
+        Args:
+            reason: why.
+            opening: what to begin the record with where there is none yet; without it, none is written then.
+            diverged: whether it would end like this again.
+        """
+        with contextlib.suppress(OSError):
+            self.drop_unfinished_checkpoints()
+            if record := self.read() or opening:
+                failed = {"state": "failed", "reason": reason, "diverged": diverged}
+                self._replace(record.model_copy(update=failed))
+
+    def _replace(self, record: Record) -> None:
+        write_atomically(self.record_file, json.dumps(record.contents(), indent=1) + "\n")
+
+    def restore(self, record: Record, events: Iterable[Event]) -> None:
+        """Writes a record and a learning curve that were read elsewhere."""
+        self._replace_curve(events)
+        self._replace(record)
+
+    def _replace_curve(self, events: Iterable[Event]) -> None:
+        write_atomically(self.metrics_file, "".join(map(_line, events)))
+
+    @main_only
+    def append(self, event: Event) -> None:
+        """Adds one line to the learning curve."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(_line(event))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def events(self) -> list[Event]:
+        """The learning curve, without a last line that was cut off; none if there is no file that can be read."""
+        try:
+            return parse_events(self.metrics_file.read_text(encoding="utf-8", errors="replace"))
+        except OSError:
+            return []
+
+    @main_only
+    def rewind(self, step: int) -> None:
+        """Forgets what the learning curve tells about steps after `step`: they will be done again."""
+        self._replace_curve([e for e in self.events() if e.step <= step and e.event != "test"])
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written to its end."""
+        whole = [c for c in self.checkpoints.glob("checkpoint-*") if (c / ".whole").exists()]
+        return max(whole, key=checkpoint_step, default=None)
+
+    @main_only
+    def keep_checkpoints(self, *keep: int) -> None:
+        """Marks the checkpoints of these steps as whole and removes all others."""
+        for step in keep:
+            (self.checkpoints / f"checkpoint-{step}" / ".whole").touch()
+        for checkpoint in self.checkpoints.glob("checkpoint-*"):
+            if checkpoint_step(checkpoint) not in keep:
+                (checkpoint / ".whole").unlink(missing_ok=True)
+                shutil.rmtree(checkpoint)
+
+    @main_only
+    def drop_unfinished_checkpoints(self) -> None:
+        """Removes checkpoints whose writing was interrupted."""
+        for checkpoint in self.checkpoints.glob("checkpoint-*"):
+            if not (checkpoint / ".whole").exists():
+                shutil.rmtree(checkpoint)
+
+    @main_only
+    def save_adapter(self, checkpoint: Path, base: str) -> None:
+        """Makes what a checkpoint holds of the model the run's result.
+
+        Where the files name `base`, the place of the base model on this machine, or the place where it was when the
+        checkpoint was written, they get its short name.
+        """
+        part = self.path / ".adapter.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        for file in checkpoint.iterdir():
+            if file.suffix == ".safetensors" or file.name in ("adapter_config.json", "config.json", "README.md"):
+                shutil.copyfile(file, part / file.name)
+        config = part / "adapter_config.json"
+        then = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] if config.exists() else base
+        for file in (*part.glob("*.json"), *part.glob("*.md")):
+            text = file.read_text(encoding="utf-8")
+            for place in filter(None, (then, base)):
+                text = text.replace(place, short(base))
+            file.write_text(text, encoding="utf-8")
+        shutil.rmtree(self.adapter, ignore_errors=True)
+        part.rename(self.adapter)
+
+
+def _line(event: Event) -> str:
+    return json.dumps(event.contents()) + "\n"
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])

@@ -1,0 +1,428 @@
+"""One run: from a recipe to a scored adapter and its record. Started again, it goes on where it was stopped.
+
+Several processes (see `processes`) may do it together: all go through the same steps.
+"""
+
+import contextlib
+import hashlib
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from peft import PeftModel
+from rich.console import Console
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    IntervalStrategy,
+    PreTrainedModel,
+    TrainerState,
+    TrainingArguments,
+)
+
+from fvae_lora_experiments import processes
+from fvae_lora_experiments.cost import inference_flops, training_flops
+from fvae_lora_experiments.data import Splits, fingerprint, group_counts, unlike_published
+from fvae_lora_experiments.data.files import Notes
+from fvae_lora_experiments.data.summary import print_summary, summarise
+from fvae_lora_experiments.errors import DivergenceError, RunError, UserError
+from fvae_lora_experiments.frozen import collate, use_cached_states
+from fvae_lora_experiments.heads import head_modules
+from fvae_lora_experiments.methods import METHODS
+from fvae_lora_experiments.names import located, short, without_places
+from fvae_lora_experiments.pretrained import load_adapter, loading
+from fvae_lora_experiments.recipe import Recipe, check_recipe
+from fvae_lora_experiments.record import (
+    Dataset,
+    Event,
+    Flops,
+    Memory,
+    Metric,
+    Metrics,
+    Parameters,
+    Record,
+    Source,
+    TestedOn,
+    Time,
+)
+from fvae_lora_experiments.run_folder import RunFolder, checkpoint_step
+from fvae_lora_experiments.surroundings import git_commit, hardware, peak_memory_mb, versions
+from fvae_lora_experiments.tasks import Task, load_task
+from fvae_lora_experiments.training import (
+    FolderCallback,
+    RunTrainer,
+    checkpoint_state,
+    finished,
+    load_whole_model,
+    trainer_arguments,
+)
+
+EXPECTED = (RunError, UserError, OSError, RuntimeError, ValueError, SafetensorError)
+"""What a full disk, a small GPU or a model that does not fit the data raise. Anything else is a bug: its traceback
+is shown, and the run is marked as failed all the same."""
+
+
+def run(recipe: Recipe, path: Path, quiet: bool = False, on_other_data: bool = False) -> Record:
+    """Trains, selects the epoch on validation, scores it once on test, and leaves the record in the folder `path`.
+
+    Args:
+        recipe: what to do.
+        path: the run's folder. A run that was stopped there goes on; a complete one is only read.
+        quiet: no progress bars.
+        on_other_data: whether a run whose training is complete may be scored on data that have changed since. Its
+            record says so then (`tested_on` beside the data that it was trained on).
+
+    Returns:
+        The record.
+
+    Raises:
+        UserError: bad input; a folder that is in use, holds another run or cannot be read. Nothing was overwritten.
+        RunError: the run failed. Its record says why, and its last checkpoint is kept.
+    """
+    folder = RunFolder(path)
+    quiet = quiet or not processes.is_main()
+    with folder.locked() if processes.is_main() else contextlib.nullcontext():
+        processes.wait()
+        earlier = folder.read_for(recipe)
+        if earlier is None or earlier.state != "complete":
+            prepared = _prepare(recipe, folder, folder.opening(recipe, earlier), quiet, on_other_data)
+            try:
+                earlier = _complete(prepared, folder, quiet)
+            except Exception as error:
+                reason = _in_one_line(error, recipe, path)
+                if processes.first_to_fail():
+                    folder.close_as_failed(reason, diverged=isinstance(error, DivergenceError))
+                if isinstance(error, EXPECTED):
+                    raise RunError(f"{path}: {reason}") from error
+                raise
+        if processes.is_main():
+            shutil.rmtree(folder.checkpoints, ignore_errors=True)  # a complete run resumes from nothing
+        return earlier
+
+
+def evaluate(path: Path, model: str | None = None, dataset: str | None = None, quiet: bool = False) -> dict[str, float]:
+    """Scores a finished run's adapter on its test split again.
+
+    A run whose training is complete, and which could not be scored, is finished, on data that may have been repaired.
+
+    Args:
+        path: the run's folder.
+        model: where the base model is, if not where the record says.
+        dataset: where the data are, if not where the record says.
+        quiet: no progress bars.
+
+    Returns:
+        `loss` and the task's metric, as in the record's `metrics.test`.
+
+    Raises:
+        UserError: no finished run there, or one without its adapter; another model or other data than the run had.
+        RunError: the run cannot be finished. Its record says why.
+    """
+    folder = RunFolder(path)
+    if (record := folder.read()) and record.state != "complete":
+        recipe = _recorded_recipe(record, path, model, dataset)
+        if _is_trained(folder, recipe):
+            run(recipe, path, quiet, on_other_data=True)
+    recipe, record = finished_run(path, model, dataset)
+    if recipe.purpose == "selection":
+        raise UserError(f"{path}: a point of a grid, which is not scored on the test split")
+    if not folder.adapter.is_dir():
+        raise UserError(f"{path}: its adapter is not there, which is what would be scored")
+    task, splits = load_task(recipe), open_data(recipe, record)
+    base, processor = open_base(recipe, record)
+    return _score(task, base, task.datasets(splits, base, processor)["test"], RunFolder(path), record, quiet)[0]
+
+
+def finished_run(path: Path, model: str | None = None, dataset: str | None = None) -> tuple[Recipe, Record]:
+    """A finished run's recipe and record.
+
+    Args:
+        path: the run's folder.
+        model: where the base model is, if not where the record says.
+        dataset: where the data are, if not where the record says.
+
+    Raises:
+        UserError: no finished run there.
+    """
+    folder = RunFolder(path)
+    record = folder.read()
+    if record is None or record.state != "complete":
+        raise UserError(f"{path}: no finished run" + ("" if record is None else f"; its state is {record.state}"))
+    return _recorded_recipe(record, path, model, dataset), record
+
+
+def _recorded_recipe(record: Record, path: Path, model: str | None, dataset: str | None) -> Recipe:
+    places = {
+        key: given or located(record.recipe[key], path) for key, given in (("model", model), ("dataset", dataset))
+    }
+    return check_recipe(record.recipe | places, str(RunFolder(path).record_file))
+
+
+def _is_trained(folder: RunFolder, recipe: Recipe) -> bool:
+    last = folder.last_checkpoint()
+    return last is not None and finished(checkpoint_state(last), recipe)
+
+
+def open_data(recipe: Recipe, record: Record) -> Splits:
+    """A run's data.
+
+    Raises:
+        UserError: no such data, or other data than the run had.
+    """
+    task = load_task(recipe)
+    official = task.open_source()
+    if fingerprint(official, task.content) != record.dataset.test_fingerprint:
+        raise UserError(_other_contents("dataset", recipe.dataset, record.dataset))
+    return task.split(official)
+
+
+def open_base(recipe: Recipe, record: Record) -> tuple[PreTrainedModel, Any]:
+    """A run's base model, and what prepares its inputs.
+
+    Raises:
+        UserError: no such model, or another model than the run had.
+    """
+    base, processor = load_task(recipe).load_model(record.dataset.classes)
+    if _model_fingerprint(base) != record.model.fingerprint:
+        raise UserError(_other_contents("model", recipe.model, record.model))
+    return base, processor
+
+
+@contextlib.contextmanager
+def scorer(model: nn.Module, recipe: Recipe, quiet: bool = False) -> Iterator[RunTrainer]:
+    """A Trainer that scores `model` on what the recipe's task made of a split."""
+    task = load_task(recipe)
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = trainer_arguments(recipe, Path(scratch), task.metric, quiet)
+        arguments.eval_strategy = IntervalStrategy.NO
+        trainer = RunTrainer(task, quiet, model=model, args=arguments)
+        trainer.accelerator.prepare_model(model, evaluation_mode=True)
+        yield trainer
+
+
+@dataclass
+class _Prepared:
+    """A run that is ready to train; nothing has been written yet."""
+
+    recipe: Recipe
+    task: Task
+    arguments: TrainingArguments
+    rows: dict[str, Any]
+    model: PreTrainedModel | PeftModel
+    record: Record
+    began: float
+
+
+def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, on_other_data: bool) -> _Prepared:
+    """Opens data and model, and refuses what `record`, if a run has begun, was not started with."""
+    began = time.monotonic()
+    set_seed(recipe.seed)
+    task = load_task(recipe)
+    arguments = trainer_arguments(recipe, folder.checkpoints, task.metric, quiet)
+    notes = Notes()
+    with processes.main_first():  # what has to be downloaded is there when the others begin
+        official = task.open_source(notes)
+        splits = task.split(official)
+        model, processor = task.load_model(splits.classes)
+    note = unlike_published(official)
+    if note is not None and processes.is_main():
+        print(f"fvae-lora: warning: dataset {recipe.dataset}: {note}", file=sys.stderr)
+    identity = task.identify(official)
+    base = Source(name=short(recipe.model), fingerprint=_model_fingerprint(model))
+    data = Dataset(name=short(recipe.dataset), fingerprint=identity.fingerprint, **_described(splits, recipe, note))
+    if record.model.fingerprint not in ("", base.fingerprint):  # a run that is only beginning knows nothing yet
+        raise UserError(_other_contents("model", base.name, record.model))
+    changed = record.dataset.fingerprint not in ("", data.fingerprint)
+    if changed:
+        data = _on_other_data(record.dataset, data, folder, recipe, on_other_data)
+
+    with processes.main_first():  # images that one has decoded are known to the others
+        summary = summarise(task, official, identity, notes, quiet)
+    rows = task.datasets(splits, model, processor)
+    facts = task.facts(rows)
+    if not quiet:
+        print_summary(replace(summary, cut=facts.get("truncated", {})), Console())
+    method = METHODS[recipe.method]
+    total = sum(p.numel() for p in model.parameters())
+    adapted = method.apply(model, recipe)
+    trained = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
+    record.metric = Metric(**asdict(task.metric))
+    record.model = base
+    record.dataset = data if changed else Dataset(**facts, **summary.facts(), **data.contents())
+    record.parameters = Parameters(
+        total=total,
+        trainable=sum(trained.values()),
+        inference=method.inference_parameters(adapted, trained),
+    )
+    record.versions, record.git_commit, record.hardware = versions(), git_commit(), hardware()
+    if recipe.train.cache_frozen:
+        trained_on = {name: rows[name] for name in ("train", "validation")}
+        rows |= use_cached_states(adapted, trained_on, task, record, arguments.device, quiet)
+    return _Prepared(recipe, task, arguments, rows, adapted, record, began)
+
+
+def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
+    """Trains from the last checkpoint on, scores, and closes the record."""
+    recipe, record, rows = prepared.recipe, prepared.record, prepared.rows
+    before, started = record.time, record.time.started or _now()
+    training_began = time.monotonic()
+
+    def note_cost() -> None:
+        now = time.monotonic()
+        record.time = Time(
+            wall_s=(before.wall_s or 0.0) + now - prepared.began,
+            train_s=(before.train_s or 0.0) + now - training_began,
+            started=started,
+            finished=None,
+        )
+        record.memory = Memory(peak_mb=max(peak_memory_mb(), record.memory.peak_mb or 0.0))
+        folder.write(record)
+
+    note_cost()
+    trainer = RunTrainer(
+        prepared.task,
+        quiet,
+        model=prepared.model,
+        args=prepared.arguments,
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"],
+        callbacks=[FolderCallback(folder, recipe, note_cost)],
+    )
+    state = _train(trainer, recipe, folder)
+    note_cost()
+    train_s = record.time.train_s
+
+    folder.save_adapter(folder.checkpoints / f"checkpoint-{state.best_global_step}", prepared.model.name_or_path)
+    processes.wait()
+    best = next(e for e in folder.events() if e.event == "validation" and e.step == state.best_global_step)
+    micro_batches = state.global_step * recipe.train.gradient_accumulation
+    share = _batch(prepared.task, rows["train"], prepared.arguments.per_device_train_batch_size)
+    step_flops = training_flops(prepared.model, share) * processes.count()
+    record.flops = Flops(train_step=step_flops, train_total=step_flops * micro_batches)
+    record.metrics = Metrics(validation=best.scores | {"best_epoch": round(best.epoch)})
+    if recipe.purpose == "result":
+        base, _ = open_base(recipe, record)
+        test, eval_flops, scored = _score(prepared.task, base, rows["test"], folder, record, quiet)
+        record.metrics.test, record.flops.eval_batch = test, eval_flops
+        trained = {name for name, p in prepared.model.named_parameters() if p.requires_grad}
+        record.parameters.inference = METHODS[recipe.method].inference_parameters(scored, trained)
+        folder.append(Event.model_validate({"event": "test", "step": state.global_step, "epoch": state.epoch, **test}))
+    note_cost()
+    record.time.train_s, record.time.finished = train_s, _now()
+    record.state = "complete"
+    folder.write(record)
+    return record
+
+
+def _train(trainer: RunTrainer, recipe: Recipe, folder: RunFolder) -> TrainerState:
+    """Trains to the end, from the last whole checkpoint if there is one; what the Trainer knew at the end."""
+    with processes.main_first():
+        folder.drop_unfinished_checkpoints()
+        last = folder.last_checkpoint()
+        if last is not None and not METHODS[recipe.method].resumable and not finished(checkpoint_state(last), recipe):
+            shutil.rmtree(folder.checkpoints)
+            last = None
+        folder.rewind(checkpoint_step(last) if last else 0)
+    if last is None or not finished(checkpoint_state(last), recipe):
+        if not processes.is_main():
+            set_seed(recipe.seed, device_specific=True)  # noise and augmentation of their own
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        processes.wait()
+    return checkpoint_state(folder.last_checkpoint())
+
+
+def _score(
+    task: Task, base: PreTrainedModel, rows: Any, folder: RunFolder, record: Record, quiet: bool
+) -> tuple[dict[str, float], int, nn.Module]:
+    """Scores on the test split's `rows` of `base` with what `adapter/` holds, the cost of a batch, and that model."""
+    recipe = task.recipe
+    model = _with_adapter(base, folder.adapter, recipe.train.cache_frozen)
+    with scorer(model, recipe, quiet) as trainer:
+        if recipe.train.cache_frozen:
+            rows = use_cached_states(model, {"test": rows}, task, record, trainer.args.device, quiet)["test"]
+        scores = trainer.score(rows, "test")
+    return scores, inference_flops(model, _batch(task, rows, recipe.train.batch_size)), model
+
+
+def _batch(task: Task, rows: Any, size: int) -> dict[str, Any]:
+    return collate(task, [rows[i] for i in range(min(size, len(rows)))])
+
+
+def _with_adapter(base: PreTrainedModel, adapter: Path, is_trainable: bool) -> nn.Module:
+    if (adapter / "adapter_config.json").exists():
+        return load_adapter(base, adapter, is_trainable)
+    with loading(str(adapter), "as the model that was trained"):
+        load_whole_model(base, adapter)
+    return base
+
+
+def _described(splits: Splits, recipe: Recipe, note: str | None) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "protocol": recipe.data.protocol,
+        "splits": splits.sizes,
+        "classes": splits.classes,
+        "validation_from": splits.validation_from,
+        "test_from": splits.test_from,
+    }
+    if recipe.data.group_column is not None:
+        described |= {
+            "groups": {name: group_counts(rows) for name, rows in splits.by_name.items()},
+            "average": recipe.data.average,
+            "note": note,
+        }
+    return described
+
+
+def _model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the pretrained parameters and buffers: all but the head's."""
+    heads = tuple(f"{head}." for head in head_modules(model))
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith(heads):
+            contents = tensor.cpu().flatten().view(torch.uint8)  # numpy does not know every dtype
+            total.update(repr((name, tuple(tensor.shape))).encode() + contents.numpy().tobytes())
+    return total.hexdigest()
+
+
+def _other_contents(what: str, name: str, known: Source) -> str:
+    return f"{what} {name}: not what the run was started with ({known.name}, other contents)"
+
+
+def _on_other_data(known: Dataset, found: Dataset, folder: RunFolder, recipe: Recipe, on_other_data: bool) -> Dataset:
+    """What the record of a run whose training is complete says of its data where they have changed since.
+
+    Raises:
+        UserError: training goes on; nobody asked for that; other classes.
+    """
+    refusal = _other_contents("dataset", found.name, known)
+    if not _is_trained(folder, recipe):
+        raise UserError(refusal)
+    if not on_other_data and found.fingerprint != known.test_fingerprint:
+        raise UserError(f"{refusal}; its training is complete: fvae-lora evaluate {folder.path} scores it on these")
+    if found.classes != known.classes:
+        raise UserError(f"{refusal}, and they have other classes")
+    print(f"fvae-lora: warning: {refusal}; the record says so", file=sys.stderr)
+    return known.model_copy(update={"tested_on": TestedOn(fingerprint=found.fingerprint, splits=found.splits)})
+
+
+def _in_one_line(error: Exception, recipe: Recipe, path: Path) -> str:
+    """The error without the places that only this machine has."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror + (f": {error.filename}" if error.filename else "")
+    elif "inline_container" in text or "PytorchStreamWriter" in text:  # how torch.save says that it could not write
+        text = f"a checkpoint could not be written; {shutil.disk_usage(path).free / 1e6:.1f} MB are free on its disk"
+    line = text.strip().partition("\n")[0] or type(error).__name__
+    return without_places(line, path, Path(recipe.dataset), Path(recipe.model))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,61 @@
+"""What a grid chooses: the one rule for its best point, for points that are as good, and for its edges."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from fvae_lora_experiments.record import is_number
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a grid."""
+
+    values: Mapping[str, Any]
+    """The value of each key that the grid varies."""
+    score: float | None
+    """The mean validation score over the selection seeds; None where there is none."""
+    has_results: bool = False
+    """Whether the runs of the results are, or were begun, at this point."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The chosen point."""
+
+    index: int
+    """Which of the points it is."""
+    equals: Sequence[int]
+    """The other points with the same score."""
+    edge: Sequence[str]
+    """The keys with several numbers on whose smallest or largest it lies: a better one may lie outside."""
+
+
+def best_point(points: Sequence[Point], greater_is_better: bool) -> Best | None:
+    """Chooses the point with the best score; of equals one that has results, or else the first.
+
+    So a tie never makes results that exist those of an earlier choice.
+
+    Returns:
+        The choice; None if no point has a score.
+    """
+    sign = 1 if greater_is_better else -1
+    scores = {i: sign * point.score for i, point in enumerate(points) if point.score is not None}
+    if not scores:
+        return None
+    best = max(scores, key=lambda i: (scores[i], points[i].has_results))
+    equals = [i for i in scores if i != best and scores[i] == scores[best]]
+    return Best(best, equals, [key for key in points[best].values if _on_edge(points[best], points, key)])
+
+
+def _on_edge(point: Point, points: Iterable[Point], key: str) -> bool:
+    numbers = {value for other in points if is_number(value := other.values.get(key))}
+    return len(numbers) > 1 and point.values[key] in (min(numbers), max(numbers))
+
+
+def mean_score(scores: Sequence[float | None]) -> float | None:
+    """Averages a point's validation scores over its selection seeds; None where one is missing or not finite."""
+    mean = fmean(math.nan if score is None else score for score in scores) if scores else math.nan
+    return mean if math.isfinite(mean) else None

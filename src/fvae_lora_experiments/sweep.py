@@ -1,0 +1,74 @@
+"""A sweep: the runs of a plan, a process for each; what is done is not done again."""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from fvae_lora_experiments.board import Board
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.launchers import LETTING_GO_S, Ended, Launcher
+from fvae_lora_experiments.names import without_places
+from fvae_lora_experiments.plan import Planned
+from fvae_lora_experiments.signals import Terminated
+
+REFUSED = 2
+"""The exit code of a run that could not be begun as it was asked for."""
+
+
+def sweep(runs: Sequence[Planned], launcher: Launcher, console: Console) -> list[str]:
+    """Does the runs that are not done yet.
+
+    Args:
+        runs: the plan.
+        launcher: where they are done.
+        console: where progress is shown.
+
+    Returns:
+        A line for each run that failed. Its record says why, unless it could not be begun or nothing can be written.
+
+    Raises:
+        UserError: a folder of the plan is in use, holds another run or no whole record, and nothing was started; or
+            not one of the runs could be begun.
+    """
+    to_do = [run for run in runs if not run.is_done()]
+    if len(to_do) < len(runs):
+        console.print(f"{len(runs) - len(to_do)} of {len(runs)} runs are done already", highlight=False)
+    failures: list[str] = []
+    refused = 0
+    with Board(len(runs), to_do, console) as board, contextlib.closing(launcher.launch(to_do)) as launched:
+        try:
+            for news in launched:
+                ends = [(ended.run, _failure(ended)) for ended in news.ended]
+                board.show(news.running, ends)
+                failures += [f"{run.name}: {failure}" for run, failure in ends if failure]
+                refused += sum(ended.code == REFUSED for ended in news.ended)
+        except (KeyboardInterrupt, Terminated):
+            if launcher.parting:
+                console.print(launcher.parting, highlight=False)
+            raise
+    if failures and refused == len(runs):
+        raise UserError(failures[0])
+    return failures
+
+
+def _failure(ended: Ended) -> str | None:
+    """Why a run failed, None if it did not; a record that its process had no time to close is closed."""
+    folder, lines = ended.run.folder, [line.removeprefix("fvae-lora: ") for line in ended.last_lines]
+    try:
+        record = folder.read()
+    except UserError as error:
+        return str(error)
+    if ended.code == 0 or (record and record.state == "complete"):
+        return None
+    if ended.code == REFUSED and lines:
+        return lines[-1]
+    if ended.code == 1 and record and record.state == "failed":
+        return f"failed: {record.reason}"
+    reason = ": ".join([ended.how, " | ".join(lines)]) if lines else ended.how
+    recipe = ended.run.recipe
+    reason = without_places(reason, folder.path, Path(recipe.dataset), Path(recipe.model))
+    with contextlib.suppress(UserError), folder.locked(LETTING_GO_S):  # else it goes on, or is read-only
+        folder.close_as_failed(reason, folder.opening(recipe))
+    return f"failed: {reason}"

@@ -1,0 +1,281 @@
+"""transformers' Trainer as the runs use it: it stops at the first number that is none, and keeps the run's folder."""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from peft import AdaLoraModel, PeftModel
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_pt_utils import EvalLoopContainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from fvae_lora import FVAELoraTrainer, elbo_terms
+from fvae_lora_experiments import processes
+from fvae_lora_experiments.adalora import RankSchedule, orthogonality
+from fvae_lora_experiments.errors import DivergenceError, UserError
+from fvae_lora_experiments.frozen import collate
+from fvae_lora_experiments.pretrained import load_model
+from fvae_lora_experiments.progress import ProgressLines, on_terminal
+from fvae_lora_experiments.recipe import Recipe
+from fvae_lora_experiments.record import Event
+from fvae_lora_experiments.run_folder import RunFolder
+from fvae_lora_experiments.surroundings import cores
+from fvae_lora_experiments.tasks import Metric, Task
+
+TIMINGS = ("runtime", "samples_per_second", "steps_per_second")
+"""What a Trainer puts among the scores."""
+
+Scored = tuple[float, torch.Tensor, torch.Tensor]
+"""A batch's loss, the task's outputs and the labels."""
+
+
+class RunTrainer(FVAELoraTrainer):
+    """A Trainer for a task. A loss that is NaN or infinite raises `DivergenceError`, before it reaches a parameter.
+
+    Args:
+        task: collates, and scores what the model puts out.
+        quiet: no progress.
+        kwargs: as the Trainer's.
+    """
+
+    def __init__(self, task: Task, quiet: bool, **kwargs: Any):
+        super().__init__(data_collator=partial(collate, task), **kwargs)
+        self.task, self.quiet = task, quiet
+        self.remove_callback(PrinterCallback)  # what a Trainer without bars has
+        if not quiet and not on_terminal():
+            self.add_callback(ProgressLines(task.metric.name))
+        self.is_adalora = isinstance(getattr(self.model, "base_model", None), AdaLoraModel)
+        if self.is_adalora:
+            self.add_callback(RankSchedule())
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch, forward and backward; the loss that it adds."""
+        loss = super().training_step(model, *args, **kwargs)
+        if not torch.isfinite(loss):
+            raise DivergenceError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}: {blame(self.model)}"
+            )
+        if self.is_adalora and self.accelerator.sync_gradients:  # once a step, however many micro-batches it has
+            regulariser = orthogonality(self.model)
+            self.accelerator.backward(regulariser * self.accelerator.gradient_accumulation_steps)
+            loss = loss + regulariser.detach()
+        return loss
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Every n-th batch of a split, n being the number of processes.
+
+        They are the batches of a single process. The Trainer's own would be filled up with rows that were scored
+        already where the processes cannot have equally many.
+        """
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        size = self.args.per_device_eval_batch_size
+        batches = [list(range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
+        return DataLoader(
+            rows,
+            batch_sampler=batches[self.args.process_index :: self.args.world_size],
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def evaluation_loop(
+        self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Scores a split: its mean loss, what its batches' outputs say, and what the task generates from it.
+
+        The main process puts together what all have found, and tells the others.
+
+        Raises:
+            DivergenceError: the mean loss is NaN or infinite.
+        """
+        self.callback_handler.eval_dataloader = dataloader  # for the progress bar
+        self.model.eval()
+        found: list[Scored] = []
+        for batch in dataloader:
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad():
+                output = self.model(**inputs)
+            labels = inputs["labels"]
+            found.append((output.loss.item(), self.task.outputs(output.logits, labels).cpu(), labels.cpu()))
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        turns = zip_longest(*gather_object([found]))
+        batches = [batch for turn in turns for batch in turn if batch is not None]
+        items: Any = dataloader.dataset
+        scores = [self._scores(batches, items) if self.is_world_process_zero() else {}]
+        broadcast_object_list(scores)
+        if not math.isfinite(loss := scores[0]["loss"]):
+            split = "validation" if metric_key_prefix == "eval" else metric_key_prefix
+            when = f" at step {self.state.global_step}" if self.state.global_step else ""
+            raise DivergenceError(f"the {split} loss is {loss}{when}")
+        metrics = {f"{metric_key_prefix}_{name}": score for name, score in scores[0].items()}
+        return EvalLoopOutput(None, None, metrics, len(items))
+
+    def _scores(self, batches: list[Scored], items: Any) -> dict[str, float]:
+        rows = getattr(items, "source", items)  # those that cached ones stand for
+        outputs, labels = EvalLoopContainer(), EvalLoopContainer()
+        for _, batch_outputs, batch_labels in batches:
+            outputs.add(batch_outputs)
+            labels.add(batch_labels)
+        loss = np.average([loss for loss, _, _ in batches], weights=[len(labels) for _, _, labels in batches])
+        if not math.isfinite(loss):
+            return {"loss": float(loss)}
+        return {
+            "loss": float(loss),
+            **self.task.scores(outputs.get_arrays(), labels.get_arrays(), rows),
+            **self.task.generated_scores(self.model, rows, items, progress=not self.quiet),
+        }
+
+    def score(self, rows: Any, split: str) -> dict[str, float]:
+        """`loss` and the task's scores of `rows`, one of its data sets, whose name is `split`."""
+        return scores_among(self.evaluate(rows, metric_key_prefix=split), split)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_whole_model(self.model, Path(resume_from_checkpoint))
+
+
+def load_whole_model(model: PreTrainedModel, folder: Path) -> None:
+    """Loads the parameters that `save_pretrained` wrote to `folder` into `model`, every one of them.
+
+    transformers writes them under names of older versions, and a Trainer that resumes skips those it does not know.
+    """
+    model.load_state_dict(load_model(type(model), str(folder), dtype=torch.float32)[0].state_dict())
+
+
+def blame(model: nn.Module) -> str:
+    """The first layer whose ELBO is not finite and its terms, or else the task's loss."""
+    for module, terms in elbo_terms(model).items():
+        wrong = {term: value for term, value in terms.items() if not math.isfinite(value)}
+        if wrong:
+            return f"{module} has " + ", ".join(f"{term} {value}" for term, value in wrong.items())
+    return "the task's own loss went wrong, every layer's terms are finite"
+
+
+class FolderCallback(TrainerCallback):
+    """Writes the learning curve and looks after the checkpoints."""
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, on_checkpoint: Callable[[], None]):
+        self.folder, self.recipe, self.on_checkpoint = folder, recipe, on_checkpoint
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Closes the running mean of the loss, which no checkpoint carries over."""
+        control.should_log = True
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """One line of the learning curve."""
+        where = {"step": state.global_step, "epoch": logs.get("epoch")}
+        if "loss" in logs:
+            line = {"event": "train", **where, **{k: logs.get(k) for k in ("loss", "learning_rate", "grad_norm")}}
+            if line["grad_norm"] is not None and not math.isfinite(line["grad_norm"]):
+                raise DivergenceError(f"the gradient's norm is {line['grad_norm']} at step {state.global_step}")
+            if terms := elbo_terms(kwargs["model"]):
+                line["elbo"] = terms
+            self.folder.append(Event.model_validate(line))
+        elif "eval_loss" in logs:
+            self.folder.append(Event.model_validate({"event": "validation", **where, **scores_among(logs, "eval")}))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The checkpoint is whole now: it and the best one stay."""
+        processes.wait()  # each adds its random state to a checkpoint
+        self.folder.keep_checkpoints(state.global_step, state.best_global_step)
+        self.on_checkpoint()
+        control.should_training_stop = finished(state, self.recipe)
+
+
+def reading_processes() -> int:
+    """How many processes read the data where a recipe does not say: what keeps an accelerator busy.
+
+    Without one there are none: they would take the cores that train.
+    """
+    return min(8, max(1, cores() // processes.count() - 1)) if torch.accelerator.is_available() else 0
+
+
+def scores_among(logs: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """What a Trainer logged of a split under `prefix`, without how long it took."""
+    logged = {key.removeprefix(f"{prefix}_"): value for key, value in logs.items() if key.startswith(f"{prefix}_")}
+    return {name: value for name, value in logged.items() if name not in TIMINGS}
+
+
+def finished(state: TrainerState, recipe: Recipe) -> bool:
+    """Whether training is over: all epochs done, or out of patience."""
+    if state.global_step >= state.max_steps:
+        return True
+    if recipe.train.patience is None:
+        return False
+    steps_per_epoch = state.max_steps // recipe.train.epochs
+    return state.global_step - state.best_global_step >= recipe.train.patience * steps_per_epoch
+
+
+def checkpoint_state(checkpoint: Path | None) -> TrainerState:
+    """What the Trainer knew when it wrote a checkpoint."""
+    assert checkpoint is not None, "an epoch ends with a checkpoint"
+    state: TrainerState = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return state
+
+
+def trainer_arguments(recipe: Recipe, output: Path, metric: Metric, quiet: bool) -> TrainingArguments:
+    """The recipe in transformers' words.
+
+    Raises:
+        UserError: if this machine cannot train in the recipe's precision, or these processes with its batches.
+    """
+    train = recipe.train
+    if train.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.precision: fp16 needs a GPU; fp32 and bf16 are allowed here")
+    if train.batch_size % processes.count():
+        raise UserError(
+            f"train.batch_size: {train.batch_size} rows do not share out evenly among {processes.count()} processes; "
+            f"multiples of {processes.count()} are allowed"
+        )
+    workers = reading_processes() if train.workers is None else train.workers
+    return TrainingArguments(
+        output_dir=str(output),
+        num_train_epochs=train.epochs,
+        per_device_train_batch_size=train.batch_size // processes.count(),
+        per_device_eval_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=train.warmup_ratio,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        bf16=train.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),
+        fp16=train.precision == "fp16",
+        optim="adamw_torch",
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_steps=train.log_every,
+        logging_nan_inf_filter=False,
+        metric_for_best_model=metric.name,
+        greater_is_better=metric.greater_is_better,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        disable_tqdm=quiet or not on_terminal(),
+        log_level_replica="error",
+    )
