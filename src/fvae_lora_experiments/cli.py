@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
-from fvae_lora_experiments import processes, signals
+from fvae_lora_experiments import signals
 from fvae_lora_experiments.errors import RunError, UserError
+from fvae_lora_experiments.run import distributed
 
 if TYPE_CHECKING:
-    from fvae_lora_experiments.launchers import Launcher
-    from fvae_lora_experiments.plan import Planned
+    from fvae_lora_experiments.sweep.launcher import Launcher
+    from fvae_lora_experiments.sweep.plan import Planned
 
 
 class Command(TyperCommand):
@@ -77,7 +78,7 @@ def refuse_what_is_no_run(context: typer.Context) -> None:
     Raises:
         UserError: there are several, and the command is not `train`.
     """
-    if processes.count() > 1 and context.invoked_subcommand != "train":
+    if distributed.count() > 1 and context.invoked_subcommand != "train":
         raise UserError(f"{context.invoked_subcommand}: not for several processes; torchrun is for train")
     if context.invoked_subcommand is None:
         print(context.get_help())
@@ -109,13 +110,13 @@ def train(
     one_device()
 
     from fvae_lora_experiments.report import print_table, summary_rows
-    from fvae_lora_experiments.runner import run
+    from fvae_lora_experiments.run.runner import run
 
     hush()
     signals.unwind()
     run(chosen, folder, quiet)
-    processes.leave()
-    if processes.is_main():
+    distributed.leave()
+    if distributed.is_main():
         print_table(summary_rows(folder), console)
         console.print(f"The run is in {folder}", highlight=False)
 
@@ -182,10 +183,10 @@ def compare(
     """
     from fvae_lora_experiments.check import look_at_each
     from fvae_lora_experiments.data.summary import print_summary
-    from fvae_lora_experiments.grid import Grid, print_choices
-    from fvae_lora_experiments.plan import contenders, parse_list, parse_values, runs_of
     from fvae_lora_experiments.report import print_table, summary_rows
-    from fvae_lora_experiments.sweep import sweep
+    from fvae_lora_experiments.sweep.grid import Grid, print_choices
+    from fvae_lora_experiments.sweep.plan import contenders, parse_list, parse_values, runs_of
+    from fvae_lora_experiments.sweep.sweep import sweep
 
     signals.unwind()
     if processes and gpus:
@@ -240,13 +241,13 @@ def compare(
 
 def _launcher(where: Where, out: Path, jobs: int, size: dict[str, Any], **of_slurm: Any) -> "Launcher":
     if where is Where.slurm:
-        from fvae_lora_experiments.launchers.slurm import SlurmLauncher
+        from fvae_lora_experiments.sweep.slurm import SlurmLauncher
 
         return SlurmLauncher(out / ".slurm", jobs, **size, **of_slurm)
     for option in _given(**of_slurm):
         raise UserError(f"--{option}: only with --launcher slurm")
 
-    from fvae_lora_experiments.launchers.local import LocalLauncher
+    from fvae_lora_experiments.sweep.local import LocalLauncher
 
     return LocalLauncher(jobs, **size)
 
@@ -261,7 +262,7 @@ def evaluate(
     """Scores a finished run again, from its adapter alone."""
     one_device()
 
-    from fvae_lora_experiments import runner
+    from fvae_lora_experiments.run import runner
 
     hush()
     signals.unwind()
@@ -359,7 +360,7 @@ def pack(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write; its name ends in runs.jsonl.gz.")],
 ) -> None:
     """Writes the records and learning curves of many runs to one small file, which `report` reads as it reads RUNS."""
-    from fvae_lora_experiments.runs import pack as pack_runs
+    from fvae_lora_experiments.run.archive import pack as pack_runs
 
     console.print(f"{file}: {pack_runs(runs, file)} runs, without their adapters", highlight=False)
 
@@ -370,7 +371,7 @@ def unpack(
     out: Annotated[Path, typer.Argument(metavar="DIR", help="Where the runs' folders are to lie.")],
 ) -> None:
     """Gives packed runs their folders again, without adapters; `compare --out DIR` then does what is missing."""
-    from fvae_lora_experiments.runs import unpack as unpack_runs
+    from fvae_lora_experiments.run.archive import unpack as unpack_runs
 
     console.print(f"{out}: {unpack_runs(file, out)} runs", highlight=False)
 
@@ -498,7 +499,7 @@ def copy_recipe(
 ) -> None:
     """Copies a recipe to a file, to be changed."""
     from fvae_lora_experiments.recipe import recipe_file
-    from fvae_lora_experiments.run_folder import write_atomically
+    from fvae_lora_experiments.run.folder import write_atomically
 
     source = recipe_file(recipe)
     target = to or Path(source.name)
@@ -520,7 +521,7 @@ def _given(**options: Any) -> dict[str, Any]:
 
 def one_device() -> None:
     """A process has one device; the Trainer would silently give all GPUs to a lone process, and grow the batch."""
-    if processes.count() == 1:
+    if distributed.count() == 1:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
 
@@ -545,7 +546,7 @@ def main() -> None:
 
     143 after SIGTERM, if its signals are handled (`fvae_lora_experiments.__main__`).
     """
-    processes.end(exit_code(lambda: app(standalone_mode=False)))
+    distributed.end(exit_code(lambda: app(standalone_mode=False)))
 
 
 def exit_code(command: Callable[[], Any]) -> int:
@@ -563,7 +564,7 @@ def exit_code(command: Callable[[], Any]) -> int:
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong type
             return _say(error.format_message(), 2)
-        if processes.first_to_fail():
+        if distributed.first_to_fail():
             traceback.print_exc()
         return 1
     if result in (INTERRUPTED, TERMINATED):  # typer, too, makes the first of Ctrl-C
@@ -572,6 +573,6 @@ def exit_code(command: Callable[[], Any]) -> int:
 
 
 def _say(line: str, code: int) -> int:
-    if processes.first_to_fail():
+    if distributed.first_to_fail():
         print(f"fvae-lora: {line}", file=sys.stderr)
     return code

@@ -24,11 +24,11 @@ from fvae_lora import adapter_folder, export_for_inference, load_reference_adapt
 from fvae_lora.adapter_folder import new_folder
 from fvae_lora.to_lora import ConversionReport, convert_to_lora
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.names import is_local
-from fvae_lora_experiments.pretrained import load, load_adapter, load_model, loading
+from fvae_lora_experiments.models.pretrained import load, load_adapter, load_model, loading
+from fvae_lora_experiments.places import is_local
 from fvae_lora_experiments.recipe import ImageSettings
-from fvae_lora_experiments.run_folder import RunFolder
-from fvae_lora_experiments.runner import finished_run, open_base, open_data, scorer
+from fvae_lora_experiments.run.folder import RunFolder
+from fvae_lora_experiments.run.runner import finished_run, open_base, open_data, scorer
 from fvae_lora_experiments.tasks import load_task
 
 TASK_CLASSES = {

@@ -31,7 +31,7 @@ from fvae_lora.export import is_training_only
 from fvae_lora.module_names import resolve_targets
 from fvae_lora_experiments.ablation import ablate
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.heads import head_modules
+from fvae_lora_experiments.models.heads import head_modules
 
 if TYPE_CHECKING:
     from fvae_lora_experiments.recipe import Recipe

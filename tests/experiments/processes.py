@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from transformers import Trainer
 
-from fvae_lora_experiments import runner
 from fvae_lora_experiments.cli import hush
 from fvae_lora_experiments.recipe import Recipe
-from fvae_lora_experiments.run_folder import RunFolder
+from fvae_lora_experiments.run import runner
+from fvae_lora_experiments.run.folder import RunFolder
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fvae_lora_experiments.runner", "fvae_lora_experiments.tasks.image", "sklearn"])
+CONTEXT.set_forkserver_preload(["fvae_lora_experiments.run.runner", "fvae_lora_experiments.tasks.image", "sklearn"])
 
 LIVELY: dict[str, Any] = {
     "method": "fvae-lora",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fvae_lora_experiments.record import Record
+from fvae_lora_experiments.run.record import Record
 
 
 def assert_saved(record: Record) -> None:

@@ -155,7 +155,7 @@ def test_a_bug_is_shown_and_marks_the_run_as_failed(
     def bug(*_: object, **__: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr("fvae_lora_experiments.training.FolderCallback.on_log", bug)
+    monkeypatch.setattr("fvae_lora_experiments.run.trainer.FolderCallback.on_log", bug)
     code, _, err = train(data)
     assert code == 1
     assert err.startswith("Traceback")

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 
 from fvae_lora import FVAELoraConfig, export_for_inference, load_reference_adapter
 from fvae_lora_experiments.recipe import check_recipe
-from fvae_lora_experiments.runner import run
+from fvae_lora_experiments.run.runner import run
 from tiny import randomised
 
 Cli = Callable[..., tuple[int, str, str]]

@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPForImageClassification, CLIPImageProces
 
 from fvae_lora_experiments.errors import RunError, UserError
 from fvae_lora_experiments.recipe import Recipe
-from fvae_lora_experiments.runner import evaluate, run
+from fvae_lora_experiments.run.runner import evaluate, run
 
 LAST = {"adapter": {"layers": [1]}}
 

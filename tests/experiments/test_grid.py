@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fvae_lora_experiments import runner
 from fvae_lora_experiments.errors import RunError, UserError
-from fvae_lora_experiments.grid import Choice, Grid, print_choices
-from fvae_lora_experiments.plan import Planned, contenders, parse_values, plan
-from fvae_lora_experiments.record import Record
 from fvae_lora_experiments.report import summary_rows
+from fvae_lora_experiments.run import runner
+from fvae_lora_experiments.run.record import Record
+from fvae_lora_experiments.sweep.grid import Choice, Grid, print_choices
+from fvae_lora_experiments.sweep.plan import Planned, contenders, parse_values, plan
 
 Cli = Callable[..., tuple[int, str, str]]
 PLACES = {"model": "vit-fashion-mnist", "dataset": "sklearn-digits"}
@@ -39,7 +39,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                     failures.append(str(error))
         return failures
 
-    monkeypatch.setattr("fvae_lora_experiments.sweep.sweep", sweep)
+    monkeypatch.setattr("fvae_lora_experiments.sweep.sweep.sweep", sweep)
     return names
 
 

@@ -13,11 +13,11 @@ from arguments import later_wins
 from peft import AdaLoraModel, PeftModel
 from transformers import AutoModelForImageClassification
 
-from fvae_lora_experiments.adalora import orthogonality
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.methods import METHODS, adapted_modules
 from fvae_lora_experiments.recipe import Recipe, check_recipe, load_recipe
-from fvae_lora_experiments.runner import evaluate, finished_run, open_base, open_data, run, scorer
+from fvae_lora_experiments.run.adalora import orthogonality
+from fvae_lora_experiments.run.runner import evaluate, finished_run, open_base, open_data, run, scorer
 from fvae_lora_experiments.tasks import load_task
 
 HIDDEN, CLASSES, R, LAYERS = 16, 3, 4, 4  # of tiny-vit: query and key of two layers
@@ -200,7 +200,7 @@ def test_adalora_s_regulariser_counts_once_a_step(two_steps: Callable[..., Recip
 def test_an_interrupted_adalora_run_begins_again(
     two_steps: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fvae_lora_experiments import runner
+    from fvae_lora_experiments.run import runner
 
     recipe = two_steps("adalora", "train.epochs=3")
     undisturbed = run(recipe, tmp_path / "a", quiet=True)

@@ -25,9 +25,9 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from fvae_lora_experiments.classifiers import load_classifier
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.pretrained import load_model, load_tokenizer, loading
+from fvae_lora_experiments.models.classifiers import load_classifier
+from fvae_lora_experiments.models.pretrained import load_model, load_tokenizer, loading
 from fvae_lora_experiments.recipe import Recipe, load_recipe
 from fvae_lora_experiments.tasks import load_task
 

@@ -10,7 +10,7 @@ import pytest
 
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.report import summary_rows
-from fvae_lora_experiments.run_folder import RunFolder
+from fvae_lora_experiments.run.folder import RunFolder
 
 FIRST = Path(__file__).parents[1] / "data" / "runs" / "schema-1"
 """A run of the first version that wrote records: without `metric`, `diverged`, a recipe's `purpose` and more."""

@@ -19,9 +19,9 @@ from processes import CONTEXT, LIVELY, attempt, result
 from fvae_lora_experiments import cli as command_line
 from fvae_lora_experiments.errors import RunError, UserError
 from fvae_lora_experiments.recipe import Recipe
-from fvae_lora_experiments.run_folder import RunFolder
-from fvae_lora_experiments.runner import evaluate, run
-from fvae_lora_experiments.training import FolderCallback, RunTrainer
+from fvae_lora_experiments.run.folder import RunFolder
+from fvae_lora_experiments.run.runner import evaluate, run
+from fvae_lora_experiments.run.trainer import FolderCallback, RunTrainer
 
 Cli = Callable[..., tuple[int, str, str]]
 IMPATIENT = LIVELY | {"train": {"epochs": 30, "learning_rate": 1e-9, "patience": 4}}

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.recipe import Recipe
-from fvae_lora_experiments.runner import evaluate, run
+from fvae_lora_experiments.run.runner import evaluate, run
 
 TERMS = {"reconstruction", "kl_z1", "gamma", "w2"}
 HIDDEN, CLASSES, R, LAYERS = 16, 3, 4, 4  # of tiny-vit: query and key of two layers
@@ -148,7 +148,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(
 
 
 def test_a_head_for_other_classes_is_not_taken_over(tmp_path: Path, vit: Path) -> None:
-    from fvae_lora_experiments.classifiers import load_classifier
+    from fvae_lora_experiments.models.classifiers import load_classifier
 
     pretrained = AutoModelForImageClassification.from_pretrained(vit).classifier.weight
     same, _ = load_classifier(str(vit), AutoModelForImageClassification, ["LABEL_0", "LABEL_1"])

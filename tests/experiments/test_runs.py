@@ -16,9 +16,9 @@ import pytest
 from synthetic_runs import metrics, record, write_demo, write_run
 
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.plan import contenders
 from fvae_lora_experiments.report import summary_rows
-from fvae_lora_experiments.runs import pack, read_runs, unpack
+from fvae_lora_experiments.run.archive import pack, read_runs, unpack
+from fvae_lora_experiments.sweep.plan import contenders
 
 PROJECT = Path(__file__).parents[2]
 Cli = Callable[..., tuple[int, str, str]]
@@ -51,7 +51,7 @@ def test_a_file_of_runs_is_reported_as_their_folder_is(demo: Path, packed: Path,
 def test_the_report_of_a_file_lies_beside_it_and_that_of_several_where_one_says(
     demo: Path, packed: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    file = Path(shutil.copy(packed, tmp_path / "my-runs.jsonl.gz"))
+    file = Path(shutil.copy(packed, tmp_path / "my-archive.jsonl.gz"))
     assert cli("report", file)[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted((file.name, *REPORT))
     code, _, error = cli("report", demo, file)
@@ -142,16 +142,16 @@ def test_a_run_that_tells_where_it_was_done_is_not_packed(tmp_path: Path, cli: C
 
 
 def test_the_user_s_name_is_found_as_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fvae_lora_experiments import runs
+    from fvae_lora_experiments.run import archive
 
     monkeypatch.setattr(getpass, "getuser", lambda: "alice")
-    runs._telling.cache_clear()
+    archive._telling.cache_clear()
     write_run(tmp_path / "1", record("lora", 1, reason="malice and alice-in-wonderland"))
     pack(tmp_path, tmp_path / "runs.jsonl.gz")
     write_run(tmp_path / "2", record("lora", 2, reason="the folder of alice"))
     with pytest.raises(UserError, match="the folder of alice"):
         pack(tmp_path / "2", tmp_path / "2.runs.jsonl.gz")
-    runs._telling.cache_clear()
+    archive._telling.cache_clear()
 
 
 def test_names_on_the_hub_ways_up_and_a_data_set_s_own_classes_are_packed(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_names_on_the_hub_ways_up_and_a_data_set_s_own_classes_are_packed(tmp_pa
     ("file", "said"),
     [
         ("runs.jsonl.gz", "runs: cut: run.json: Invalid JSON"),
-        ("runs.zip", "expected a name that ends in runs.jsonl.gz"),
+        ("runs.zip", "expected a name that ends in archive.jsonl.gz"),
         ("old.runs.jsonl.gz", "exists already"),
     ],
 )

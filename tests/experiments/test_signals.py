@@ -18,8 +18,8 @@ from sweeps import Compare, left, states
 
 from fvae_lora_experiments import cli, signals
 from fvae_lora_experiments.recipe import Recipe
-from fvae_lora_experiments.run_folder import RunFolder
-from fvae_lora_experiments.runner import run
+from fvae_lora_experiments.run.folder import RunFolder
+from fvae_lora_experiments.run.runner import run
 
 LINE = "fvae-lora: stopped; the same command goes on where it was\n"
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -72,7 +72,7 @@ def lines(text: str) -> Sequence[str]:
         pytest.param("datasets", marks=pytest.mark.slow),
         pytest.param("transformers.trainer", marks=pytest.mark.slow),
         pytest.param("transformers.models.vit.modeling_vit", marks=pytest.mark.slow),
-        pytest.param("fvae_lora_experiments.runner", marks=pytest.mark.slow),
+        pytest.param("fvae_lora_experiments.run.runner", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_while_libraries_load_is_one_line(

@@ -13,10 +13,10 @@ from rich.console import Console
 from sweeps import states
 
 from fvae_lora_experiments.errors import RunError, UserError
-from fvae_lora_experiments.launchers import slurm
-from fvae_lora_experiments.launchers.slurm import SlurmLauncher
-from fvae_lora_experiments.plan import Planned, plan
-from fvae_lora_experiments.sweep import sweep
+from fvae_lora_experiments.sweep.launcher import slurm
+from fvae_lora_experiments.sweep.plan import Planned, plan
+from fvae_lora_experiments.sweep.slurm import SlurmLauncher
+from fvae_lora_experiments.sweep.sweep import sweep
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -40,7 +40,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 from by_hand import adapted
 from fvae_lora import elbo_loss
 from fvae_lora_experiments.data.audio import read_sound
-from fvae_lora_experiments.data.timit import (
+from fvae_lora_experiments.data.published.timit import (
     CORE_TEST_SPEAKERS,
     DEVELOPMENT_SPEAKERS,
     FOLDED,
@@ -48,11 +48,11 @@ from fvae_lora_experiments.data.timit import (
     open_timit,
     read_phones,
 )
-from fvae_lora_experiments.frozen import collate, use_cached_states
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.recipe import Recipe, load_recipe
-from fvae_lora_experiments.record import Record
-from fvae_lora_experiments.runner import evaluate, run
+from fvae_lora_experiments.run.record import Record
+from fvae_lora_experiments.run.runner import evaluate, run
+from fvae_lora_experiments.run.state_cache import collate, use_cached_states
 from fvae_lora_experiments.tasks import load_task, transcription
 from fvae_lora_experiments.tasks.phonemes import PhonemeTask, Sentences
 from fvae_lora_experiments.tasks.transcription import TranscriptionTask, word_error_rate
@@ -212,7 +212,7 @@ def test_phonemes_from_recipe_to_report(
 def test_what_a_method_learns_of_phonemes_is_saved(
     phonemes: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    monkeypatch.setattr("fvae_lora_experiments.data.timit.DEVELOPMENT_SPEAKERS", CORE_TEST_SPEAKERS)
+    monkeypatch.setattr("fvae_lora_experiments.data.published.timit.DEVELOPMENT_SPEAKERS", CORE_TEST_SPEAKERS)
     recipe = phonemes(method=method, train__batch_size=6, train__learning_rate=0.2, adapter__r=4)
     assert_saved(run(recipe, tmp_path, quiet=True))
 

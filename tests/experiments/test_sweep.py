@@ -15,10 +15,10 @@ from rich.console import Console
 from sweeps import Compare, assert_survives, left, states
 
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.launchers.local import THREAD_LIMITS, LocalLauncher
-from fvae_lora_experiments.plan import Planned, parse_list, parse_values, plan
 from fvae_lora_experiments.report import summary_rows
-from fvae_lora_experiments.sweep import sweep
+from fvae_lora_experiments.sweep.local import THREAD_LIMITS, LocalLauncher
+from fvae_lora_experiments.sweep.plan import Planned, parse_list, parse_values, plan
+from fvae_lora_experiments.sweep.sweep import sweep
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -89,7 +89,7 @@ def test_a_run_that_fails_does_not_stop_the_others(planned: Callable[..., list[P
 def test_a_run_that_another_sweep_is_on_is_left_alone(
     planned: Callable[..., list[Planned]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fvae_lora_experiments.launchers.LETTING_GO_S", 0.1)
+    monkeypatch.setattr("fvae_lora_experiments.sweep.launcher.LETTING_GO_S", 0.1)
     (run,) = planned(["linear-probe"], [1])
     with run.folder.locked(), pytest.raises(UserError, match="another process is using"):
         sweep([run], LocalLauncher(1), quiet())
@@ -219,7 +219,7 @@ def test_sweeps_killed_ten_times_leave_what_an_undisturbed_one_does(small: list[
 def test_workers_share_the_cores_within_what_the_user_allows(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], jobs: int, threads: str
 ) -> None:
-    monkeypatch.setattr("fvae_lora_experiments.launchers.local.cores", lambda: 8)
+    monkeypatch.setattr("fvae_lora_experiments.sweep.local.cores", lambda: 8)
     for name in THREAD_LIMITS:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

@@ -14,13 +14,12 @@ from processes import assert_alike
 from rich.console import Console
 from sweeps import Compare, assert_survives, states
 
-from fvae_lora_experiments import worker
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.launchers.local import LocalLauncher
-from fvae_lora_experiments.plan import plan
 from fvae_lora_experiments.recipe import Recipe
-from fvae_lora_experiments.runner import run
-from fvae_lora_experiments.sweep import sweep
+from fvae_lora_experiments.run.runner import run
+from fvae_lora_experiments.sweep.local import LocalLauncher
+from fvae_lora_experiments.sweep.plan import plan
+from fvae_lora_experiments.sweep.sweep import child, sweep
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -49,9 +48,9 @@ def test_processes_that_cannot_be_forks_leave_the_same(
 ) -> None:
     recipe = make_recipe(adapter={"dropout": 0}, data={"train_rows": 24})
     run(recipe, tmp_path / "alone", quiet=True)
-    monkeypatch.setattr(worker, "_can_fork", lambda: False)
+    monkeypatch.setattr(child, "_can_fork", lambda: False)
     with pytest.raises(SystemExit) as end:
-        worker.work(str(tmp_path / "together"), recipe.model_dump_json(), 2)
+        child.work(str(tmp_path / "together"), recipe.model_dump_json(), 2)
     assert end.value.code == 0
     assert_alike(tmp_path / "alone", tmp_path / "together")
 

@@ -35,7 +35,7 @@ from fvae_lora import elbo_loss, elbo_terms
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.recipe import load_recipe
-from fvae_lora_experiments.record import Record
+from fvae_lora_experiments.run.record import Record
 from fvae_lora_experiments.tasks import Metric, load_task
 from fvae_lora_experiments.tasks.text import TextTask
 

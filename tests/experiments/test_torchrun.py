@@ -17,9 +17,9 @@ from processes import CONTEXT, LIVELY, assert_alike, result
 
 from fvae_lora_experiments.cli import exit_code, hush
 from fvae_lora_experiments.recipe import Recipe
-from fvae_lora_experiments.run_folder import RunFolder
-from fvae_lora_experiments.runner import evaluate, run
-from fvae_lora_experiments.training import RunTrainer
+from fvae_lora_experiments.run.folder import RunFolder
+from fvae_lora_experiments.run.runner import evaluate, run
+from fvae_lora_experiments.run.trainer import RunTrainer
 from torchrun import torchrun
 
 WITHOUT_NOISE = ("lora", "linear-probe", "adalora")
@@ -148,7 +148,7 @@ def test_commands_that_are_no_single_run_refuse_several_processes(
     cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("fvae_lora_experiments.processes.first_to_fail", lambda: True)
+    monkeypatch.setattr("fvae_lora_experiments.run.distributed.first_to_fail", lambda: True)
     code, _, errors = cli(command, "image/default")
     assert code == 2
     assert errors == f"fvae-lora: {command}: not for several processes; torchrun is for train\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fvae_lora_experiments.recipe import load_recipe
-from fvae_lora_experiments.runs import read_runs
+from fvae_lora_experiments.run.archive import read_runs
 
 PROJECT = Path(__file__).parents[2]
 

@@ -10,7 +10,7 @@ from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.recipe import load_recipe
 from fvae_lora_experiments.report import summary_rows
 from fvae_lora_experiments.report.curves import mean_curve, thinned
-from fvae_lora_experiments.runs import read_runs
+from fvae_lora_experiments.run.archive import read_runs
 
 
 def scored(accuracy, seed, **changes):

@@ -11,7 +11,6 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from fvae_lora_experiments.data.celeba import read_celeba
 from fvae_lora_experiments.data.columns import class_names
 from fvae_lora_experiments.data.files import (
     Notes,
@@ -24,6 +23,9 @@ from fvae_lora_experiments.data.files import (
     what_is_there,
 )
 from fvae_lora_experiments.data.images import readable_suffixes
+from fvae_lora_experiments.data.published.celeba import read_celeba
+from fvae_lora_experiments.data.published.spuco_animals import read_spuco_animals
+from fvae_lora_experiments.data.published.waterbirds import read_waterbirds
 from fvae_lora_experiments.data.source import (
     READERS,
     official_splits,
@@ -32,8 +34,6 @@ from fvae_lora_experiments.data.source import (
     with_classes,
     without_hidden,
 )
-from fvae_lora_experiments.data.spuco_animals import read_spuco_animals
-from fvae_lora_experiments.data.waterbirds import read_waterbirds
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.recipe import DataSettings
 

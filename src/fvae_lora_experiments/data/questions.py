@@ -42,7 +42,7 @@ from fvae_lora_experiments.data.files import (
 )
 from fvae_lora_experiments.data.source import copy_of, hub_splits, not_found, refuse_unusable_cache
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.names import is_local
+from fvae_lora_experiments.places import is_local
 
 TEST_SETS = {
     "boolq": "boolq",

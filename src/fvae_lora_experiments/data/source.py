@@ -27,7 +27,7 @@ from fvae_lora_experiments.data.files import (
 )
 from fvae_lora_experiments.data.groups import with_groups
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.names import is_local
+from fvae_lora_experiments.places import is_local
 from fvae_lora_experiments.recipe import DataSettings
 
 DATA_ROOT = "FVAE_LORA_DATA_ROOT"

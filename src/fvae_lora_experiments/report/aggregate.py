@@ -8,13 +8,13 @@ from itertools import groupby
 from pathlib import Path
 
 from fvae_lora_experiments.recipe import flatten
-from fvae_lora_experiments.record import Record, Source, is_number, printable
 from fvae_lora_experiments.report import paper
 from fvae_lora_experiments.report.baseline import Difference, differences
 from fvae_lora_experiments.report.grids import Place, read_grids
 from fvae_lora_experiments.report.numbers import factor, half_width, spread
 from fvae_lora_experiments.report.rows import Further, Group, Measured, Row, State, Trials, differing
-from fvae_lora_experiments.runs import Run, read_runs
+from fvae_lora_experiments.run.archive import Run, read_runs
+from fvae_lora_experiments.run.record import Record, Source, is_number, printable
 
 
 def summary_rows(*places: Path) -> list[Row]:

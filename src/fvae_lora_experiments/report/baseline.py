@@ -5,9 +5,9 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from fvae_lora_experiments.methods import METHODS
-from fvae_lora_experiments.record import Record
 from fvae_lora_experiments.report.numbers import half_width
 from fvae_lora_experiments.report.rows import Trials, differing
+from fvae_lora_experiments.run.record import Record
 
 BASELINE = "lora"
 

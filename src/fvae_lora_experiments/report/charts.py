@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from fvae_lora_experiments.runs import Point
+from fvae_lora_experiments.run.archive import Point
 
 HEIGHT = 280
 LEFT, TOP, BOTTOM = 54, 12, 238

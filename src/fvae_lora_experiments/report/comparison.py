@@ -7,13 +7,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fvae_lora_experiments.record import is_number, printable
 from fvae_lora_experiments.report.charts import COLOURS, Dot, Line, Mark, line_chart, scatter_chart, spark, strip
 from fvae_lora_experiments.report.curves import mean_curve, thinned
 from fvae_lora_experiments.report.numbers import factor, number, quantity, title
 from fvae_lora_experiments.report.rows import Group, Row
 from fvae_lora_experiments.report.tables import Compared, Table, grid_key, grid_lines, grids, tables
-from fvae_lora_experiments.runs import Point, Run
+from fvae_lora_experiments.run.archive import Point, Run
+from fvae_lora_experiments.run.record import is_number, printable
 
 POINTS_IN_A_MEAN = 120
 POINTS_IN_A_SEED = 60

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from fvae_lora_experiments.runs import Point
+from fvae_lora_experiments.run.archive import Point
 
 
 def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:

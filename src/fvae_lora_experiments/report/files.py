@@ -11,7 +11,7 @@ from typing import Any
 
 from fvae_lora_experiments.report.rows import Row
 from fvae_lora_experiments.report.tables import Table, comparisons, left_out, overviews, tables
-from fvae_lora_experiments.run_folder import write_atomically
+from fvae_lora_experiments.run.folder import write_atomically
 
 HEADING_WIDTH = 10
 """How many characters of a heading stand side by side in LaTeX."""

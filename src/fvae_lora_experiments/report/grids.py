@@ -4,9 +4,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from fvae_lora_experiments.record import is_number, printable
 from fvae_lora_experiments.report.rows import Trials, differing
-from fvae_lora_experiments.select import Best, Point, best_point
+from fvae_lora_experiments.run.record import is_number, printable
+from fvae_lora_experiments.sweep.select import Best, Point, best_point
 
 Values = tuple[float | str, ...]
 

@@ -11,8 +11,8 @@ from fvae_lora_experiments.report.aggregate import aggregate
 from fvae_lora_experiments.report.charts import Mark, swatch
 from fvae_lora_experiments.report.comparison import comparison
 from fvae_lora_experiments.report.tables import comparisons, grid_key, grid_lines, left_out, overviews
-from fvae_lora_experiments.run_folder import write_atomically
-from fvae_lora_experiments.runs import place_name, read_runs
+from fvae_lora_experiments.run.archive import place_name, read_runs
+from fvae_lora_experiments.run.folder import write_atomically
 
 
 def write_page(places: Sequence[Path], out: Path) -> Path:

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fvae_lora_experiments.record import Record
-from fvae_lora_experiments.runs import Run
-from fvae_lora_experiments.select import mean_score
+from fvae_lora_experiments.run.archive import Run
+from fvae_lora_experiments.run.record import Record
+from fvae_lora_experiments.sweep.select import mean_score
 
 State = Literal["complete", "selection", "running", "failed", "unreadable", "duplicate"]
 

@@ -15,12 +15,12 @@ from datasets import Dataset
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
-from fvae_lora_experiments.classifiers import load_classifier
 from fvae_lora_experiments.data import Splits, accuracies, open_images
 from fvae_lora_experiments.data.files import Notes
 from fvae_lora_experiments.data.images import ImageFacts, Images, augmentation, image_content, look_at_all, process
-from fvae_lora_experiments.pretrained import load, loading
-from fvae_lora_experiments.run_folder import write_atomically
+from fvae_lora_experiments.models.classifiers import load_classifier
+from fvae_lora_experiments.models.pretrained import load, loading
+from fvae_lora_experiments.run.folder import write_atomically
 from fvae_lora_experiments.tasks import Task
 
 BUILT_IN = {"vit-fashion-mnist": Path(str(files("fvae_lora_experiments"))) / "assets" / "vit-fashion-mnist"}

@@ -16,10 +16,10 @@ from fvae_lora.masks import IGNORED_LABEL
 from fvae_lora_experiments.data import Splits
 from fvae_lora_experiments.data.audio import read_sound, sound_content
 from fvae_lora_experiments.data.files import Notes
-from fvae_lora_experiments.data.timit import CORE_TEST_SPEAKERS, DEVELOPMENT_SPEAKERS, open_timit
+from fvae_lora_experiments.data.published.timit import CORE_TEST_SPEAKERS, DEVELOPMENT_SPEAKERS, open_timit
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.heads import draw_new_head
-from fvae_lora_experiments.pretrained import load, load_model, loading
+from fvae_lora_experiments.models.heads import draw_new_head
+from fvae_lora_experiments.models.pretrained import load, load_model, loading
 from fvae_lora_experiments.tasks import Metric, Task
 
 BLANK = 0

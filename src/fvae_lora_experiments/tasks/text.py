@@ -17,13 +17,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fvae_lora_experiments.classifiers import load_classifier
 from fvae_lora_experiments.data import Splits, accuracies
 from fvae_lora_experiments.data.files import Notes
 from fvae_lora_experiments.data.text import Texts, open_texts, text_content
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.heads import head_modules
-from fvae_lora_experiments.pretrained import check_tokens, load, load_tokenizer, loading
+from fvae_lora_experiments.models.classifiers import load_classifier
+from fvae_lora_experiments.models.heads import head_modules
+from fvae_lora_experiments.models.pretrained import check_tokens, load, load_tokenizer, loading
 from fvae_lora_experiments.recipe import Recipe
 from fvae_lora_experiments.tasks import Metric, Task
 

@@ -18,8 +18,8 @@ from fvae_lora_experiments.data.audio import read_sound
 from fvae_lora_experiments.data.files import Notes
 from fvae_lora_experiments.data.recordings import open_recordings, recording_content
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.frozen import STATES, collate
-from fvae_lora_experiments.pretrained import check_tokens, check_vocabulary, load, load_model, loading
+from fvae_lora_experiments.models.pretrained import check_tokens, check_vocabulary, load, load_model, loading
+from fvae_lora_experiments.run.state_cache import STATES, collate
 from fvae_lora_experiments.tasks import Metric, Task
 from fvae_lora_experiments.tasks.batches import by_length
 

@@ -25,7 +25,7 @@ from fvae_lora_experiments.data.fingerprint import Identity, identify
 from fvae_lora_experiments.data.questions import open_questions
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.methods import METHODS
-from fvae_lora_experiments.pretrained import check_tokens, load_model, load_tokenizer, loading
+from fvae_lora_experiments.models.pretrained import check_tokens, load_model, load_tokenizer, loading
 from fvae_lora_experiments.tasks import Metric, Task
 from fvae_lora_experiments.tasks.batches import by_length, padded, positions
 from fvae_lora_experiments.tasks.commonsense.answers import parse, write_answers

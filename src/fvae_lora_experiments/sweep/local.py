@@ -14,9 +14,9 @@ from typing import IO
 import torch
 
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.launchers import Ended, News, ending, refuse_folders_in_use
-from fvae_lora_experiments.plan import Planned
-from fvae_lora_experiments.surroundings import cores
+from fvae_lora_experiments.run.environment import cores
+from fvae_lora_experiments.sweep.launcher import Ended, News, ending, refuse_folders_in_use
+from fvae_lora_experiments.sweep.plan import Planned
 
 POLL_S = 0.5
 OUTPUT_BYTES = 2**16
@@ -77,7 +77,7 @@ class _Worker:
             self.channel, theirs = Pipe()
             with theirs:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "fvae_lora_experiments.worker"],
+                    [sys.executable, "-m", "fvae_lora_experiments.sweep.child"],
                     stdin=theirs.fileno(),
                     stdout=self.output,
                     stderr=subprocess.STDOUT,

@@ -28,19 +28,20 @@ from transformers import (
     TrainingArguments,
 )
 
-from fvae_lora_experiments import processes
-from fvae_lora_experiments.cost import inference_flops, training_flops
 from fvae_lora_experiments.data import Splits, fingerprint, group_counts, unlike_published
 from fvae_lora_experiments.data.files import Notes
 from fvae_lora_experiments.data.summary import print_summary, summarise
 from fvae_lora_experiments.errors import DivergenceError, RunError, UserError
-from fvae_lora_experiments.frozen import collate, use_cached_states
-from fvae_lora_experiments.heads import head_modules
 from fvae_lora_experiments.methods import METHODS
-from fvae_lora_experiments.names import located, short, without_places
-from fvae_lora_experiments.pretrained import load_adapter, loading
+from fvae_lora_experiments.models.heads import head_modules
+from fvae_lora_experiments.models.pretrained import load_adapter, loading
+from fvae_lora_experiments.places import located, short, without_places
 from fvae_lora_experiments.recipe import Recipe, check_recipe
-from fvae_lora_experiments.record import (
+from fvae_lora_experiments.run import distributed
+from fvae_lora_experiments.run.environment import git_commit, hardware, peak_memory_mb, versions
+from fvae_lora_experiments.run.flops import inference_flops, training_flops
+from fvae_lora_experiments.run.folder import RunFolder, checkpoint_step
+from fvae_lora_experiments.run.record import (
     Dataset,
     Event,
     Flops,
@@ -53,10 +54,8 @@ from fvae_lora_experiments.record import (
     TestedOn,
     Time,
 )
-from fvae_lora_experiments.run_folder import RunFolder, checkpoint_step
-from fvae_lora_experiments.surroundings import git_commit, hardware, peak_memory_mb, versions
-from fvae_lora_experiments.tasks import Task, load_task
-from fvae_lora_experiments.training import (
+from fvae_lora_experiments.run.state_cache import collate, use_cached_states
+from fvae_lora_experiments.run.trainer import (
     FolderCallback,
     RunTrainer,
     checkpoint_state,
@@ -64,6 +63,7 @@ from fvae_lora_experiments.training import (
     load_whole_model,
     trainer_arguments,
 )
+from fvae_lora_experiments.tasks import Task, load_task
 
 EXPECTED = (RunError, UserError, OSError, RuntimeError, ValueError, SafetensorError)
 """What a full disk, a small GPU or a model that does not fit the data raise. Anything else is a bug: its traceback
@@ -88,9 +88,9 @@ def run(recipe: Recipe, path: Path, quiet: bool = False, on_other_data: bool = F
         RunError: the run failed. Its record says why, and its last checkpoint is kept.
     """
     folder = RunFolder(path)
-    quiet = quiet or not processes.is_main()
-    with folder.locked() if processes.is_main() else contextlib.nullcontext():
-        processes.wait()
+    quiet = quiet or not distributed.is_main()
+    with folder.locked() if distributed.is_main() else contextlib.nullcontext():
+        distributed.wait()
         earlier = folder.read_for(recipe)
         if earlier is None or earlier.state != "complete":
             prepared = _prepare(recipe, folder, folder.opening(recipe, earlier), quiet, on_other_data)
@@ -98,12 +98,12 @@ def run(recipe: Recipe, path: Path, quiet: bool = False, on_other_data: bool = F
                 earlier = _complete(prepared, folder, quiet)
             except Exception as error:
                 reason = _in_one_line(error, recipe, path)
-                if processes.first_to_fail():
+                if distributed.first_to_fail():
                     folder.close_as_failed(reason, diverged=isinstance(error, DivergenceError))
                 if isinstance(error, EXPECTED):
                     raise RunError(f"{path}: {reason}") from error
                 raise
-        if processes.is_main():
+        if distributed.is_main():
             shutil.rmtree(folder.checkpoints, ignore_errors=True)  # a complete run resumes from nothing
         return earlier
 
@@ -228,12 +228,12 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, on_
     task = load_task(recipe)
     arguments = trainer_arguments(recipe, folder.checkpoints, task.metric, quiet)
     notes = Notes()
-    with processes.main_first():  # what has to be downloaded is there when the others begin
+    with distributed.main_first():  # what has to be downloaded is there when the others begin
         official = task.open_source(notes)
         splits = task.split(official)
         model, processor = task.load_model(splits.classes)
     note = unlike_published(official)
-    if note is not None and processes.is_main():
+    if note is not None and distributed.is_main():
         print(f"fvae-lora: warning: dataset {recipe.dataset}: {note}", file=sys.stderr)
     identity = task.identify(official)
     base = Source(name=short(recipe.model), fingerprint=_model_fingerprint(model))
@@ -244,7 +244,7 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, on_
     if changed:
         data = _on_other_data(record.dataset, data, folder, recipe, on_other_data)
 
-    with processes.main_first():  # images that one has decoded are known to the others
+    with distributed.main_first():  # images that one has decoded are known to the others
         summary = summarise(task, official, identity, notes, quiet)
     rows = task.datasets(splits, model, processor)
     facts = task.facts(rows)
@@ -301,11 +301,11 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
     train_s = record.time.train_s
 
     folder.save_adapter(folder.checkpoints / f"checkpoint-{state.best_global_step}", prepared.model.name_or_path)
-    processes.wait()
+    distributed.wait()
     best = next(e for e in folder.events() if e.event == "validation" and e.step == state.best_global_step)
     micro_batches = state.global_step * recipe.train.gradient_accumulation
     share = _batch(prepared.task, rows["train"], prepared.arguments.per_device_train_batch_size)
-    step_flops = training_flops(prepared.model, share) * processes.count()
+    step_flops = training_flops(prepared.model, share) * distributed.count()
     record.flops = Flops(train_step=step_flops, train_total=step_flops * micro_batches)
     record.metrics = Metrics(validation=best.scores | {"best_epoch": round(best.epoch)})
     if recipe.purpose == "result":
@@ -324,7 +324,7 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
 
 def _train(trainer: RunTrainer, recipe: Recipe, folder: RunFolder) -> TrainerState:
     """Trains to the end, from the last whole checkpoint if there is one; what the Trainer knew at the end."""
-    with processes.main_first():
+    with distributed.main_first():
         folder.drop_unfinished_checkpoints()
         last = folder.last_checkpoint()
         if last is not None and not METHODS[recipe.method].resumable and not finished(checkpoint_state(last), recipe):
@@ -332,10 +332,10 @@ def _train(trainer: RunTrainer, recipe: Recipe, folder: RunFolder) -> TrainerSta
             last = None
         folder.rewind(checkpoint_step(last) if last else 0)
     if last is None or not finished(checkpoint_state(last), recipe):
-        if not processes.is_main():
+        if not distributed.is_main():
             set_seed(recipe.seed, device_specific=True)  # noise and augmentation of their own
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-        processes.wait()
+        distributed.wait()
     return checkpoint_state(folder.last_checkpoint())
 
 

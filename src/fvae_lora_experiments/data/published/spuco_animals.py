@@ -5,7 +5,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from fvae_lora_experiments.data.published import SPLITS, SPUCO_ANIMALS
+from fvae_lora_experiments.data.published.spurious import SPLITS, SPUCO_ANIMALS
 
 HALVES = ("spuco_birds", "spuco_dogs")
 

@@ -9,8 +9,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from fvae_lora_experiments.plan import Planned
-from fvae_lora_experiments.progress import PAUSE_S, ends
+from fvae_lora_experiments.run.progress import PAUSE_S, ends
+from fvae_lora_experiments.sweep.plan import Planned
 
 
 class Board:

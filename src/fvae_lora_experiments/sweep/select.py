@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from fvae_lora_experiments.record import is_number
+from fvae_lora_experiments.run.record import is_number
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from pathlib import Path
 from filelock import FileLock
 
 from fvae_lora_experiments.errors import RunError, UserError
-from fvae_lora_experiments.launchers import Ended, News, ending, refuse_folders_in_use
-from fvae_lora_experiments.plan import Planned
-from fvae_lora_experiments.run_folder import RunFolder, write_atomically
+from fvae_lora_experiments.run.folder import RunFolder, write_atomically
+from fvae_lora_experiments.sweep.launcher import Ended, News, ending, refuse_folders_in_use
+from fvae_lora_experiments.sweep.plan import Planned
 
 NAME = "fvae-lora-"
 POLL_S, LONGEST_POLL_S = 0.5, 10.0
@@ -212,7 +212,7 @@ class SlurmLauncher:
 
 def do_job(folder: str, recipe: str, count: int) -> None:
     """What a job does: the same as a local process. Arguments as for `worker.work`."""
-    from fvae_lora_experiments.worker import work
+    from fvae_lora_experiments.sweep.child import work
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it; a cancelled job is to go at once
     work(folder, recipe, count)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.record import Record
+from fvae_lora_experiments.run.record import Record
 
 if TYPE_CHECKING:
     from fvae_lora_experiments.tasks import Task

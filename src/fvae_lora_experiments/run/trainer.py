@@ -25,16 +25,16 @@ from transformers.trainer_pt_utils import EvalLoopContainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from fvae_lora import FVAELoraTrainer, elbo_terms
-from fvae_lora_experiments import processes
-from fvae_lora_experiments.adalora import RankSchedule, orthogonality
 from fvae_lora_experiments.errors import DivergenceError, UserError
-from fvae_lora_experiments.frozen import collate
-from fvae_lora_experiments.pretrained import load_model
-from fvae_lora_experiments.progress import ProgressLines, on_terminal
+from fvae_lora_experiments.models.pretrained import load_model
 from fvae_lora_experiments.recipe import Recipe
-from fvae_lora_experiments.record import Event
-from fvae_lora_experiments.run_folder import RunFolder
-from fvae_lora_experiments.surroundings import cores
+from fvae_lora_experiments.run import distributed
+from fvae_lora_experiments.run.adalora import RankSchedule, orthogonality
+from fvae_lora_experiments.run.environment import cores
+from fvae_lora_experiments.run.folder import RunFolder
+from fvae_lora_experiments.run.progress import ProgressLines, on_terminal
+from fvae_lora_experiments.run.record import Event
+from fvae_lora_experiments.run.state_cache import collate
 from fvae_lora_experiments.tasks import Metric, Task
 
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second")
@@ -195,7 +195,7 @@ class FolderCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The checkpoint is whole now: it and the best one stay."""
-        processes.wait()  # each adds its random state to a checkpoint
+        distributed.wait()  # each adds its random state to a checkpoint
         self.folder.keep_checkpoints(state.global_step, state.best_global_step)
         self.on_checkpoint()
         control.should_training_stop = finished(state, self.recipe)
@@ -206,7 +206,7 @@ def reading_processes() -> int:
 
     Without one there are none: they would take the cores that train.
     """
-    return min(8, max(1, cores() // processes.count() - 1)) if torch.accelerator.is_available() else 0
+    return min(8, max(1, cores() // distributed.count() - 1)) if torch.accelerator.is_available() else 0
 
 
 def scores_among(logs: Mapping[str, float], prefix: str) -> dict[str, float]:
@@ -241,16 +241,16 @@ def trainer_arguments(recipe: Recipe, output: Path, metric: Metric, quiet: bool)
     train = recipe.train
     if train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision: fp16 needs a GPU; fp32 and bf16 are allowed here")
-    if train.batch_size % processes.count():
+    if train.batch_size % distributed.count():
         raise UserError(
-            f"train.batch_size: {train.batch_size} rows do not share out evenly among {processes.count()} processes; "
-            f"multiples of {processes.count()} are allowed"
+            f"train.batch_size: {train.batch_size} rows do not share out evenly among {distributed.count()} processes; "
+            f"multiples of {distributed.count()} are allowed"
         )
     workers = reading_processes() if train.workers is None else train.workers
     return TrainingArguments(
         output_dir=str(output),
         num_train_epochs=train.epochs,
-        per_device_train_batch_size=train.batch_size // processes.count(),
+        per_device_train_batch_size=train.batch_size // distributed.count(),
         per_device_eval_batch_size=train.batch_size,
         gradient_accumulation_steps=train.gradient_accumulation,
         learning_rate=train.learning_rate,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fvae_lora_experiments import processes
+from fvae_lora_experiments.run import distributed
 
 PACKAGES = ("fvae-lora", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "pillow")
 
@@ -48,7 +48,7 @@ def hardware() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "device": device,
-        "processes": processes.count(),
+        "processes": distributed.count(),
         "cpu": _cpu_name(),
         "cores": cores(),
         "threads": torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""What does runs: processes of this machine here, a job of a cluster in `launchers.slurm`."""
+"""What does runs: processes of this machine here, a job of a cluster in `sweep.slurm`."""
 
 import os
 import sys
@@ -12,9 +12,9 @@ from typing import NoReturn
 
 import torch
 
-from fvae_lora_experiments import processes
 from fvae_lora_experiments.cli import exit_code, hush, one_device
 from fvae_lora_experiments.recipe import Recipe
+from fvae_lora_experiments.run import distributed
 
 HOST = "127.0.0.1"
 GRACE_S = 2.0
@@ -36,17 +36,17 @@ def work(folder: str, recipe: str, count: int) -> NoReturn:
 
 
 def _run(folder: str, recipe: str) -> NoReturn:
-    processes.end(exit_code(lambda: _do(Recipe.model_validate_json(recipe), Path(folder))))
+    distributed.end(exit_code(lambda: _do(Recipe.model_validate_json(recipe), Path(folder))))
 
 
 def _do(recipe: Recipe, folder: Path) -> None:
     one_device()
 
-    from fvae_lora_experiments.runner import run
+    from fvae_lora_experiments.run.runner import run
 
     hush()
     run(recipe, folder, quiet=True)
-    processes.leave()
+    distributed.leave()
 
 
 def serve(channel: Connection) -> None:
@@ -55,7 +55,7 @@ def serve(channel: Connection) -> None:
     To import everything takes longer than a small run: that is done once, and the processes of each run are forks of
     this one. Where that cannot be, the first run of a single process is this process, and its end.
     """
-    from fvae_lora_experiments import runner  # noqa: F401
+    from fvae_lora_experiments.run import runner  # noqa: F401
 
     while True:
         try:

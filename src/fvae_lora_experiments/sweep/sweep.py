@@ -6,12 +6,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fvae_lora_experiments.board import Board
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.launchers import LETTING_GO_S, Ended, Launcher
-from fvae_lora_experiments.names import without_places
-from fvae_lora_experiments.plan import Planned
+from fvae_lora_experiments.places import without_places
 from fvae_lora_experiments.signals import Terminated
+from fvae_lora_experiments.sweep.board import Board
+from fvae_lora_experiments.sweep.launcher import LETTING_GO_S, Ended, Launcher
+from fvae_lora_experiments.sweep.plan import Planned
 
 REFUSED = 2
 """The exit code of a run that could not be begun as it was asked for."""

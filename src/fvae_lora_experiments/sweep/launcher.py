@@ -5,7 +5,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fvae_lora_experiments.plan import Planned
+from fvae_lora_experiments.sweep.plan import Planned
 
 LETTING_GO_S = 5.0
 """How long a process of an earlier, killed sweep may take to let go of its run's folder."""

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.utils import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, find_adapter_config_file, has_file
 
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.heads import head_modules
-from fvae_lora_experiments.names import is_local
+from fvae_lora_experiments.models.heads import head_modules
+from fvae_lora_experiments.places import is_local
 
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # transformers would let the hub convert a pickle for everybody
 

@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.plan import Contender, Planned, product_of, runs_of
-from fvae_lora_experiments.record import Metric, Record
-from fvae_lora_experiments.select import Best, Point, best_point, mean_score
+from fvae_lora_experiments.run.record import Metric, Record
+from fvae_lora_experiments.sweep.plan import Contender, Planned, product_of, runs_of
+from fvae_lora_experiments.sweep.select import Best, Point, best_point, mean_score
 
 
 class Grid:

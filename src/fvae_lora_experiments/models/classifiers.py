@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from fvae_lora_experiments.heads import draw_new_head
-from fvae_lora_experiments.pretrained import load, load_model
+from fvae_lora_experiments.models.heads import draw_new_head
+from fvae_lora_experiments.models.pretrained import load, load_model
 
 
 def load_classifier(source: str, kind: Any, classes: list[str]) -> tuple[PreTrainedModel, set[str]]:

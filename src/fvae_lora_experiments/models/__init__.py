@@ -1,0 +1,1 @@
+"""Pretrained models of others, and their heads."""

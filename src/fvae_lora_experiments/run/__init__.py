@@ -1,0 +1,1 @@
+"""One run: its trainer, its record and folder, and what surrounds it."""

@@ -1,0 +1,1 @@
+"""Many runs: which, a grid of them, doing them here or on SLURM."""
