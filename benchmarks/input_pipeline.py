@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor, default_data_collator
 
 from fvae_lora_experiments.data.images import Images, augmentation, open_image, process
-from fvae_lora_experiments.recipe import ImageSettings
+from fvae_lora_experiments.schema import ImageSettings
 
 BATCH = 32
 AUGMENTED = ImageSettings(augmentation=["random_resized_crop", "horizontal_flip"])

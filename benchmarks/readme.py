@@ -20,11 +20,12 @@ from fvae_lora_experiments.check import look
 from fvae_lora_experiments.data.summary import print_summary
 from fvae_lora_experiments.demo import RECIPE
 from fvae_lora_experiments.methods import METHODS
-from fvae_lora_experiments.recipe import AblationSettings, FvaeSettings, flatten, load_recipe
+from fvae_lora_experiments.recipe import flatten, load_recipe
 from fvae_lora_experiments.report import cells, summary_rows, write_markdown
 from fvae_lora_experiments.report.aggregate import aggregate
 from fvae_lora_experiments.run.archive import read_runs
 from fvae_lora_experiments.run.folder import write_atomically
+from fvae_lora_experiments.schema import AblationSettings, FvaeSettings
 
 PROJECT = Path(__file__).parents[1]
 STUDIES = PROJECT / "studies"

@@ -12,10 +12,13 @@ from . import registration
 
 registration.add_peft_type()
 
+from . import adapter_folder  # noqa: E402
 from .config import FVAELoraConfig  # noqa: E402
-from .export import export_for_inference  # noqa: E402
+from .export import export_for_inference, is_training_only  # noqa: E402
 from .loss import add_elbo, elbo_loss, elbo_terms  # noqa: E402
+from .module_names import resolve_targets  # noqa: E402
 from .reference import FVAEPEFTConfig, load_reference_adapter  # noqa: E402
+from .to_lora import ConversionReport, convert_to_lora  # noqa: E402
 
 registration.register()
 
@@ -23,15 +26,20 @@ if TYPE_CHECKING:
     from .trainer import ElboTrainerMixin, FVAELoraTrainer
 
 __all__ = [
+    "ConversionReport",
     "ElboTrainerMixin",
     "FVAELoraConfig",
     "FVAELoraTrainer",
     "FVAEPEFTConfig",
+    "adapter_folder",
     "add_elbo",
+    "convert_to_lora",
     "elbo_loss",
     "elbo_terms",
     "export_for_inference",
+    "is_training_only",
     "load_reference_adapter",
+    "resolve_targets",
 ]
 
 

@@ -11,7 +11,7 @@ from fvae_lora_experiments.data.image_source import BUILT_IN, IMAGE_COLUMNS
 from fvae_lora_experiments.data.source import official_splits, place_of, read_tables
 from fvae_lora_experiments.data.summary import Summary, summarise
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.recipe import DataSettings, Recipe
+from fvae_lora_experiments.schema import DataSettings, Recipe
 from fvae_lora_experiments.sweep.plan import Planned
 from fvae_lora_experiments.tasks import load_task
 

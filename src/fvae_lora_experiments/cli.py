@@ -1,10 +1,7 @@
 """The command line: `fvae-lora`."""
 
 import os
-import sys
 import textwrap
-import traceback
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +13,7 @@ from typer.core import TyperCommand
 
 from fvae_lora_experiments import signals
 from fvae_lora_experiments.errors import RunError, UserError
+from fvae_lora_experiments.process import exit_code, silence_libraries, use_one_gpu
 from fvae_lora_experiments.run import distributed
 
 if TYPE_CHECKING:
@@ -44,8 +42,6 @@ app = typer.Typer(
 recipes = typer.Typer(help="Lists, shows and copies recipes.", invoke_without_command=True)
 app.add_typer(recipes, name="recipes")
 console = Console(markup=False, emoji=False)  # what a user named is shown as it is
-INTERRUPTED, TERMINATED = 130, 143
-"""The exit codes after Ctrl-C and SIGTERM."""
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (image/default) or a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.epochs=3.")]
@@ -107,12 +103,12 @@ def train(
     options = _given(model=model, dataset=dataset, method=method, seed=seed)
     chosen = load_recipe(recipe, overrides or [], options)
     folder = out or Path("runs") / f"{chosen.method}-seed{chosen.seed}"
-    one_device()
+    use_one_gpu()
 
     from fvae_lora_experiments.report import print_table, summary_rows
     from fvae_lora_experiments.run.runner import run
 
-    hush()
+    silence_libraries()
     signals.unwind()
     run(chosen, folder, quiet)
     distributed.leave()
@@ -206,7 +202,7 @@ def compare(
     seen: set[str] = set()
 
     def show_data(runs: list["Planned"]) -> None:
-        hush()
+        silence_libraries()
         for summary in look_at_each(runs, seen):
             print_summary(summary, console)
 
@@ -260,11 +256,11 @@ def evaluate(
     data_root: DataRoot = None,
 ) -> None:
     """Scores a finished run again, from its adapter alone."""
-    one_device()
+    use_one_gpu()
 
     from fvae_lora_experiments.run import runner
 
-    hush()
+    silence_libraries()
     signals.unwind()
     scores = runner.evaluate(run, model, dataset)
     _, record = runner.finished_run(run)
@@ -290,7 +286,7 @@ def check(
     from fvae_lora_experiments.recipe import load_recipe, shipped
 
     signals.unwind()
-    hush()
+    silence_libraries()
     if what in shipped() or Path(what).suffix in (".yaml", ".yml"):
         recipe = load_recipe(what, overrides or [], _given(model=model, dataset=dataset))
         print_summary(look(recipe), console)
@@ -408,11 +404,11 @@ def export(
     rows: Annotated[int, typer.Option(min=1, help="lora: rows of the training split to fit on.")] = 512,
 ) -> None:
     """Writes an adapter for inference alone, or as a plain LoRA that loads without this package."""
-    one_device()
+    use_one_gpu()
 
     from fvae_lora_experiments.export import export_lora, export_small
 
-    hush()
+    silence_libraries()
     signals.unwind()
     if format is Format.inference:
         export_small(source, out, model)
@@ -429,11 +425,11 @@ def import_reference(
     out: NewFolder,
 ) -> None:
     """Turns an adapter of the reference implementation into one of this package."""
-    one_device()
+    use_one_gpu()
 
     from fvae_lora_experiments import export
 
-    hush()
+    silence_libraries()
     signals.unwind()
     export.import_reference(folder, model, out)
     console.print(f"The adapter is in {out}", highlight=False)
@@ -519,60 +515,9 @@ def _given(**options: Any) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
 
 
-def one_device() -> None:
-    """A process has one device; the Trainer would silently give all GPUs to a lone process, and grow the batch."""
-    if distributed.count() == 1:
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-
-
-def hush() -> None:
-    """A new head and a renamed option are no news to somebody who asked for a run."""
-    import warnings
-
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it cannot read is an error of ours, too
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    of_peft = "Setting `save_embedding_layers`|The following rank_pattern keys"  # a head for CTC; AdaLoRA's own pattern
-    warnings.filterwarnings("ignore", message=of_peft, module="peft")
-
-
 def main() -> None:
     """Runs the command line: one line and exit code 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C.
 
     143 after SIGTERM, if its signals are handled (`fvae_lora_experiments.__main__`).
     """
     distributed.end(exit_code(lambda: app(standalone_mode=False)))
-
-
-def exit_code(command: Callable[[], Any]) -> int:
-    """Runs `command`; says in one line what a user has to know of its end."""
-    try:
-        result = command()
-    except KeyboardInterrupt:
-        result = INTERRUPTED
-    except signals.Terminated:
-        result = TERMINATED
-    except (UserError, RunError) as error:
-        return _say(str(error), 2 if isinstance(error, UserError) else 1)
-    except OSError as error:
-        return _say(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
-    except Exception as error:
-        if hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong type
-            return _say(error.format_message(), 2)
-        if distributed.first_to_fail():
-            traceback.print_exc()
-        return 1
-    if result in (INTERRUPTED, TERMINATED):  # typer, too, makes the first of Ctrl-C
-        return _say(signals.STOPPED, result)
-    return result if isinstance(result, int) else 0
-
-
-def _say(line: str, code: int) -> int:
-    if distributed.first_to_fail():
-        print(f"fvae-lora: {line}", file=sys.stderr)
-    return code

@@ -20,15 +20,19 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fvae_lora import adapter_folder, export_for_inference, load_reference_adapter
-from fvae_lora.adapter_folder import new_folder
-from fvae_lora.to_lora import ConversionReport, convert_to_lora
+from fvae_lora import (
+    ConversionReport,
+    adapter_folder,
+    convert_to_lora,
+    export_for_inference,
+    load_reference_adapter,
+)
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.models.pretrained import load, load_adapter, load_model, loading
 from fvae_lora_experiments.places import is_local
-from fvae_lora_experiments.recipe import ImageSettings
 from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.run.runner import finished_run, open_base, open_data, scorer
+from fvae_lora_experiments.schema import ImageSettings
 from fvae_lora_experiments.tasks import load_task
 
 TASK_CLASSES = {
@@ -84,7 +88,7 @@ def export_lora(
         What was done.
 
     Raises:
-        UserError: as `export_small`, and what `fvae_lora.to_lora.convert_to_lora` refuses.
+        UserError: as `export_small`, and what `fvae_lora.convert_to_lora` refuses.
     """
     with _refusals():
         folder = _adapter_folder(source)
@@ -124,7 +128,7 @@ def import_reference(folder: Path, model: str, out: Path) -> None:
     if not (folder / "adapter_config.json").is_file():
         what = "holds no adapter_config.json" if folder.is_dir() else "no such folder"
         raise UserError(f"{folder}: {what}; expected the folder of an adapter that the reference implementation saved")
-    with _refusals(), new_folder(out) as inside:
+    with _refusals(), adapter_folder.new_folder(out) as inside:
         load_reference_adapter(_base_of(folder, model), folder).save_pretrained(inside)
 
 

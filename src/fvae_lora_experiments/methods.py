@@ -1,45 +1,27 @@
-"""The methods that can be compared: each turns a pretrained model into the one that is trained."""
+"""The methods that can be compared: each turns a pretrained model into the one that is trained.
+
+What they are is known without peft and torch, which are imported where a model is adapted: the command line lists and
+checks methods in no time.
+"""
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from peft import (
-    AdaLoraConfig,
-    HiraConfig,
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    PveraConfig,
-    VeraConfig,
-    get_peft_model,
-)
-from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.other import match_target_against_key
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-
-from fvae_lora import FVAELoraConfig
-from fvae_lora.export import is_training_only
-from fvae_lora.module_names import resolve_targets
-from fvae_lora_experiments.ablation import ablate
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.models.heads import head_modules
 
 if TYPE_CHECKING:
-    from fvae_lora_experiments.recipe import Recipe
+    from peft import PeftConfig, PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel
 
-NAME = re.compile(r"[\w.]+")
-"""A module's name, in which nothing says that it is an expression."""
+    from fvae_lora_experiments.schema import Recipe
 
-Configure = Callable[["Recipe", PreTrainedModel], PeftConfig]
+Configure = Callable[["Recipe", "PreTrainedModel"], "PeftConfig"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +45,10 @@ class Method:
         """`model`, changed in place, with this method's parameters trainable and all others frozen."""
         if self.config is None:
             return model
+        from peft import get_peft_model
+
+        from fvae_lora_experiments.ablation import ablate
+
         try:
             adapted = get_peft_model(model, self.config(recipe, model))
         except ValueError as error:
@@ -78,14 +64,19 @@ class Method:
 
 
 def _where(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
+    from fvae_lora_experiments.models.heads import head_modules
+    from fvae_lora_experiments.models.targets import adapted_modules, in_layers
+
     targets, layers = adapted_modules(model, recipe.adapter.target_modules), recipe.adapter.layers
     return {
-        "target_modules": targets if layers is None else _in_layers(model, targets, layers),
+        "target_modules": targets if layers is None else in_layers(model, targets, layers),
         "modules_to_save": head_modules(model) or None,
     }
 
 
 def _fvae_lora(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
+    from fvae_lora import FVAELoraConfig
+
     return FVAELoraConfig(
         r=recipe.adapter.r,
         lora_alpha=recipe.adapter.alpha,
@@ -96,6 +87,8 @@ def _fvae_lora(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
 
 
 def _lora(recipe: Recipe, model: PreTrainedModel, **variant: Any) -> PeftConfig:
+    from peft import LoraConfig
+
     return LoraConfig(
         r=recipe.adapter.r,
         lora_alpha=recipe.adapter.alpha or recipe.adapter.r,
@@ -106,10 +99,14 @@ def _lora(recipe: Recipe, model: PreTrainedModel, **variant: Any) -> PeftConfig:
 
 
 def _hira(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
+    from peft import HiraConfig
+
     return HiraConfig(r=recipe.adapter.r, hira_dropout=recipe.adapter.dropout, **_where(recipe, model))
 
 
 def _adalora(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
+    from peft import AdaLoraConfig
+
     first = ceil(1.5 * recipe.adapter.r)
     return AdaLoraConfig(
         init_r=first,
@@ -124,21 +121,36 @@ def _adalora(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
 
 
 def _vera(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
+    from peft import VeraConfig
+
     return VeraConfig(r=recipe.adapter.r, vera_dropout=recipe.adapter.dropout, **_where(recipe, model))
 
 
 def _pvera(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
+    from peft import PveraConfig
+
     return PveraConfig(r=recipe.adapter.r, pvera_dropout=recipe.adapter.dropout, **_where(recipe, model))
 
 
 def _linear_probe(_: Recipe, model: PreTrainedModel) -> PeftConfig:
+    from peft import LoraConfig
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    from fvae_lora_experiments.models.heads import head_modules
+
     # LoRA on no layer at all: the head is trained, saved and loaded exactly as it is for the other adapters.
     if not (head := head_modules(model)):
         raise UserError(f"method linear-probe: {type(model).__name__} has no head that a task adds")
     return LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=head)
 
 
-_fvae_method = partial(Method, config=_fvae_lora, training_only=is_training_only)
+def _for_training_alone(name: str) -> bool:
+    from fvae_lora import is_training_only
+
+    return is_training_only(name)
+
+
+_fvae_method = partial(Method, config=_fvae_lora, training_only=_for_training_alone)
 
 METHODS: dict[str, Method] = {
     "fvae-lora": _fvae_method("LoRA whose down-projection is the encoder of a VAE with two latents"),
@@ -200,65 +212,13 @@ METHODS: dict[str, Method] = {
 }
 
 
-def adapted_modules(model: PreTrainedModel, wanted: Sequence[str] | str) -> list[str]:
-    """Which modules of `model` are meant, full names or their last parts.
-
-    Args:
-        model: not adapted yet.
-        wanted: names, of which ViT's `query` is `q_proj` in transformers 5; or, as in peft, `all-linear` or a regular
-            expression of whole names. A name alone is that name.
-
-    Raises:
-        UserError: if the model has no module of a name; lists the names of its linear layers.
-    """
-    if isinstance(wanted, str) and wanted.lower() == "all-linear":
-        others = (*head_modules(model), *_output_layers(model))
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-        return [name for name in linear if not f"{name}.".startswith(tuple(f"{other}." for other in others))]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # recipes use the old names on purpose: they fit more models
-            found = resolve_targets(model, [wanted] if isinstance(wanted, str) and NAME.fullmatch(wanted) else wanted)
-    except re.error as error:
-        raise UserError(f"adapter.target_modules: {wanted!r} is no regular expression: {error}") from error
-    except ValueError as error:
-        raise UserError(f"adapter.{error}") from error
-    if isinstance(found, str):
-        return [name for name, _ in model.named_modules() if match_target_against_key(found, name)]
-    return sorted(found)
-
-
-def _output_layers(model: PreTrainedModel) -> list[str]:
-    output = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if output is not None and module is output]
-
-
-def _in_layers(model: PreTrainedModel, targets: Sequence[str], layers: Sequence[int]) -> list[str]:
-    """Full names of the modules that are meant and lie in these blocks, counted as peft does.
-
-    Raises:
-        UserError: if there are none in one of the blocks.
-    """
-    ends = tuple(f".{target}" for target in targets)
-    blocks = {
-        name: int(block[1])
-        for name, _ in model.named_modules()
-        if (name in targets or name.endswith(ends)) and (block := re.match(r".*?\.[^.]*\.(\d+)\.", name))
-    }
-    if missing := sorted({*layers} - {*blocks.values()}):
-        there = sorted({*blocks.values()})
-        known = f"0 to {there[-1]}" if there == [*range(len(there))] and there else ", ".join(map(str, there)) or "none"
-        raise UserError(
-            f"adapter.layers: block {missing[0]} of {type(model).__name__} has nothing to adapt; allowed are {known}"
-        )
-    return [name for name, block in blocks.items() if block in layers]
-
-
 def _keep_statistics(model: nn.Module) -> None:
     """Frozen batch norms go on using the statistics of pre-training: an adapter's folder could not carry new ones."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
     for module in model.modules():
         frozen = not any(p.requires_grad for p in module.parameters())
-        if frozen and isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if frozen and isinstance(module, _BatchNorm):
             module.train(False)
             module.train = partial(_stay, module)  # type: ignore
 

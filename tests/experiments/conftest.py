@@ -19,8 +19,10 @@ from colours import SIDE, write_pictures
 from hub import MODEL, Hub, write_data_sets
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from fvae_lora_experiments.cli import app, exit_code, hush
-from fvae_lora_experiments.recipe import Recipe, check_recipe
+from fvae_lora_experiments.cli import app
+from fvae_lora_experiments.process import exit_code, silence_libraries
+from fvae_lora_experiments.recipe import check_recipe
+from fvae_lora_experiments.schema import Recipe
 
 SCRIPT = Path(__file__).parents[1] / "slurm" / "local-slurm.sh"
 
@@ -29,7 +31,7 @@ SCRIPT = Path(__file__).parents[1] / "slurm" / "local-slurm.sh"
 def _hushed() -> Iterator[None]:
     """Other tests want to hear what transformers says."""
     verbosity = transformers.logging.get_verbosity()
-    hush()
+    silence_libraries()
     yield
     transformers.logging.set_verbosity(verbosity)
     transformers.logging.enable_progress_bar()

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from transformers import Trainer
 
-from fvae_lora_experiments.cli import hush
-from fvae_lora_experiments.recipe import Recipe
+from fvae_lora_experiments.process import silence_libraries
 from fvae_lora_experiments.run import runner
 from fvae_lora_experiments.run.folder import RunFolder
+from fvae_lora_experiments.schema import Recipe
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["fvae_lora_experiments.run.runner", "fvae_lora_experiments.tasks.image", "sklearn"])
@@ -44,7 +44,7 @@ def do_run(recipe: Recipe, folder: Path, die: tuple[str, int] | None = None) -> 
     if die is not None:
         owner, name = PLACES[die[0]]
         setattr(owner, name, _deadly(getattr(owner, name), die[1]))
-    hush()
+    silence_libraries()
     runner.run(recipe, folder, quiet=True)
 
 

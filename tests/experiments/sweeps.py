@@ -17,7 +17,7 @@ import psutil
 from arguments import later_wins
 from processes import CONTEXT
 
-from fvae_lora_experiments import cli, signals
+from fvae_lora_experiments import cli, process, signals
 
 
 class Compare:
@@ -63,7 +63,7 @@ def _compare(arguments: list[str], said: Path, env: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
     signals.end_at_once()
     sys.stdout = sys.stderr = cli.console.file = said.open("w", buffering=1)
-    sys.exit(cli.exit_code(lambda: cli.app(arguments, standalone_mode=False)))
+    sys.exit(process.exit_code(lambda: cli.app(arguments, standalone_mode=False)))
 
 
 def left(out: Path) -> dict[str, Any]:

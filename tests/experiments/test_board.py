@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fvae_lora_experiments.recipe import Recipe
 from fvae_lora_experiments.run.folder import RunFolder
+from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.sweep.board import Board
 from fvae_lora_experiments.sweep.plan import Planned
 

@@ -16,7 +16,8 @@ from test_intake import TASKS, lay_out, questions, recordings, texts, write
 
 from fvae_lora_experiments.check import look, task_of
 from fvae_lora_experiments.data.summary import print_summary
-from fvae_lora_experiments.recipe import Recipe, load_recipe
+from fvae_lora_experiments.recipe import load_recipe
+from fvae_lora_experiments.schema import Recipe
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -28,8 +28,9 @@ from transformers import AutoModelForCausalLM, BloomForCausalLM, MambaForCausalL
 from fvae_lora import FVAELoraConfig, elbo_terms
 from fvae_lora_experiments.data.questions import open_questions, question
 from fvae_lora_experiments.methods import METHODS
-from fvae_lora_experiments.recipe import Recipe, load_recipe
+from fvae_lora_experiments.recipe import load_recipe
 from fvae_lora_experiments.run.runner import evaluate, run
+from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import load_task
 from fvae_lora_experiments.tasks.commonsense.answers import parse, write_answers
 from fvae_lora_experiments.tasks.commonsense.likelihood import log_likelihoods

@@ -18,7 +18,7 @@ from PIL import Image
 from fvae_lora_experiments.data import fingerprint, open_images, split
 from fvae_lora_experiments.data.images import image_content, random_resized_crop
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.recipe import DataSettings, Recipe
+from fvae_lora_experiments.schema import DataSettings, Recipe
 from fvae_lora_experiments.tasks.image import ImageTask, load_image_classifier
 
 DEFAULT = DataSettings()

@@ -12,8 +12,8 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPForImageClassification, CLIPImageProcessor, CLIPVisionConfig
 
 from fvae_lora_experiments.errors import RunError, UserError
-from fvae_lora_experiments.recipe import Recipe
 from fvae_lora_experiments.run.runner import evaluate, run
+from fvae_lora_experiments.schema import Recipe
 
 LAST = {"adapter": {"layers": [1]}}
 

@@ -22,7 +22,8 @@ from fvae_lora_experiments.data.images import image_content
 from fvae_lora_experiments.data.published.spurious import CELEBA, SPUCO_ANIMALS, WATERBIRDS, Published
 from fvae_lora_experiments.data.text import open_texts
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.recipe import DataSettings, TextSettings, load_recipe
+from fvae_lora_experiments.recipe import load_recipe
+from fvae_lora_experiments.schema import DataSettings, TextSettings
 
 Cli = Callable[..., tuple[int, str, str]]
 GROUPED = DataSettings(group_column="group")

@@ -15,7 +15,7 @@ from hub import CLASSES, MODEL, SMALL, Hub, command_line
 
 from fvae_lora_experiments.data import fingerprint, open_images
 from fvae_lora_experiments.data.images import image_content
-from fvae_lora_experiments.recipe import DataSettings
+from fvae_lora_experiments.schema import DataSettings
 
 
 @pytest.mark.slow
@@ -114,7 +114,7 @@ def test_other_programs_and_this_one_get_on_with_each_others_caches(hub: Hub, tm
 
 OPENED = """
 from fvae_lora_experiments.data import open_images
-from fvae_lora_experiments.recipe import DataSettings
+from fvae_lora_experiments.schema import DataSettings
 print(sorted(open_images("{name}", DataSettings(config="{config}"))))
 """
 

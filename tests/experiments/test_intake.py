@@ -27,7 +27,7 @@ from fvae_lora_experiments.data.recordings import open_recordings
 from fvae_lora_experiments.data.source import hub_splits
 from fvae_lora_experiments.data.text import open_texts
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.recipe import DataSettings, TextSettings
+from fvae_lora_experiments.schema import DataSettings, TextSettings
 
 DEFAULT = DataSettings()
 

@@ -11,8 +11,8 @@ import transformers
 from transformers import AutoModelForImageClassification, PreTrainedConfig, ViTImageProcessor
 
 from fvae_lora_experiments.models.heads import head_modules
-from fvae_lora_experiments.recipe import Recipe
 from fvae_lora_experiments.run.runner import evaluate, run
+from fvae_lora_experiments.schema import Recipe
 
 SIDE = 16
 WIDTHS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}

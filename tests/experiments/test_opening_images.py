@@ -14,7 +14,8 @@ from PIL import ExifTags, Image
 
 from fvae_lora_experiments.data.images import ImageFacts, look_at, look_at_all, open_image
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.recipe import ImageSettings, Recipe, load_recipe
+from fvae_lora_experiments.recipe import load_recipe
+from fvae_lora_experiments.schema import ImageSettings, Recipe
 from fvae_lora_experiments.tasks import load_task
 from fvae_lora_experiments.tasks.image import load_image_classifier
 

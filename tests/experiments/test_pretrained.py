@@ -28,7 +28,8 @@ from transformers import (
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.models.classifiers import load_classifier
 from fvae_lora_experiments.models.pretrained import load_model, load_tokenizer, loading
-from fvae_lora_experiments.recipe import Recipe, load_recipe
+from fvae_lora_experiments.recipe import load_recipe
+from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import load_task
 
 Cli = Callable[..., tuple[int, str, str]]

@@ -10,7 +10,8 @@ import pytest
 from fvae_lora import FVAELoraConfig, FVAEPEFTConfig
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.methods import METHODS
-from fvae_lora_experiments.recipe import FvaeSettings, load_recipe, shipped
+from fvae_lora_experiments.recipe import load_recipe, shipped
+from fvae_lora_experiments.schema import FvaeSettings
 
 PLACES = {"model": "m", "dataset": "d"}
 
@@ -79,7 +80,7 @@ def test_overrides_win_over_the_methods_own_settings(tmp_path: Path) -> None:
         ("", ["train=3"], "train: expected keys and values below it, got 3"),
         ("", ["seed.x=3"], "seed: input should be a valid integer"),
         ("seed: 1", ["seed.x=3"], "seed.x: unknown key; seed has no keys below it"),
-        ("", ["method=lorax"], "method: input should be 'fvae-lora', 'fvae-lora-reference', 'vae2lat', "),
+        ("", ["method=lorax"], "method: expected one of fvae-lora, fvae-lora-reference, vae2lat, "),
         ("", ["adapter.target_modules=[]"], "adapter.target_modules: list should have at least 1 item"),
         ("", ["adapter.target_modules={}"], "adapter.target_modules: input should be a valid list, got {}"),
         ("", ["adapter.target_modules=[3]"], "adapter.target_modules.0: input should be a valid string, got 3"),

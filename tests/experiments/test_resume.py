@@ -16,12 +16,12 @@ import pytest
 import torch
 from processes import CONTEXT, LIVELY, attempt, result
 
-from fvae_lora_experiments import cli as command_line
+from fvae_lora_experiments import process
 from fvae_lora_experiments.errors import RunError, UserError
-from fvae_lora_experiments.recipe import Recipe
 from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.run.runner import evaluate, run
 from fvae_lora_experiments.run.trainer import FolderCallback, RunTrainer
+from fvae_lora_experiments.schema import Recipe
 
 Cli = Callable[..., tuple[int, str, str]]
 IMPATIENT = LIVELY | {"train": {"epochs": 30, "learning_rate": 1e-9, "patience": 4}}
@@ -118,9 +118,9 @@ def _main(recipe: Recipe, folder: Path, said: Path) -> None:
     import sys
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
-    command_line.hush()
+    process.silence_libraries()
     sys.stderr = said.open("w")
-    sys.exit(command_line.exit_code(lambda: run(recipe, folder, quiet=True)))
+    sys.exit(process.exit_code(lambda: run(recipe, folder, quiet=True)))
 
 
 def test_a_loss_that_is_no_number_names_step_and_layer_and_keeps_the_checkpoint(

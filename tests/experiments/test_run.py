@@ -15,8 +15,8 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.recipe import Recipe
 from fvae_lora_experiments.run.runner import evaluate, run
+from fvae_lora_experiments.schema import Recipe
 
 TERMS = {"reconstruction", "kl_z1", "gamma", "w2"}
 HIDDEN, CLASSES, R, LAYERS = 16, 3, 4, 4  # of tiny-vit: query and key of two layers

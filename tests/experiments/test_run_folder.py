@@ -18,10 +18,10 @@ from processes import CONTEXT, attempt
 
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.places import located, portable, short
-from fvae_lora_experiments.recipe import Recipe
 from fvae_lora_experiments.run.folder import RunFolder, write_atomically
 from fvae_lora_experiments.run.record import Event
 from fvae_lora_experiments.run.runner import run
+from fvae_lora_experiments.schema import Recipe
 
 PROJECT = Path(__file__).parents[2]
 

@@ -16,10 +16,10 @@ import pytest
 from processes import CONTEXT, LIVELY, attempt, result
 from sweeps import Compare, left, states
 
-from fvae_lora_experiments import cli, signals
-from fvae_lora_experiments.recipe import Recipe
+from fvae_lora_experiments import process, signals
 from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.run.runner import run
+from fvae_lora_experiments.schema import Recipe
 
 LINE = "fvae-lora: stopped; the same command goes on where it was\n"
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -98,10 +98,10 @@ def _main(recipe: Recipe, folder: Path, said: Path, moment: str, number: int) ->
     setattr(owner, name, send)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signals.end_at_once()
-    cli.hush()
+    process.silence_libraries()
     signals.unwind()
     sys.stderr = said.open("w")
-    sys.exit(cli.exit_code(lambda: run(recipe, folder, quiet=True)))
+    sys.exit(process.exit_code(lambda: run(recipe, folder, quiet=True)))
 
 
 MOMENTS: dict[str, tuple[Any, str]] = {

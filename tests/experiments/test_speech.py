@@ -49,10 +49,11 @@ from fvae_lora_experiments.data.published.timit import (
     read_phones,
 )
 from fvae_lora_experiments.methods import METHODS
-from fvae_lora_experiments.recipe import Recipe, load_recipe
+from fvae_lora_experiments.recipe import load_recipe
 from fvae_lora_experiments.run.record import Record
 from fvae_lora_experiments.run.runner import evaluate, run
 from fvae_lora_experiments.run.state_cache import collate, use_cached_states
+from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import load_task, transcription
 from fvae_lora_experiments.tasks.phonemes import PhonemeTask, Sentences
 from fvae_lora_experiments.tasks.transcription import TranscriptionTask, word_error_rate

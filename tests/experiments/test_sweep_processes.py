@@ -15,8 +15,8 @@ from rich.console import Console
 from sweeps import Compare, assert_survives, states
 
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.recipe import Recipe
 from fvae_lora_experiments.run.runner import run
+from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.sweep.local import LocalLauncher
 from fvae_lora_experiments.sweep.plan import plan
 from fvae_lora_experiments.sweep.sweep import child, sweep

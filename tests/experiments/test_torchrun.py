@@ -15,11 +15,11 @@ import torch
 import torchrun_worker
 from processes import CONTEXT, LIVELY, assert_alike, result
 
-from fvae_lora_experiments.cli import exit_code, hush
-from fvae_lora_experiments.recipe import Recipe
+from fvae_lora_experiments.process import exit_code, silence_libraries
 from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.run.runner import evaluate, run
 from fvae_lora_experiments.run.trainer import RunTrainer
+from fvae_lora_experiments.schema import Recipe
 from torchrun import torchrun
 
 WITHOUT_NOISE = ("lora", "linear-probe", "adalora")
@@ -96,7 +96,7 @@ def one_of_two(
     """A process of a run that a launcher other than torchrun might start."""
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    hush()
+    silence_libraries()
     if fail is not None and rank == 1:
         RunTrainer.training_step = fail  # type: ignore[method-assign]
     sys.stderr = (said / f"{rank}.txt").open("w")

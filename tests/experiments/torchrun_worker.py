@@ -9,8 +9,8 @@ from pathlib import Path
 
 from processes import do_run
 
-from fvae_lora_experiments.recipe import Recipe
 from fvae_lora_experiments.run.distributed import leave
+from fvae_lora_experiments.schema import Recipe
 
 
 def main(jobs: Path) -> None:

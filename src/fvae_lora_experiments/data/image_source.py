@@ -35,7 +35,7 @@ from fvae_lora_experiments.data.source import (
     without_hidden,
 )
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.recipe import DataSettings
+from fvae_lora_experiments.schema import DataSettings
 
 IMAGE_COLUMNS = ("image", "img", "file_name", "filename", "file", "filepath", "path", "image_path")
 """What the column of images, or of their files, may be called; `file_name` is the hub's in `metadata.csv`."""

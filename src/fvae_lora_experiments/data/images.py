@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, ImageOps, features
 from tqdm.auto import tqdm
 
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.recipe import ImageSettings
+from fvae_lora_experiments.schema import ImageSettings
 
 Transform = Callable[[Image.Image], Image.Image]
 

@@ -10,7 +10,7 @@ from fvae_lora_experiments.data.audio import SOUND, sound_content
 from fvae_lora_experiments.data.files import Notes
 from fvae_lora_experiments.data.source import official_splits, place_of, places, read_tables, refuse_values
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.recipe import DataSettings
+from fvae_lora_experiments.schema import DataSettings
 
 COLUMNS = ["audio", "text"]
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".sph")

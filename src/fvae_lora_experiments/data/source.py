@@ -28,7 +28,7 @@ from fvae_lora_experiments.data.files import (
 from fvae_lora_experiments.data.groups import with_groups
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.places import is_local
-from fvae_lora_experiments.recipe import DataSettings
+from fvae_lora_experiments.schema import DataSettings
 
 DATA_ROOT = "FVAE_LORA_DATA_ROOT"
 _CSV = partial(datasets.load_dataset, "csv", keep_default_na=False)  # "NA" and "None" are texts

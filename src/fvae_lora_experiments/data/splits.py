@@ -9,7 +9,7 @@ from sklearn.model_selection import train_test_split
 from fvae_lora_experiments.data.columns import class_names
 from fvae_lora_experiments.data.groups import refuse_empty_groups, weighted_as
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.recipe import DataSettings
+from fvae_lora_experiments.schema import DataSettings
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from fvae_lora_experiments.data.source import (
     with_numbers,
     without_hidden,
 )
-from fvae_lora_experiments.recipe import DataSettings, TextSettings
+from fvae_lora_experiments.schema import DataSettings, TextSettings
 
 COLUMNS = ("text", "text_pair")
 """What the columns of a text and of its other half are called, whatever they were called in the data set."""

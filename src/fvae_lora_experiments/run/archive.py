@@ -24,9 +24,9 @@ from pydantic import ValidationError
 
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.methods import METHODS
-from fvae_lora_experiments.recipe import Recipe
 from fvae_lora_experiments.run.folder import RunFolder, write_atomically
 from fvae_lora_experiments.run.record import Event, Record, parse_record, printable, read_events
+from fvae_lora_experiments.schema import Recipe
 
 Point = tuple[float, float]
 

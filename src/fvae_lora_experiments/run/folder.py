@@ -16,9 +16,10 @@ from filelock import FileLock, Timeout
 
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.places import portable, short
-from fvae_lora_experiments.recipe import Recipe, check_recipe, flatten
+from fvae_lora_experiments.recipe import check_recipe, flatten
 from fvae_lora_experiments.run.distributed import main_only
 from fvae_lora_experiments.run.record import Event, Record, parse_events, parse_record
+from fvae_lora_experiments.schema import Recipe
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:

@@ -36,7 +36,7 @@ from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.models.heads import head_modules
 from fvae_lora_experiments.models.pretrained import load_adapter, loading
 from fvae_lora_experiments.places import located, short, without_places
-from fvae_lora_experiments.recipe import Recipe, check_recipe
+from fvae_lora_experiments.recipe import check_recipe
 from fvae_lora_experiments.run import distributed
 from fvae_lora_experiments.run.environment import git_commit, hardware, peak_memory_mb, versions
 from fvae_lora_experiments.run.flops import inference_flops, training_flops
@@ -63,6 +63,7 @@ from fvae_lora_experiments.run.trainer import (
     load_whole_model,
     trainer_arguments,
 )
+from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import Task, load_task
 
 EXPECTED = (RunError, UserError, OSError, RuntimeError, ValueError, SafetensorError)

@@ -27,7 +27,6 @@ from transformers.trainer_utils import EvalLoopOutput
 from fvae_lora import FVAELoraTrainer, elbo_terms
 from fvae_lora_experiments.errors import DivergenceError, UserError
 from fvae_lora_experiments.models.pretrained import load_model
-from fvae_lora_experiments.recipe import Recipe
 from fvae_lora_experiments.run import distributed
 from fvae_lora_experiments.run.adalora import RankSchedule, orthogonality
 from fvae_lora_experiments.run.environment import cores
@@ -35,6 +34,7 @@ from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.run.progress import ProgressLines, on_terminal
 from fvae_lora_experiments.run.record import Event
 from fvae_lora_experiments.run.state_cache import collate
+from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import Metric, Task
 
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second")

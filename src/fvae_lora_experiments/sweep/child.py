@@ -12,9 +12,9 @@ from typing import NoReturn
 
 import torch
 
-from fvae_lora_experiments.cli import exit_code, hush, one_device
-from fvae_lora_experiments.recipe import Recipe
+from fvae_lora_experiments.process import exit_code, silence_libraries, use_one_gpu
 from fvae_lora_experiments.run import distributed
+from fvae_lora_experiments.schema import Recipe
 
 HOST = "127.0.0.1"
 GRACE_S = 2.0
@@ -22,7 +22,7 @@ GRACE_S = 2.0
 
 
 def work(folder: str, recipe: str, count: int) -> NoReturn:
-    """Does a run and ends this process with its exit code: see `cli.exit_code`.
+    """Does a run and ends this process with its exit code: see `process.exit_code`.
 
     Args:
         folder: the run's folder.
@@ -40,11 +40,11 @@ def _run(folder: str, recipe: str) -> NoReturn:
 
 
 def _do(recipe: Recipe, folder: Path) -> None:
-    one_device()
+    use_one_gpu()
 
     from fvae_lora_experiments.run.runner import run
 
-    hush()
+    silence_libraries()
     run(recipe, folder, quiet=True)
     distributed.leave()
 

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import yaml
 
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.recipe import Recipe, flatten, load_recipe, parse_override
+from fvae_lora_experiments.recipe import flatten, load_recipe, parse_override
 from fvae_lora_experiments.run.folder import RunFolder
+from fvae_lora_experiments.schema import Recipe
 
 OPTION_OF = {"method": "--methods", "seed": "--seeds", "dataset": "--dataset", "purpose": "--grid"}
 """Keys of a recipe that name a run's place in its sweep, and the option that each has for that."""

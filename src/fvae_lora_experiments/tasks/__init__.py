@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from fvae_lora_experiments.data.files import Notes
     from fvae_lora_experiments.data.images import ImageFacts
-    from fvae_lora_experiments.recipe import Recipe
+    from fvae_lora_experiments.schema import Recipe
 
 TASKS = {
     "image": "image:ImageTask",

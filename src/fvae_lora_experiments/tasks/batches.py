@@ -6,6 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+IGNORED_LABEL = -100
+"""What torch's cross-entropy leaves out, and so do transformers' losses."""
+
 
 def padded(
     sequences: Sequence[Sequence[int]], filler: int, side: Literal["left", "right"], device: torch.device | None = None

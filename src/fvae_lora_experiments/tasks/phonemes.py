@@ -12,7 +12,6 @@ from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, PreTrainedModel
 
-from fvae_lora.masks import IGNORED_LABEL
 from fvae_lora_experiments.data import Splits
 from fvae_lora_experiments.data.audio import read_sound, sound_content
 from fvae_lora_experiments.data.files import Notes
@@ -21,6 +20,7 @@ from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.models.heads import draw_new_head
 from fvae_lora_experiments.models.pretrained import load, load_model, loading
 from fvae_lora_experiments.tasks import Metric, Task
+from fvae_lora_experiments.tasks.batches import IGNORED_LABEL
 
 BLANK = 0
 """What CTC's blank is called: the model's padding token. The phones come after it."""

@@ -24,7 +24,7 @@ from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.models.classifiers import load_classifier
 from fvae_lora_experiments.models.heads import head_modules
 from fvae_lora_experiments.models.pretrained import check_tokens, load, load_tokenizer, loading
-from fvae_lora_experiments.recipe import Recipe
+from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import Metric, Task
 
 ROLE = "for text classification"

@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, PreTrainedModel
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
-from fvae_lora.masks import IGNORED_LABEL
 from fvae_lora_experiments.data import Splits
 from fvae_lora_experiments.data.audio import read_sound
 from fvae_lora_experiments.data.files import Notes
@@ -21,7 +20,7 @@ from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.models.pretrained import check_tokens, check_vocabulary, load, load_model, loading
 from fvae_lora_experiments.run.state_cache import STATES, collate
 from fvae_lora_experiments.tasks import Metric, Task
-from fvae_lora_experiments.tasks.batches import by_length
+from fvae_lora_experiments.tasks.batches import IGNORED_LABEL, by_length
 
 
 class TranscriptionTask(Task):

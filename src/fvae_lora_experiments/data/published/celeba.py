@@ -8,8 +8,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from fvae_lora_experiments.data.published.spurious import CELEBA, SPLITS
 from fvae_lora_experiments.data.published.metadata import integer, table_lines
+from fvae_lora_experiments.data.published.spurious import CELEBA, SPLITS
 from fvae_lora_experiments.errors import UserError
 
 LABEL, ATTRIBUTE = "Blond_Hair", "Male"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from fvae_lora_experiments.data.published.spurious import SPLITS, WATERBIRDS
 from fvae_lora_experiments.data.published.metadata import integer, table_lines
+from fvae_lora_experiments.data.published.spurious import SPLITS, WATERBIRDS
 from fvae_lora_experiments.errors import UserError
 
 COLUMNS = ("img_filename", "y", "split", "place")

@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fvae_lora.masks import IGNORED_LABEL
 from fvae_lora_experiments.data import Splits
 from fvae_lora_experiments.data.files import Notes
 from fvae_lora_experiments.data.fingerprint import Identity, identify
@@ -27,7 +26,7 @@ from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.models.pretrained import check_tokens, load_model, load_tokenizer, loading
 from fvae_lora_experiments.tasks import Metric, Task
-from fvae_lora_experiments.tasks.batches import by_length, padded, positions
+from fvae_lora_experiments.tasks.batches import IGNORED_LABEL, by_length, padded, positions
 from fvae_lora_experiments.tasks.commonsense.answers import parse, write_answers
 from fvae_lora_experiments.tasks.commonsense.likelihood import log_likelihoods
 from fvae_lora_experiments.tasks.commonsense.prompts import check_template, encode

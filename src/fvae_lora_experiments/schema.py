@@ -1,0 +1,275 @@
+"""What a recipe may hold: its keys, their defaults, what is allowed and what each means."""
+
+import math
+from typing import Annotated, Literal, Self
+
+from PIL import ImageColor
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe; a key that it does not know is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class DataSettings(Section):
+    """Which rows are trained on, selected on and tested on."""
+
+    protocol: Literal["clean", "reported-on-validation", "reference", "reference-on-test"] = "clean"
+    """`clean` takes a missing split from train, the same for every seed, and keeps the official test split whole;
+    where there is none with known labels (as in GLUE), the official validation split is the test.
+    `reported-on-validation` selects on the official validation split and reports its score there as the test's: common
+    practice for GLUE, and too good by what the selection gains.
+    `reference` splits as the reference implementation does: anew for each seed, and it may halve the test split.
+    `reference-on-test` selects on the test split itself, as the reference implementation does for SVHN."""
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """The share of train that is the validation split where there is none."""
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """The share of train that is the test split where there is none."""
+    split_seed: Annotated[int, Field(ge=0)] = 0
+    """The seed of the splits that are taken from train, the same for every run."""
+    config: str | None = None
+    """Which configuration of a data set on the hub, where it has several."""
+    image_column: str | None = None
+    """The column of the images; None is the first that holds images."""
+    label_column: str | None = None
+    """The column of the labels; None is the one that declares classes, or else `label` or `labels`."""
+    classes: Annotated[list[str], Field(min_length=2)] | None = None
+    """Names of the labels in the order of their numbers; None is those that the data declare, or that train has."""
+    train_rows: Count | None = None
+    """How many rows of the training split are used, drawn by class and group with the split seed; None is all."""
+    validation_rows: Count | None = None
+    """Likewise of the validation split."""
+    group_column: str | None = None
+    """The column that says which group a row belongs to: each group is then scored by itself; None is no groups."""
+    average: Literal["plain", "train-weighted"] = "plain"
+    """How rows count in the accuracy of validation and test. `train-weighted` gives each group the weight that it has
+    in train, as is usual for Waterbirds, whose validation and test are balanced (Sagawa et al., 2020)."""
+    select_by: Literal["accuracy", "worst_group_accuracy"] = "accuracy"
+    """The validation score that selects the epoch; `accuracy` stands for the task's own metric."""
+
+    @field_validator("average", "select_by")
+    @classmethod
+    def _needs_groups(cls, value: str, info: ValidationInfo) -> str:
+        if value in ("train-weighted", "worst_group_accuracy") and info.data.get("group_column") is None:
+            raise PydanticCustomError("no_groups", "input needs data.group_column")
+        return value
+
+
+class ImageSettings(Section):
+    """How images are opened, the same for all splits, and augmented, training split only."""
+
+    range: tuple[float, float] | None = None
+    """The values of black and of white in images of more than 8 bits; None is the range of their type."""
+    background: str = "white"
+    """What is behind transparent images: a colour's name, or `#rrggbb`."""
+
+    augmentation: list[Literal["random_resized_crop", "horizontal_flip"]] = []
+    """What is done to an image anew each time that it is trained on."""
+    min_crop: Annotated[float, Field(gt=0, le=1)] = 0.08
+    """The smallest share of an image's area that a random crop keeps."""
+    size: Count | None = None
+    """Height and width that the model is given, its position embeddings interpolated; None is its own size."""
+
+    @field_validator("range")
+    @classmethod
+    def _black_is_not_white(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not (math.isfinite(value[0]) and math.isfinite(value[1]) and value[0] != value[1]):
+            raise PydanticCustomError("range", "input should be two different numbers, those of black and of white")
+        return value
+
+    @field_validator("background")
+    @classmethod
+    def _is_a_colour(cls, value: str) -> str:
+        try:
+            ImageColor.getrgb(value)
+        except ValueError as error:
+            raise PydanticCustomError("colour", "input should be a colour, as white or #ffffff") from error
+        return value
+
+
+class CommonsenseSettings(Section):
+    """Questions with options, and the causal language model that answers them."""
+
+    template: Literal["alpaca", "chat"] = "alpaca"
+    """The text around a question: that on which the field trains base models, or the chat template of the tokenizer."""
+    test_sets: Annotated[list[str], Field(min_length=1)] | None = None
+    """Which of the data set's test sets are scored; None is all that are there."""
+    max_new_tokens: Count = 32
+    """The longest answer that is generated."""
+    load_in_4bit: bool = False
+    """Keeps the frozen weights in 4 bits (needs bitsandbytes)."""
+
+
+class TextSettings(Section):
+    """What is read of a row of text, and how it is judged."""
+
+    columns: Annotated[list[str], Field(min_length=1, max_length=2)] | None = None
+    """The text's column, or the two of a pair; None is `sentence` or `text`."""
+    max_length: Count = 128
+    """Tokens of a row, special ones included, beyond which it is cut."""
+    metrics: Annotated[list[Literal["accuracy", "f1", "matthews", "pearson", "spearman"]], Field(min_length=1)] = [
+        "accuracy"
+    ]
+    """What is measured; the first selects the epoch. The correlations are those of a regression on numbers."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if len({metric in ("pearson", "spearman") for metric in self.metrics}) > 1:
+            raise ValueError("classes have accuracy, f1 and matthews, numbers have pearson and spearman: not both")
+        return self
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether labels are numbers rather than classes."""
+        return self.metrics[0] in ("pearson", "spearman")
+
+
+class SpeechSettings(Section):
+    """What is transcribed, and how much is written."""
+
+    language: str = "en"
+    """The language of the recordings, for models that know several; `en` or `english`."""
+    max_new_tokens: Count = 225
+    """The longest transcription that is generated."""
+
+
+class TrainSettings(Section):
+    """The optimisation."""
+
+    epochs: Count = 30
+    """How often the training split is gone through."""
+    batch_size: Count = 32
+    """Rows of a batch, shared out among the processes of a run."""
+    gradient_accumulation: Count = 1
+    """Batches whose gradients make one step."""
+    learning_rate: Positive = 5e-3
+    """AdamW's learning rate after warm-up."""
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """How the learning rate changes after warm-up; `constant` has none."""
+    warmup_ratio: Share = 0.1
+    """The share of all steps in which the learning rate rises from 0."""
+    weight_decay: Weight = 0.01
+    """AdamW's weight decay."""
+    max_grad_norm: Weight = 1.0
+    """The norm that gradients are clipped to; 0 switches clipping off."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What is computed in; trained weights are fp32 in any case. fp16 needs a GPU."""
+    patience: Count | None = None
+    """Epochs without a better validation score after which training stops; None trains for all epochs."""
+    log_every: Count = 50
+    """Steps between two lines of the learning curve; the end of an epoch always gets one."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes that read the data; None is the cores but one, eight at most, beside an accelerator, and else 0. Random
+    crops depend on the number."""
+    cache_frozen: bool = False
+    """Computes what lies before the first adapted block once, in eval mode, and trains on that (see `frozen`)."""
+
+
+class AdapterSettings(Section):
+    """What is adapted, common to the methods that adapt."""
+
+    r: Count = 16
+    """The rank: dimensions of z1 in FVAE-LoRA."""
+    alpha: Positive | None = None
+    """The scale is alpha / r; None means r."""
+    dropout: Share = 0.1
+    """Dropout of the adapter's input."""
+    target_modules: Annotated[list[str], Field(min_length=1)] | Annotated[str, Field(min_length=1)] = ["query", "key"]
+    """Names of the modules that are adapted, or, as in peft, `all-linear` or a regular expression of whole names."""
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    """Which of the model's blocks are adapted, counted from 0; None is all."""
+
+
+class FvaeSettings(Section):
+    """Fields of `FVAELoraConfig`, by its names, that `adapter` does not already set."""
+
+    residual_dim: Count | None = None
+    """Dimensions of z2; None is `adapter.r`."""
+    encoder_hidden_dims: list[Count] | None = None
+    """Widths of the encoders' hidden layers; None is one of `adapter.r`, [] the linear encoder, which can be merged."""
+    encoder_dropout: Share = 0.0
+    """Dropout after each of the encoders' hidden layers."""
+    shared_encoder_trunk: bool = True
+    """Whether an encoder's mean and log-variance share the hidden layers."""
+    decoder_hidden_dims: list[Count] = [128]
+    """Widths of the decoder's hidden layers."""
+    decoder_dropout: Share = 0.0
+    """Dropout after each of the decoder's hidden layers."""
+    latent_fusion: Literal["concat", "average"] = "concat"
+    """How the decoder is given z1 and z2; `average` needs them to have as many dimensions."""
+    residual_prior_mean: Annotated[float, Field(allow_inf_nan=False)] = 1.5
+    """The mean of z2's prior, in every dimension."""
+    residual_prior_std: Positive = 1.0
+    """The standard deviation of z2's prior."""
+    objective: Literal["fvae", "vae2lat", "reference"] = "fvae"
+    """The paper's ELBO, a plain one for both latents, or that of the reference implementation."""
+    elbo_weight: Weight = 1e-3
+    """lambda, the ELBO's weight beside the task's loss; at 0 encoder 2 and the decoder are neither built nor run."""
+    reconstruction_weight: Weight = 1.0
+    """alpha, the weight of the reconstruction."""
+    kl_weight: Weight = 10.0
+    """beta, the weight of the KL divergence of z1, under vae2lat of both latents."""
+    factorization_weight: Weight = 1.0
+    """delta, the weight of the term that drives the two latents apart."""
+    factorization_weight_z1: Weight | None = None
+    """The part of that term that is about z1; None is `factorization_weight`."""
+    factorization_weight_z2: Weight | None = None
+    """The part of that term that is about z2; None is `factorization_weight`."""
+    task_weight: Positive = 1.0
+    """The weight of the task's loss, in training only."""
+    layer_reduction: Literal["sum", "mean"] = "sum"
+    """How the layers' ELBOs are put together."""
+    elbo_stop_gradient: bool = False
+    """Whether the ELBO's gradient stops at the layer's input, and so changes no layer below."""
+    elbo_token_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The share of tokens on which the ELBO is estimated."""
+
+
+class AblationSettings(Section):
+    """What is taken away from the methods that are FVAE-LoRA (see `ablation`)."""
+
+    noise: bool = True
+    """False holds z1's standard deviation at nothing: z1 is its mean in training, too."""
+    start: Literal["method", "lora"] = "method"
+    """`lora` starts as LoRA does, B at zero and z1's mean at random; `method` the other way round."""
+
+
+class Recipe(Section):
+    """One run, completely: the same recipe on the same data and the same versions gives the same result."""
+
+    task: Literal["image", "text", "commonsense", "phonemes", "transcription"] = "image"
+    """What the model learns to do."""
+    method: str = "fvae-lora"
+    """How it is adapted; `fvae-lora recipes` says what each is."""
+    model: Annotated[str, Field(min_length=1)]
+    """The pretrained model: a name on the hub or a folder."""
+    dataset: Annotated[str, Field(min_length=1)]
+    """The data: a name on the hub or a folder."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
+    """The seed of all that is random in a run, but not of the splits."""
+    purpose: Literal["result", "selection"] = "result"
+    """`selection` is a point of a grid: it is scored on validation, and leaves the test split alone."""
+    data: DataSettings = DataSettings()
+    image: ImageSettings = ImageSettings()
+    text: TextSettings = TextSettings()
+    commonsense: CommonsenseSettings = CommonsenseSettings()
+    speech: SpeechSettings = SpeechSettings()
+    train: TrainSettings = TrainSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    fvae: FvaeSettings = FvaeSettings()
+    ablation: AblationSettings = AblationSettings()
+
+    @field_validator("method")
+    @classmethod
+    def _has_something_to_train(cls, value: str, info: ValidationInfo) -> str:
+        if value == "linear-probe" and info.data.get("task") in ("commonsense", "transcription"):
+            raise PydanticCustomError("no_head", "a model that writes has no head that this would train")
+        return value
