@@ -75,14 +75,15 @@ def elbo_of_tokens(layer: FVAELoraLayer, adapter: str, x: Tensor) -> tuple[Tenso
 
 @contextmanager
 def layers_by_hand() -> Iterator[dict[tuple[str, str], list[Tensor]]]:
-    """Adapted layers compute as written above; gives L_FVAE of the tokens of each layer's runs."""
+    """Adapted layers compute as written above; gives L_FVAE of the tokens of each layer's runs that have a graph."""
     found: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
 
     def forward(layer: FVAELoraLayer, x: Tensor) -> Tensor:
         result = layer.base_layer(x)
-        for adapter in layer.active_adapters:
+        for adapter in [] if layer.disable_adapters else layer.active_adapters:
             update, elbo = elbo_of_tokens(layer, adapter, x)
-            found[layer.name, adapter].append(elbo)
+            if torch.is_grad_enabled():
+                found[layer.name, adapter].append(elbo)
             result = result + update
         return result
 

@@ -29,7 +29,10 @@ from .masks import TokenMasks
 from .objective import LayerElbo, TokenWeights
 from .transforms import is_transforming
 
-ADVICE = "add it with fvae_lora.add_elbo(loss, model), or train with fvae_lora.FVAELoraTrainer"
+ADVICE = (
+    "add it with fvae_lora.add_elbo(loss, model), or train with fvae_lora.FVAELoraTrainer or with "
+    "fvae_lora.ElboTrainerMixin in front of another Trainer"
+)
 
 Key = tuple[str, str]  # a layer's name and an adapter's
 Shares = Mapping[str, float]  # of the optimizer step's tokens that a forward has, for each sequence
