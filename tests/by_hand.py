@@ -75,15 +75,14 @@ def elbo_of_tokens(layer: FVAELoraLayer, adapter: str, x: Tensor) -> tuple[Tenso
 
 @contextmanager
 def layers_by_hand() -> Iterator[dict[tuple[str, str], list[Tensor]]]:
-    """Adapted layers compute as written above; gives L_FVAE of the tokens of each layer's runs that have a graph."""
+    """Adapted layers compute as written above; gives L_FVAE of the tokens of each layer's runs."""
     found: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
 
     def forward(layer: FVAELoraLayer, x: Tensor) -> Tensor:
         result = layer.base_layer(x)
         for adapter in [] if layer.disable_adapters else layer.active_adapters:
             update, elbo = elbo_of_tokens(layer, adapter, x)
-            if torch.is_grad_enabled():
-                found[layer.name, adapter].append(elbo)
+            found[layer.name, adapter].append(elbo)
             result = result + update
         return result
 
@@ -114,6 +113,45 @@ def elbo_by_hand(model: nn.Module, batches: Sequence[Batch], valid: Valid = wher
     settings = {layer.name: layer.fvae_lora_vae for layer in model.modules() if isinstance(layer, FVAELoraLayer)}
     weight = {key: settings[key[0]][key[1]].config.elbo_weight for key in sums}
     return -sum(weight[key] * sums[key] / counts[key] for key in sums), outputs
+
+
+@contextmanager
+def plain_elbo(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
+    """Adapted layers compute as written above; gives the negative ELBO of what was run, whoever ran it.
+
+    It is the mean over the tokens of all runs with a graph that are no padding by the masks that the model was given.
+    """
+    masks: list[Tensor | None] = []
+
+    def look(_: nn.Module, __: Any, given: Batch) -> None:
+        if torch.is_grad_enabled():
+            masks.append(given.get("attention_mask"))
+
+    def mean(layer: str, adapter: str, runs: list[Tensor]) -> Tensor:
+        counted = [
+            torch.ones_like(run) if mask is None else mask.to(run) for run, mask in zip(runs, masks, strict=True)
+        ]
+        total = sum((run * tokens).sum() for run, tokens in zip(runs, counted, strict=True))
+        return -vaes[layer][adapter].config.elbo_weight * total / sum(tokens.sum() for tokens in counted)
+
+    def with_graph(runs: list[Tensor]) -> list[Tensor]:
+        return [run for run in runs if run.requires_grad]
+
+    vaes = {layer.name: layer.fvae_lora_vae for layer in model.modules() if isinstance(layer, FVAELoraLayer)}
+    watched = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    hook = watched.register_forward_pre_hook(look, with_kwargs=True)
+    with layers_by_hand() as found:
+        yield lambda: sum(mean(*key, trained) for key, runs in found.items() if (trained := with_graph(runs)))
+    hook.remove()
+
+
+class PlainTrainer:
+    """In front of a Trainer: its loss and the ELBO by hand. Gradient checkpointing would compute the layers again."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        with plain_elbo(self.model) as elbo:
+            loss: Tensor = super().compute_loss(model, inputs, *args, **kwargs)
+            return loss + elbo() / (self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else 1)
 
 
 def labels_in(batch: Batch, shifted: bool = False) -> Tensor:
@@ -148,7 +186,9 @@ def assert_same(found: Gradients, expected: Gradients, tolerance: float = 1e-10)
         assert error < tolerance, f"{name}: {error:.2e}"
 
 
-class _Gradients(TrainerCallback):
+class StepGradients(TrainerCallback):
+    """Those of each optimizer step."""
+
     def __init__(self) -> None:
         self.steps: list[Gradients] = []
 
@@ -185,7 +225,7 @@ def trainer_gradients(
         label_names=["labels"],
         **arguments,
     )
-    seen = _Gradients()
+    seen = StepGradients()
     trainer_class(
         model=model,
         args=settings,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 
-from by_hand import Gradients, _Gradients, adapted, assert_same, layers_by_hand
+from by_hand import Gradients, PlainTrainer, StepGradients, adapted, assert_same
 from fvae_lora import ElboTrainerMixin
 from fvae_lora.layer import FVAELoraLayer
 from tiny import tiny_llama
@@ -87,38 +86,9 @@ TRAINERS: dict[str, tuple[str, list[dict[str, Any]], Callable[[], PeftModel], di
 }
 
 
-class Plain:
-    """In front of a trainer whose layers compute as written by hand: the task's loss and the ELBO of what was run."""
-
-    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        masks: list[Tensor | None] = []
-
-        def look(_: nn.Module, __: Any, given: dict[str, Any]) -> None:
-            if torch.is_grad_enabled():
-                masks.append(given.get("attention_mask"))
-
-        hook = self.model.get_base_model().register_forward_pre_hook(look, with_kwargs=True)
-        with layers_by_hand() as found:
-            loss: Tensor = super().compute_loss(model, inputs, *args, **kwargs)
-        hook.remove()
-        return loss + sum(mean_elbo(self.model, *key, runs, masks) for key, runs in found.items())
-
-
-def mean_elbo(
-    model: PeftModel, layer: str, adapter: str, runs: list[Tensor], masks: list[Tensor | None]
-) -> Tensor | float:
-    """The weighted negative ELBO of a layer, the mean over the tokens of all its runs."""
-    weights = [torch.ones_like(run) if mask is None else mask.to(run) for run, mask in zip(runs, masks, strict=True)]
-    total = sum((run * weight).sum() for run, weight in zip(runs, weights, strict=True))
-    return -model.peft_config[adapter].elbo_weight * total / sum(weight.sum() for weight in weights)
-
-
-def made(
-    name: str, front: type, model: PeftModel, folder: Path, rows: list[dict[str, Any]] | None = None, **fields: Any
-) -> Any:
+def made(name: str, front: type | None, model: PeftModel, folder: Path, **fields: Any) -> Any:
     """A trainer of TRL with a class in front, which takes one step over all its rows."""
-    kind, own_rows, _, own_fields = TRAINERS[name]
-    rows = own_rows if rows is None else rows
+    kind, rows, _, own_fields = TRAINERS[name]
     settings: dict[str, Any] = {
         "max_steps": 1,
         "per_device_train_batch_size": len(rows),
@@ -132,8 +102,8 @@ def made(
         **own_fields,
         **fields,
     }
-    trainer = type("Trained", (front, getattr(trl, f"{kind}Trainer")), {})
-    return trainer(
+    trainer = getattr(trl, f"{kind}Trainer")
+    return (trainer if front is None else type("Trained", (front, trainer), {}))(
         model,
         args=getattr(trl, f"{kind}Config")(str(folder), **settings),
         train_dataset=Dataset.from_list(rows),
@@ -144,7 +114,7 @@ def made(
 
 def gradients_of(trainer: Any) -> Gradients:
     """Those of the step."""
-    seen = _Gradients()
+    seen = StepGradients()
     trainer.add_callback(seen)
     trainer.train()
     (found,) = seen.steps
@@ -152,9 +122,9 @@ def gradients_of(trainer: Any) -> Gradients:
 
 
 def both(name: str, folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> tuple[Gradients, Gradients]:
-    """The gradients with the mixin, and those by hand, of the same model with the same seed."""
+    """The gradients with the mixin and, as TRL has it, checkpointing; and those by hand, of the same model and seed."""
     steps = []
-    for front, fields in ((ElboTrainerMixin, found), (Plain, expected)):
+    for front, fields in ((ElboTrainerMixin, found), (PlainTrainer, {"gradient_checkpointing": False, **expected})):
         torch.manual_seed(0)
         model = TRAINERS[name][2]()
         steps.append(gradients_of(made(name, front, model, folder, **fields)))
@@ -163,6 +133,94 @@ def both(name: str, folder: Path, found: dict[str, Any], expected: dict[str, Any
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_trainer_adds_the_plain_elbo_to_its_own_loss(name: str, tmp_path: Path) -> None:
-    """As TRL does it, with gradient checkpointing; by hand without."""
-    found, expected = both(name, tmp_path, {}, {"gradient_checkpointing": False})
+    found, expected = both(name, tmp_path, {}, {})
     assert_same(found, expected, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["SFT", "DPO", "Reward"])
+def test_the_elbo_of_accumulated_batches_is_the_mean_over_all_their_tokens(name: str, tmp_path: Path) -> None:
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    found, expected = both(name, tmp_path, halves, {})
+    assert_same(found, expected, 1e-4)
+
+
+def test_the_elbo_of_accumulated_batches_of_kto_leaves_the_rows_for_kl_out(tmp_path: Path) -> None:
+    """Its own loss has an estimate that depends on the batch; the decoder learns from the ELBO alone."""
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    found, expected = (decoders(step) for step in both("KTO", tmp_path, halves, {}))
+    assert_same(found, expected, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_the_elbo_of_tokens_that_a_step_generates_is_the_mean_over_its_batches(name: str, tmp_path: Path) -> None:
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    found, expected = both(name, tmp_path, halves, halves)
+    assert_same(found, expected, 1e-4)
+
+
+def decoders(gradients: Gradients) -> Gradients:
+    return {name: gradient for name, gradient in gradients.items() if "decoder" in name}
+
+
+# --- References -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO", "RLOO"])
+def test_the_reference_is_a_copy_of_the_policy(name: str, tmp_path: Path) -> None:
+    model = policy(modules_to_save=["lm_head"] if name == "GRPO" else None)
+    made(name, ElboTrainerMixin, model, tmp_path)
+    ours = {key: value for key, value in model.named_parameters() if value.requires_grad}
+    assert any("fvae_lora_B" in key for key in ours)
+    for key, value in ours.items():
+        reference = model.get_parameter(key.replace(".default.", ".ref."))
+        assert torch.equal(reference, value)
+        assert not reference.requires_grad
+
+
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_before_the_first_step_of_dpo_its_loss_is_log_2(
+    precomputed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # with noise, which the reference has none of
+    trainer = made("DPO", ElboTrainerMixin, policy(), tmp_path, precompute_ref_log_probs=precomputed)
+    assert trainer.evaluate(Dataset.from_list(PAIRS))["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_fresh_adapter_starts_at_its_base_in_evaluation(tmp_path: Path) -> None:
+    """TRL takes the base for the reference then; in training z1 is noise, and the policy is away from it."""
+    base = tiny_llama(vocab_size=len(WORDS))
+    trainer = trl.DPOTrainer(
+        base,
+        args=trl.DPOConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=tokenizer(),
+        peft_config=policy().peft_config["default"],
+    )
+    assert list(trainer.model.peft_config) == ["default"]
+    assert trainer.evaluate(Dataset.from_list(PAIRS))["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO"])
+def test_disable_dropout_switches_ours_off(name: str, tmp_path: Path) -> None:
+    model = policy(lora_dropout=0.5, encoder_dropout=0.5, decoder_dropout=0.5)
+    ours = [
+        module
+        for layer in model.modules()
+        if isinstance(layer, FVAELoraLayer)
+        for module in layer.modules()
+        if isinstance(module, nn.Dropout)
+    ]
+    assert ours
+    assert all(module.p == 0.5 for module in ours)
+    made(name, ElboTrainerMixin, model, tmp_path, disable_dropout=True)
+    assert all(module.p == 0 for module in ours)
+
+
+# --- Without the mixin ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_trainer_without_the_mixin_names_it(name: str, tmp_path: Path) -> None:
+    trainer = made(name, None, TRAINERS[name][2](), tmp_path)
+    with pytest.raises(RuntimeError, match=r"the ELBO .* not in the loss .*ElboTrainerMixin"):
+        trainer.train()

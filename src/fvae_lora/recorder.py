@@ -262,7 +262,7 @@ class Recorder:
         if last is not None and last.masks is None and last.state is State.WAITING and key not in last.by_key():
             return last
         self._let_go()
-        return Forward(inside_backward=is_inside_backward())
+        return Forward()
 
 
 def _hand_over(forward: Forward, key: Key, output: Tensor, negative_elbo: Tensor, weights: TokenWeights) -> Tensor:
