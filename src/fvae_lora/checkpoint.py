@@ -78,7 +78,7 @@ def check_fit(
         ValueError: If a weight is missing, belongs to no layer of the model, or has another shape.
     """
     where = type(model).__name__
-    own = {key for key in found if f".{prefix}" in f".{key}"}
+    own = {key for key in found if f".{prefix}" in f".{key}"} - _parameters_of_modules(model)
     if missing := sorted(expected.keys() - own):
         raise ValueError(f"the adapter does not fit {where}: it lacks {some(missing)}")
     if extra := sorted(own - expected.keys()):
@@ -88,6 +88,11 @@ def check_fit(
         wanted = expected.get(key) or base.get(key.replace(".base_layer.", "."))
         if wanted is not None and wanted != shape:
             raise ValueError(f"the adapter does not fit {where}: {key} has shape {shape}, the model needs {wanted}")
+
+
+def _parameters_of_modules(model: nn.Module) -> set[str]:
+    """Names of a model's parameters without an adapter; a module of its own may have a name like the adapter's."""
+    return {name.replace(".original_module.", ".") for name, _ in model.named_parameters()}
 
 
 def some(names: list[str], limit: int = 3) -> str:

@@ -99,6 +99,8 @@ def _close_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if recorder.running is None:
         return None
     forward = recorder.end()
+    if output is None:  # an error ended it, after which a smaller batch may need the memory
+        recorder.drop(forward)
     if not forward.runs:
         return None
     inputs = _by_name(model, args, kwargs)

@@ -204,6 +204,11 @@ class Recorder:
         self.running = None
         return forward
 
+    def drop(self, forward: Forward) -> None:
+        """Forget a forward pass."""
+        forward.runs.clear()
+        self.forwards = [other for other in self.forwards if other is not forward]
+
     def clear(self) -> None:
         """Forget what waits for a loss, as at the beginning of a Trainer's micro-batch."""
         self._let_go()
@@ -270,6 +275,12 @@ def _hand_over(forward: Forward, key: Key, output: Tensor, negative_elbo: Tensor
     runs = forward.by_key().get(key)
     if runs and runs[0].grad_enabled:
         return output  # it has a graph, which only wants its tensors back
+    if forward.runs and not runs:
+        layer, adapter = key
+        raise RuntimeError(
+            f"gradient checkpointing ran {layer} again with adapter {adapter!r}, which it did not run with in the "
+            "forward; call backward before another adapter is set"
+        )
     if forward.scale is None or not runs:
         raise _not_in_loss(forward)
     forward.handed_over.add(key)
