@@ -9,9 +9,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import AutoModelForSequenceClassification, TrainingArguments
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, TrainingArguments, pipeline
 
 from by_hand import Batch, adapted, assert_same, collated, config, elbo_by_hand, gradients, rows_for
 from fvae_lora import FVAELoraTrainer, add_elbo
@@ -207,3 +208,31 @@ def test_a_half_precision_base_may_keep_its_adapter_in_half_precision(cast: bool
     assert all(parameter.grad.isfinite().all() for parameter in ours)
     optimizer.step()
     assert logits(model).isfinite().all()
+
+
+# --- Left in training mode ------------------------------------------------------------------------------------------
+
+
+def test_a_pipeline_over_a_model_in_training_mode_takes_the_mean() -> None:
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["[UNK]", *"abcdef"])}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[UNK]")
+    model = adapted("bert", torch.float32)
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu", top_k=None)
+    expected = classify(["a b c", "d e"])
+    model.train()
+    assert classify(["a b c", "d e"]) == expected
+    assert classify.model.training
+    with torch.no_grad():
+        inputs = tokenizer(["a b c", "d e f"], return_tensors="pt")
+        found = model(**inputs).logits
+    torch.testing.assert_close(found, model.eval()(**inputs).logits)
+
+
+def test_generation_in_training_mode_takes_the_mean() -> None:
+    model = adapted("llama", torch.float32)
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    prompt = torch.tensor([[3, 5, 9]])
+    in_training = model.generate(input_ids=prompt, **settings)
+    assert model.training
+    assert torch.equal(in_training, model.eval().generate(input_ids=prompt, **settings))

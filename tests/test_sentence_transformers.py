@@ -20,11 +20,19 @@ if importlib.util.find_spec("sentence_transformers") is None:
     pytest.skip("sentence-transformers is not installed", allow_module_level=True)
 
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import (
+    CrossEncoder,
+    CrossEncoderTrainer,
+    CrossEncoderTrainingArguments,
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertModel, PreTrainedTokenizerFast
+from transformers import BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
 pytestmark = [pytest.mark.usefixtures("without_noise"), pytest.mark.filterwarnings("ignore")]
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefgh"]
@@ -161,3 +169,32 @@ def test_an_adapter_is_loaded_from_its_folder(folder: Path, tmp_path: Path) -> N
     other = plain(folder)
     other.load_adapter(str(tmp_path))
     torch.testing.assert_close(other.encode(PAIRS["anchor"], convert_to_tensor=True), expected)
+
+
+def test_a_cross_encoder_trains_and_comes_back_with_its_head(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    BertForSequenceClassification(tiny_bert(vocab_size=len(WORDS), num_labels=1).config).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(tmp_path)
+    steps = []
+    for front in (PlainTrainer, ElboTrainerMixin):
+        torch.manual_seed(0)
+        model = CrossEncoder(str(tmp_path), device="cpu")
+        model.add_adapter(config("bert", modules_to_save=["classifier"]))
+        randomised(model)
+        settings = {"max_steps": 1, "report_to": "none", "use_cpu": True, "max_grad_norm": 0.0, "learning_rate": 0.1}
+        seen = StepGradients()
+        type("Trained", (front, CrossEncoderTrainer), {})(
+            model=model,
+            args=CrossEncoderTrainingArguments(str(tmp_path / "run"), save_strategy="no", **settings),
+            train_dataset=Dataset.from_dict({**PAIRS, "label": [1.0, 0.0, 0.0, 1.0]}),
+            loss=BinaryCrossEntropyLoss(model),
+            callbacks=[seen],
+        ).train()
+        steps += seen.steps
+    expected, found = steps
+    assert any("classifier" in name for name in found)
+    assert_same(found, expected, 1e-4)
+    pairs = list(zip(*PAIRS.values(), strict=True))
+    scores = model.predict(pairs)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    assert CrossEncoder(str(tmp_path / "adapter"), device="cpu").predict(pairs) == pytest.approx(scores)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, prepare_model_for_kbit_training
 from torch import nn
 
 from by_hand import Gradients, PlainTrainer, StepGradients, adapted, assert_same
@@ -24,7 +24,7 @@ if importlib.util.find_spec("trl") is None:
 import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 pytestmark = [pytest.mark.usefixtures("without_noise"), pytest.mark.filterwarnings("ignore")]
 WORDS = ["<pad>", "</s>", "<unk>", *"abcdefgh"]
@@ -224,3 +224,25 @@ def test_a_trainer_without_the_mixin_names_it(name: str, tmp_path: Path) -> None
     trainer = made(name, None, TRAINERS[name][2](), tmp_path)
     with pytest.raises(RuntimeError, match=r"the ELBO .* not in the loss .*ElboTrainerMixin"):
         trainer.train()
+
+
+# --- A quantised base -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SFT", "DPO"])
+def test_adapters_that_are_cast_to_bf16_beside_a_quantised_base_train_in_every_parameter(
+    name: str, tmp_path: Path
+) -> None:
+    """TRL casts all that is trained beside four bits."""
+    pytest.importorskip("bitsandbytes")
+    tiny_llama(vocab_size=len(WORDS), hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
+    four_bits = BitsAndBytesConfig(load_in_4bit=True)
+    base = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=four_bits, device_map="cpu")
+    model = adapted(prepare_model_for_kbit_training(base), torch.float32)
+    trainer = made(name, ElboTrainerMixin, model, tmp_path / "run", bf16=True, learning_rate=0.01, max_steps=2)
+    trained = {key: value.detach().clone() for key, value in model.named_parameters() if value.requires_grad}
+    assert {value.dtype for value in trained.values()} == {torch.bfloat16}
+    trainer.train()
+    for key, before in trained.items():
+        assert model.get_parameter(key).isfinite().all()
+        assert not torch.equal(model.get_parameter(key), before), key

@@ -275,7 +275,7 @@ def _hand_over(forward: Forward, key: Key, output: Tensor, negative_elbo: Tensor
     runs = forward.by_key().get(key)
     if runs and runs[0].grad_enabled:
         return output  # it has a graph, which only wants its tensors back
-    if forward.runs and not runs:
+    if forward.masks is not None and forward.runs and not runs:
         layer, adapter = key
         raise RuntimeError(
             f"gradient checkpointing ran {layer} again with adapter {adapter!r}, which it did not run with in the "
