@@ -1,5 +1,5 @@
 # make demo    sees FVAE-LoRA work on real images, in a few minutes, without a network beyond the package registry
-# make test    runs the tests; what takes minutes, or TRL, Lightning, ONNX, bitsandbytes or torchao, waits for make test-slow
+# make test    runs the tests; what takes minutes, or TRL, sentence-transformers, Lightning, ONNX, bitsandbytes or torchao, waits for make test-slow
 # make check   lint, format and types
 # make test-oldest   the method's tests against the oldest supported peft and transformers
 # make test-peft     peft's own test-suite, with FVAE-LoRA in LoRA's place
@@ -9,7 +9,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST := .venv-oldest
-INTEGRATION_TESTS := tests/test_examples.py tests/test_onnx_export.py tests/test_quantised.py
+INTEGRATION_TESTS := tests/test_examples.py tests/test_onnx_export.py tests/test_quantised.py tests/test_trl.py \
+  tests/test_sentence_transformers.py
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1

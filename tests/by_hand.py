@@ -81,7 +81,7 @@ def layers_by_hand() -> Iterator[dict[tuple[str, str], list[Tensor]]]:
     def forward(layer: FVAELoraLayer, x: Tensor) -> Tensor:
         result = layer.base_layer(x)
         layer.recorder.ran.add(layer.name)
-        for adapter in layer.active_adapters:
+        for adapter in [] if layer.disable_adapters else layer.active_adapters:
             update, elbo = elbo_of_tokens(layer, adapter, x)
             found[layer.name, adapter].append(elbo)
             result = result + update
@@ -116,6 +116,45 @@ def elbo_by_hand(model: nn.Module, batches: Sequence[Batch], valid: Valid = wher
     return -sum(weight[key] * sums[key] / counts[key] for key in sums), outputs
 
 
+@contextmanager
+def plain_elbo(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
+    """Adapted layers compute as written above; gives the negative ELBO of what was run, whoever ran it.
+
+    It is the mean over the tokens of all runs with a graph that are no padding by the masks that the model was given.
+    """
+    masks: list[Tensor | None] = []
+
+    def look(_: nn.Module, __: Any, given: Batch) -> None:
+        if torch.is_grad_enabled():
+            masks.append(given.get("attention_mask"))
+
+    def mean(layer: str, adapter: str, runs: list[Tensor]) -> Tensor:
+        counted = [
+            torch.ones_like(run) if mask is None else mask.to(run) for run, mask in zip(runs, masks, strict=True)
+        ]
+        total = sum((run * tokens).sum() for run, tokens in zip(runs, counted, strict=True))
+        return -vaes[layer][adapter].config.elbo_weight * total / sum(tokens.sum() for tokens in counted)
+
+    def with_graph(runs: list[Tensor]) -> list[Tensor]:
+        return [run for run in runs if run.requires_grad]
+
+    vaes = {layer.name: layer.fvae_lora_vae for layer in model.modules() if isinstance(layer, FVAELoraLayer)}
+    watched = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    hook = watched.register_forward_pre_hook(look, with_kwargs=True)
+    with layers_by_hand() as found:
+        yield lambda: sum(mean(*key, trained) for key, runs in found.items() if (trained := with_graph(runs)))
+    hook.remove()
+
+
+class PlainTrainer:
+    """In front of a Trainer: its loss and the ELBO by hand. Gradient checkpointing would compute the layers again."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        with plain_elbo(self.model) as elbo:
+            loss: Tensor = super().compute_loss(model, inputs, *args, **kwargs)
+            return loss + elbo() / (self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else 1)
+
+
 def labels_in(batch: Batch, shifted: bool = False) -> Tensor:
     """How many labels count."""
     return ((batch["labels"][..., 1:] if shifted else batch["labels"]) != -100).sum()
@@ -148,7 +187,9 @@ def assert_same(found: Gradients, expected: Gradients, tolerance: float = 1e-10)
         assert error < tolerance, f"{name}: {error:.2e}"
 
 
-class _Gradients(TrainerCallback):
+class StepGradients(TrainerCallback):
+    """Those of each optimizer step."""
+
     def __init__(self) -> None:
         self.steps: list[Gradients] = []
 
@@ -185,7 +226,7 @@ def trainer_gradients(
         label_names=["labels"],
         **arguments,
     )
-    seen = _Gradients()
+    seen = StepGradients()
     trainer_class(
         model=model,
         args=settings,

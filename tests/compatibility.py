@@ -253,8 +253,66 @@ def own_loss(method: Method) -> None:
     batch = batch_for(tiny_bert())
     labels = batch.pop("labels")
     loss = nn.functional.cross_entropy(model(**batch).logits, labels, label_smoothing=0.1)
-    (add_elbo(loss, model) if method is METHODS["FVAE-LoRA"] else loss).backward()
+    with_elbo(loss, method, model).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def with_elbo(loss: Tensor, method: Method, model: nn.Module) -> Tensor:
+    return add_elbo(loss, model) if method is METHODS["FVAE-LoRA"] else loss
+
+
+def preference(method: Method) -> None:
+    """As TRL does it: the reference is a copy made by the adapter's name, run without gradients in training mode."""
+    fields = {"target_modules": TARGETS["llama"], "task_type": "CAUSAL_LM"}
+    model = adapted(method, "llama", **fields)
+    model.add_adapter("ref", method(**fields))
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    batch = {"input_ids": torch.tensor([[1, 5, 9], [1, 7, 2]])}
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits
+        model.train().set_adapter("ref")
+        reference = model(**batch).logits
+        model.set_adapter("default")
+    same(reference, expected)
+    chosen, rejected = (model(**batch).logits - reference).log_softmax(-1)[:, -1, 0]
+    with_elbo(-nn.functional.logsigmoid(chosen - rejected), method, model).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def contrastive(method: Method) -> None:
+    model = adapted(method).train()
+    batch = {name: value for name, value in batch_for(tiny_bert()).items() if name != "labels"}
+    queries, passages = model(**batch).logits, model(**batch).logits
+    loss = nn.functional.cross_entropy(queries @ passages.T, torch.arange(len(queries)))
+    with_elbo(loss, method, model).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def second_order(method: Method) -> None:
+    """A penalty on the gradient of the loss has the gradient that finite differences have."""
+    base = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    model = shaken(get_peft_model(base, method(target_modules=["0", "2"]))).double().train()
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    direction = [torch.randn_like(p) for p in trained]
+
+    def penalty() -> Tensor:
+        torch.manual_seed(0)
+        (gradient,) = torch.autograd.grad(with_elbo(model(x).square().sum(), method, model), x, create_graph=True)
+        return gradient.square().sum()
+
+    def moved(step: float) -> float:
+        with torch.no_grad():
+            for parameter, d in zip(trained, direction, strict=True):
+                parameter.add_(step * d)
+        return penalty().item()
+
+    found = torch.autograd.grad(penalty(), trained, allow_unused=True)
+    along = sum((g * d).sum().item() for g, d in zip(found, direction, strict=True) if g is not None)
+    differences = (moved(1e-5) - moved(-2e-5)) / 2e-5
+    assert abs(along - differences) < 1e-5 * abs(differences)
 
 
 def copies(method: Method) -> None:
@@ -347,6 +405,14 @@ FEATURES = (
         reference="no: `TypeError` without labels",
         note="through `add_elbo`",
     ),
+    Feature(
+        "preference training, with a frozen copy of the adapter as the reference",
+        preference,
+        {"PVeRA": "its reference is noisy"},
+        note="[how](docs/preference-training.md)",
+    ),
+    Feature("contrastive training: several forwards, one loss", contrastive, note="without a gradient cache"),
+    Feature("derivatives of second order", second_order),
     Feature("deepcopy, pickle, `torch.save` of the state", copies),
     Feature("generation with a cache", generating),
     Feature("`PeftMixedModel`", mixed_model, dict.fromkeys(("FVAE-LoRA", "PVeRA"), "peft's list of methods is fixed")),

@@ -87,11 +87,16 @@ def check_names(
     Raises:
         ValueError: If a weight is missing, or belongs to no layer of the model.
     """
-    own = {key for key in found if f".{prefix}" in f".{key}"}
+    own = {key for key in found if f".{prefix}" in f".{key}"} - _parameters_of_modules(model)
     if missing := sorted(expected.keys() - own):
         raise ValueError(f"the adapter does not fit {type(model).__name__}: it lacks {some(missing)}")
     if extra := sorted(own - expected.keys()):
         raise ValueError(f"the adapter does not fit {type(model).__name__}, which has no place for {some(extra)}")
+
+
+def _parameters_of_modules(model: nn.Module) -> set[str]:
+    """Names of a model's parameters without an adapter; a module of its own may have a name like the adapter's."""
+    return {name.replace(".original_module.", ".") for name, _ in model.named_parameters()}
 
 
 def check_shapes(

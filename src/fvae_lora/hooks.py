@@ -100,7 +100,10 @@ def _close_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if recorder.running is None:
         return None
     forward = recorder.end()
-    warn_of_idle_layers(model, recorder, forward)
+    if output is None:  # an error ended it, after which a smaller batch may need the memory
+        recorder.drop(forward)
+    else:
+        warn_of_idle_layers(model, recorder, forward)
     if not forward.runs:
         return None
     if forward.masks is not None and not recorder.warned_of_padding:

@@ -233,15 +233,40 @@ def count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[Sequence, 
 
     Args:
         model: The adapted model.
-        inputs: A batch, the arguments of the model's forward by name.
+        inputs: A batch, the arguments of the model's forward by name, or those of several forwards: as mappings, or
+            with names like ``anchor_input_ids`` and ``positive_input_ids``.
 
     Returns:
         The number for each sequence. Without a mask it is in the units of the input, pixels for example: right up to
         a factor that the batches of a run share.
     """
+    counts = [_count_tokens(model, part) for part in _forwards(model, inputs)]
+    return {sequence: sum(count[sequence] for count in counts) for sequence in SEQUENCES}
+
+
+def _forwards(model: nn.Module, inputs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The arguments of each forward that a batch is for, by the names that the model has for them."""
+    name = _main_input(model)
+    if name in inputs or "attention_mask" in inputs:
+        return [inputs]
+    if parts := [value for value in inputs.values() if isinstance(value, Mapping)]:
+        return [part for inner in parts for part in _forwards(model, inner)]
+    prefixes = [key.removesuffix(name) for key in inputs if key.endswith(f"_{name}")]
+    parts = [
+        {key.removeprefix(prefix): value for key, value in inputs.items() if key.startswith(prefix)}
+        for prefix in prefixes
+    ]
+    return parts or [inputs]
+
+
+def _main_input(model: nn.Module) -> str:
+    return str(getattr(model, "main_input_name", "input_ids"))
+
+
+def _count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[Sequence, int]:
     masks = TokenMasks.of(model, inputs)
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-    main = tensors.get(getattr(model, "main_input_name", "input_ids"), next(iter(tensors.values()), torch.ones(1)))
+    main = tensors.get(_main_input(model), next(iter(tensors.values()), torch.ones(1)))
     samples = torch.ones_like(main, dtype=torch.bool) if masks.input is None and main.dim() == 2 else masks.input
     frames = None if samples is None else _frames(model, samples)
     mask = masks.input if frames is None else frames

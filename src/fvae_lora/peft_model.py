@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,6 +92,7 @@ class FVAELoraModel(BaseTuner):
         for name, module in targets.items():
             self._check_target_module_compatiblity(resolved, model, name.rpartition(".")[2])
             _check_supported(name, module)
+        self._check_names_of_adapters(targets)
         if peft_config.checkpoint_shapes == {} and peft_config.inference_mode:
             raise ValueError("the adapter's folder holds no adapter_model.safetensors: its weights are missing")
         if peft_config.checkpoint_shapes:
@@ -105,6 +106,19 @@ class FVAELoraModel(BaseTuner):
             super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
         except ValueError as error:
             raise ValueError(f"target_modules: {str(error).partition('] ')[2] or error}") from None
+
+    def _check_names_of_adapters(self, targets: Iterable[str]) -> None:
+        """Refuse what peft would lose in silence: weights with another adapter's name in theirs are not saved."""
+        layers = [module for module in self.model.modules() if isinstance(module, FVAELoraLayer)]
+        adapters = {*self.peft_config, *(adapter for layer in layers for adapter in layer.fvae_lora_B)}
+        if len(adapters) == 1:
+            return
+        for target in [*targets, *(layer.name for layer in layers)]:
+            if clash := sorted(adapters.intersection(target.split("."))):
+                raise ValueError(
+                    f"adapter name {clash[0]!r} is part of the name of {target}, whose weights would be missing in the "
+                    "folders of the model's other adapters; choose another name"
+                )
 
     def _check_checkpoint(self, config: FVAELoraConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
         options = LoadOptions.of_the_running_call() or LoadOptions()

@@ -29,7 +29,10 @@ from .masks import TokenMasks
 from .objective import LayerElbo, TokenWeights
 from .transforms import is_transforming
 
-ADVICE = "add it with fvae_lora.add_elbo(loss, model), or train with fvae_lora.FVAELoraTrainer"
+ADVICE = (
+    "add it with fvae_lora.add_elbo(loss, model), or train with fvae_lora.FVAELoraTrainer or with "
+    "fvae_lora.ElboTrainerMixin in front of another Trainer"
+)
 
 Key = tuple[str, str]  # a layer's name and an adapter's
 Shares = Mapping[str, float]  # of the optimizer step's tokens that a forward has, for each sequence
@@ -204,6 +207,11 @@ class Recorder:
         self.running = None
         return forward
 
+    def drop(self, forward: Forward) -> None:
+        """Forget a forward pass."""
+        forward.runs.clear()
+        self.forwards = [other for other in self.forwards if other is not forward]
+
     def clear(self) -> None:
         """Forget what waits for a loss, as at the beginning of a Trainer's micro-batch."""
         self._let_go()
@@ -262,7 +270,7 @@ class Recorder:
         if last is not None and last.masks is None and last.state is State.WAITING and key not in last.by_key():
             return last
         self._let_go()
-        return Forward(inside_backward=is_inside_backward())
+        return Forward()
 
 
 def _hand_over(forward: Forward, key: Key, output: Tensor, negative_elbo: Tensor, weights: TokenWeights) -> Tensor:
@@ -270,6 +278,12 @@ def _hand_over(forward: Forward, key: Key, output: Tensor, negative_elbo: Tensor
     runs = forward.by_key().get(key)
     if runs and runs[0].grad_enabled:
         return output  # it has a graph, which only wants its tensors back
+    if forward.masks is not None and forward.runs and not runs:
+        layer, adapter = key
+        raise RuntimeError(
+            f"gradient checkpointing ran {layer} again with adapter {adapter!r}, which it did not run with in the "
+            "forward; call backward before another adapter is set"
+        )
     if forward.scale is None or not runs:
         raise _not_in_loss(forward)
     forward.handed_over.add(key)

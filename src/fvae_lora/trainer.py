@@ -13,7 +13,7 @@ from transformers import Trainer
 from .hooks import ATTRIBUTE
 from .loss import last_forwards, recorders, with_elbo
 from .loss_log import LossLog
-from .masks import count_tokens
+from .masks import SEQUENCES, count_tokens
 
 # For the type checker a Trainer; at run time a plain mixin, to stand before any of the Trainer's subclasses.
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -23,8 +23,9 @@ class ElboTrainerMixin(_Base):
     """Weights the ELBO by tokens, for `transformers.Trainer` and its subclasses.
 
     Use: ``class MyTrainer(ElboTrainerMixin, SFTTrainer)``. An optimizer's step gets the mean of the ELBO over all its
-    tokens that are no padding, across accumulated micro-batches and processes. It is added to whatever loss the
-    Trainer computes, before or behind the mixin: the model's, one with label smoothing, one of its own. A model
+    tokens that are no padding, across accumulated micro-batches and processes; where the tokens of a step cannot be
+    counted before it, as in GRPO that generates them, it is the mean over micro-batches. It is added to whatever loss
+    the Trainer computes, before or behind the mixin: the model's, one with label smoothing, one of its own. A model
     without FVAE-LoRA layers trains as with the plain Trainer.
 
     Its logs say what the loss is made of: ``loss = task_weight * task_loss + the sum of elbo/<term>``, all means over
@@ -123,8 +124,8 @@ class ElboTrainerMixin(_Base):
     def _shares(self, inputs: Mapping[str, Any], num_items: Tensor | int | None) -> dict[str, float]:
         """This micro-batch's share of the step's tokens, in the scale that the Trainer's later steps expect."""
         root = _root(self.model)
-        if self._tokens_in_step is None or root is None:
-            return {}
+        if self._tokens_in_step is None or root is None:  # nothing to count before the step, so micro-batches are equal
+            return dict.fromkeys(SEQUENCES, self._divisor(num_items) / self.current_gradient_accumulation_steps)
         # The gradients of the processes are averaged.
         parts = self.accelerator.num_processes * self._divisor(num_items)
         counts = count_tokens(root, inputs).items()
