@@ -17,15 +17,20 @@ from peft.utils import PeftType
 import fvae_lora
 
 NAMES = {
+    "ConversionReport",
     "ElboTrainerMixin",
     "FVAELoraConfig",
     "FVAELoraTrainer",
     "FVAEPEFTConfig",
+    "adapter_folder",
     "add_elbo",
+    "convert_to_lora",
     "elbo_loss",
     "elbo_terms",
     "export_for_inference",
+    "is_training_only",
     "load_reference_adapter",
+    "resolve_targets",
 }
 OF_THE_EXPERIMENTS = {"datasets", "fvae_lora_experiments", "matplotlib", "pandas", "pydantic", "typer"}
 OF_THE_EXPERIMENTS |= {"transformers.trainer"}
