@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -82,6 +85,7 @@ class _Heads(nn.Module):
         return found
 
 
+@pytest.mark.skipif(Version(peft.__version__) < Version("0.21"), reason="peft 0.20 saves such a module by other names")
 def test_a_trained_module_may_have_a_name_like_the_adapters(tmp_path: Path) -> None:
     base, x = _Heads(), torch.randn(2, 5)
     fields = {"target_modules": ["body"], "modules_to_save": ["fvae_lora_head", "fvae_lora_gate"]}
@@ -185,6 +189,7 @@ def test_an_average_of_the_weights_trains_and_runs() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="transformers 5.17 leaves it at random")
 def test_a_trained_head_comes_back_with_an_adapter_loaded_by_transformers(tmp_path: Path) -> None:
     tiny_bert().save_pretrained(tmp_path / "base")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")

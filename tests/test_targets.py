@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -223,6 +225,8 @@ def test_an_attention_of_torch_is_refused_with_its_type() -> None:
 
 @pytest.mark.parametrize("kind", OF_EXPERTS)
 def test_experts_that_stay_as_they_are_are_named_once(kind: str) -> None:
+    if kind == "jamba" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("in transformers 5.17 its experts are linear layers")
     base = BUILDERS[kind]()
     model, (message,) = warned(lambda: get_peft_model(base, ours("all-linear")), STAYS)
     assert all(name in message for name in OF_EXPERTS[kind])
