@@ -140,7 +140,8 @@ def test_a_sweep_longer_than_an_array_may_be_is_done(small: list[str], tmp_path:
 def test_a_partition_that_is_not_there_is_one_line(small: list[str], tmp_path: Path) -> None:
     sweep = compare(tmp_path / "s", *small, "--partition", "nowhere")
     assert sweep.end() == 2
-    assert sweep.said == "fvae-lora: --launcher slurm: sbatch: error: invalid partition specified: nowhere\n"
+    assert sweep.said.endswith("\nfvae-lora: --launcher slurm: sbatch: error: invalid partition specified: nowhere\n")
+    assert sweep.said.count("fvae-lora:") == 1
     assert not states(tmp_path / "s")
 
 

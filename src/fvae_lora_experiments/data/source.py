@@ -200,7 +200,7 @@ def _from_hub(name: str, config: str | None, notes: Notes) -> dict[str, Dataset]
         builder = _builder(name, config)
         if files := builder.config.data_files:  # none where the cache answers for the hub
             for split in set(files) - hub_splits(files).keys():
-                notes.leave_out("a split that is not used", split)
+                notes.leave_out("a split that is not used", str(split))
                 del files[split]  # never fetched: SVHN's extra images are most of it
             if not files:
                 return {}
@@ -217,6 +217,7 @@ def _from_hub(name: str, config: str | None, notes: Notes) -> dict[str, Dataset]
 
 def hub_splits(names: Collection[str]) -> dict[str, str]:
     """The splits on the hub that are used, by their names there; of several for one the most usual name."""
+    names = [str(name) for name in names]  # some come as datasets' own NamedSplit
     used: dict[str, str] = {}
     for usual, split in SPLIT_NAMES.items():
         for name in names:
