@@ -217,7 +217,7 @@ for name in {names}:
 
 @pytest.mark.slow
 def test_glue_by_its_names_on_the_hub(glue: Hub, tmp_path: Path) -> None:
-    options = [*SMALL, "train.epochs=1", "--method", "lora"]
+    options = later_wins([*SMALL, "train.epochs=1", "--method", "lora"])
     program = RUN_ALL.format(names=list(SCORES), options=options, out=tmp_path / "runs")
     with glue.serving():
         environment = os.environ | glue.environment(tmp_path / "home")
