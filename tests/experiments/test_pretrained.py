@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -386,7 +387,8 @@ def test_a_pickle_is_refused_with_the_line_that_converts_it(
     assert said.startswith(f"model {folder}: its weights are there as a pickle alone, which is not read")
     line = said.partition("run ")[2]
     assert line.startswith("python -c ")
-    subprocess.run(line, shell=True, check=True)
+    activated = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(line, shell=True, check=True, env=os.environ | {"PATH": activated})
     model = classifier(folder)
     for key, value in load_file(folder / "model.safetensors").items():
         assert torch.equal(value, weights[key])

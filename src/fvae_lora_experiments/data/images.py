@@ -212,7 +212,7 @@ def look_at_all(splits: dict[str, Dataset], settings: ImageSettings, quiet: bool
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
             decoded = pool.map(one, places)
-            found = list(tqdm(decoded, total=len(places), desc="decoding images", disable=quiet, leave=False))
+            found = list(tqdm(decoded, total=len(places), desc="decoding images", disable=quiet or None, leave=False))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
