@@ -17,9 +17,10 @@ from sweeps import Compare, assert_survives, states
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.run.runner import run
 from fvae_lora_experiments.schema import Recipe
+from fvae_lora_experiments.sweep import child
 from fvae_lora_experiments.sweep.local import LocalLauncher
 from fvae_lora_experiments.sweep.plan import plan
-from fvae_lora_experiments.sweep.sweep import child, sweep
+from fvae_lora_experiments.sweep.sweep import sweep
 
 Cli = Callable[..., tuple[int, str, str]]
 
