@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from processes import CONTEXT, LIVELY, attempt, result
 
 from fvae_lora_experiments import process
 from fvae_lora_experiments.errors import RunError, UserError
@@ -22,6 +21,7 @@ from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.run.runner import evaluate, run
 from fvae_lora_experiments.run.trainer import FolderCallback, RunTrainer
 from fvae_lora_experiments.schema import Recipe
+from processes import CONTEXT, LIVELY, attempt, result
 
 Cli = Callable[..., tuple[int, str, str]]
 IMPATIENT = LIVELY | {"train": {"epochs": 30, "learning_rate": 1e-9, "patience": 4}}

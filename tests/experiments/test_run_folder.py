@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import CONTEXT, attempt
 
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.places import located, portable, short
@@ -22,6 +21,7 @@ from fvae_lora_experiments.run.folder import RunFolder, write_atomically
 from fvae_lora_experiments.run.record import Event
 from fvae_lora_experiments.run.runner import run
 from fvae_lora_experiments.schema import Recipe
+from processes import CONTEXT, attempt
 
 PROJECT = Path(__file__).parents[2]
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import psutil
 import pytest
-from processes import CONTEXT, LIVELY, attempt, result
-from sweeps import Compare, left, states
 
 from fvae_lora_experiments import process, signals
 from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.run.runner import run
 from fvae_lora_experiments.schema import Recipe
+from processes import CONTEXT, LIVELY, attempt, result
+from sweeps import Compare, left, states
 
 LINE = "fvae-lora: stopped; the same command goes on where it was\n"
 SIGNALS = [signal.SIGINT, signal.SIGTERM]

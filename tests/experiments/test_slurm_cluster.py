@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from processes import assert_alike
 from sweeps import Compare, assert_same, assert_survives, left, states
 

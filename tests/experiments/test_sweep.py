@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from arguments import later_wins
 from rich.console import Console
-from sweeps import Compare, assert_survives, left, states
 
+from arguments import later_wins
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.report import summary_rows
 from fvae_lora_experiments.sweep.local import THREAD_LIMITS, LocalLauncher
 from fvae_lora_experiments.sweep.plan import Planned, parse_list, parse_values, plan
 from fvae_lora_experiments.sweep.sweep import sweep
+from sweeps import Compare, assert_survives, left, states
 
 Cli = Callable[..., tuple[int, str, str]]
 

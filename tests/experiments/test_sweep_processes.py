@@ -10,9 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from processes import assert_alike
 from rich.console import Console
-from sweeps import Compare, assert_survives, states
 
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.run.runner import run
@@ -21,6 +19,8 @@ from fvae_lora_experiments.sweep import child
 from fvae_lora_experiments.sweep.local import LocalLauncher
 from fvae_lora_experiments.sweep.plan import plan
 from fvae_lora_experiments.sweep.sweep import sweep
+from processes import assert_alike
+from sweeps import Compare, assert_survives, states
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from arguments import later_wins
-from processes import CONTEXT
 
+from arguments import later_wins
 from fvae_lora_experiments import cli, process, signals
+from processes import CONTEXT
 
 
 class Compare:
