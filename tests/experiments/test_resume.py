@@ -21,7 +21,7 @@ from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.run.runner import evaluate, run
 from fvae_lora_experiments.run.trainer import FolderCallback, RunTrainer
 from fvae_lora_experiments.schema import Recipe
-from processes import CONTEXT, LIVELY, attempt, result
+from processes import CONTEXT, LIVELY, attempt, result, wait_for
 
 Cli = Callable[..., tuple[int, str, str]]
 IMPATIENT = LIVELY | {"train": {"epochs": 30, "learning_rate": 1e-9, "patience": 4}}
@@ -101,8 +101,7 @@ def test_ctrl_c_says_how_to_go_on(make_recipe: Callable[..., Recipe], undisturbe
     recipe, folder = make_recipe(**LIVELY | {"train": {"epochs": 40}}), tmp_path / "run"
     process = CONTEXT.Process(target=_main, args=(recipe, folder, tmp_path / "said"))
     process.start()
-    while not (folder / "metrics.jsonl").exists() or not list(folder.glob("checkpoints/*/.whole")):
-        time.sleep(0.01)
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and list(folder.glob("checkpoints/*/.whole")), process)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGINT)
     process.join()

@@ -153,8 +153,7 @@ def test_a_sweep_that_is_told_to_stop_leaves_no_process(
 ) -> None:
     out = tmp_path / "s"
     sweep = Compare(out, [*small, "train.epochs=500", "--methods", "fvae-lora,lora", "--seeds", "1"])
-    while len(list(out.glob("*/metrics.jsonl"))) < 2:
-        assert sweep.lasts(0.05), sweep.said
+    sweep.wait_for_runs(2)
     workers = sweep.workers()
     assert sweep.kill(number) == 128 + number
     assert sweep.said.endswith(LINE)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import os
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -18,7 +18,7 @@ from fvae_lora_experiments.report import summary_rows
 from fvae_lora_experiments.sweep.local import THREAD_LIMITS, LocalLauncher
 from fvae_lora_experiments.sweep.plan import Planned, parse_list, parse_values, plan
 from fvae_lora_experiments.sweep.sweep import sweep
-from sweeps import Compare, assert_survives, left, states
+from sweeps import Compare, assert_survives, states
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -107,13 +107,11 @@ def test_a_folder_with_another_recipes_run_starts_nothing(planned: Callable[...,
 def test_no_run_outlives_a_sweep_that_is_killed(small: list[str], tmp_path: Path) -> None:
     out = tmp_path / "s"
     sweep = Compare(out, [*small, "train.epochs=500", "--methods", "fvae-lora,lora", "--seeds", "1"])
-    while len(list(out.glob("*/metrics.jsonl"))) < 2:
-        assert sweep.lasts(0.05), sweep.said
+    sweep.wait_for_runs(2)
+    workers = sweep.workers()
+    assert len(workers) >= 2
     sweep.kill()
-    time.sleep(1.5)
-    before = left(out)
-    time.sleep(1)
-    assert left(out) == before
+    assert not psutil.wait_procs(workers, timeout=10)[1]
     assert set(states(out).values()) == {"running"}
 
 
@@ -121,8 +119,7 @@ def test_no_run_outlives_a_sweep_that_is_killed(small: list[str], tmp_path: Path
 def test_a_run_whose_process_is_killed_has_failed_and_its_record_says_how(small: list[str], tmp_path: Path) -> None:
     out = tmp_path / "s"
     sweep = Compare(out, [*small, "train.epochs=500", "--methods", "lora", "--seeds", "1"])
-    while not list(out.glob("*/metrics.jsonl")):
-        assert sweep.lasts(0.05), sweep.said
+    sweep.wait_for_runs(1)
     (worker,) = sweep.workers()
     worker.kill()
     assert sweep.end() == 1

@@ -61,8 +61,7 @@ def test_a_killed_process_is_a_failed_run_that_the_same_command_takes_up(small: 
     out = tmp_path / "s"
     options = [*small, "train.epochs=30", "--methods", "lora", "--seeds", "1", "--processes", "2"]
     sweep = Compare(out, options)
-    while not list(out.glob("*/metrics.jsonl")):
-        assert sweep.lasts(0.05), sweep.said
+    sweep.wait_for_runs(1)
     pair = together(sweep)
     assert len(pair) == 2
     pair[1].kill()
