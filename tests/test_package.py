@@ -100,6 +100,7 @@ def test_pefts_own_methods_stay_what_they_were() -> None:
     assert after == [*before, "FVAE_LORA"]
 
 
+@pytest.mark.slow
 def test_importing_twice_is_harmless() -> None:
     python(
         "import importlib, fvae_lora, sys\n"

@@ -373,8 +373,7 @@ def as_pickle(folder: Path, parts: int = 1) -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("name", ["plain", 'it\'s "my" model, $HOME'])
+@pytest.mark.parametrize(("parts", "name"), [(3, "plain"), (1, 'it\'s "my" model, $HOME')])
 def test_a_pickle_is_refused_with_the_line_that_converts_it(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int, name: str
 ) -> None:

@@ -50,16 +50,16 @@ Undisturbed = Callable[[Recipe], dict[str, Any]]
     ("place", "calls"),
     [
         ("write", 1),
-        ("append", 1),
         ("append", 3),
-        ("inside a checkpoint", 1),
         ("inside a checkpoint", 2),
-        ("keep_checkpoints", 2),
-        ("write", 3),
         ("remove", 1),
         ("save_adapter", 1),
-        ("write", 8),
-        ("remove", 4),
+        pytest.param("append", 1, marks=pytest.mark.slow),
+        pytest.param("inside a checkpoint", 1, marks=pytest.mark.slow),
+        pytest.param("keep_checkpoints", 2, marks=pytest.mark.slow),
+        pytest.param("write", 3, marks=pytest.mark.slow),
+        pytest.param("write", 8, marks=pytest.mark.slow),
+        pytest.param("remove", 4, marks=pytest.mark.slow),
     ],
 )
 def test_killed_at_a_delicate_moment(
@@ -76,7 +76,7 @@ def test_killed_at_a_delicate_moment(
     "changes",
     [
         pytest.param(LIVELY, id="fvae-lora"),
-        pytest.param(LIVELY | {"method": "full"}, id="full"),
+        pytest.param(LIVELY | {"method": "full"}, id="full", marks=pytest.mark.slow),
         pytest.param(IMPATIENT, id="patience", marks=pytest.mark.slow),
     ],
 )

@@ -86,7 +86,10 @@ def test_a_read_only_folder(make_recipe: Callable[..., Recipe], tmp_path: Path) 
         run(make_recipe(), tmp_path / "run", quiet=True)
 
 
-@pytest.mark.parametrize("limit", [3_000, 6_000, 12_000, 24_000])
+@pytest.mark.parametrize(
+    "limit",
+    [3_000, 12_000, pytest.param(6_000, marks=pytest.mark.slow), pytest.param(24_000, marks=pytest.mark.slow)],
+)
 def test_when_nothing_more_can_be_written_the_run_fails_and_goes_on_later(
     make_recipe: Callable[..., Recipe], tmp_path: Path, limit: int
 ) -> None:

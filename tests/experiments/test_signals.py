@@ -63,8 +63,8 @@ def lines(text: str) -> Sequence[str]:
 @pytest.mark.parametrize(
     "moment",
     [
-        "fvae_lora",
         "torch",
+        pytest.param("fvae_lora", marks=pytest.mark.slow),
         pytest.param("peft", marks=pytest.mark.slow),
         pytest.param("transformers.modeling_utils", marks=pytest.mark.slow),
         pytest.param("fvae_lora_experiments.cli", marks=pytest.mark.slow),
@@ -123,8 +123,8 @@ def alone(make_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize(
     ("moment", "number"),
     [
-        ("the curve is written", signal.SIGINT),
         ("a file is flushed", signal.SIGTERM),
+        pytest.param("the curve is written", signal.SIGINT, marks=pytest.mark.slow),
         *(
             pytest.param(moment, number, marks=pytest.mark.slow)
             for moment in ("the record is written", "checkpoints are swept")

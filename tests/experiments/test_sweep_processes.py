@@ -73,6 +73,7 @@ def test_a_killed_process_is_a_failed_run_that_the_same_command_takes_up(small: 
     assert states(out) == {"lora-seed1": "complete"}
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_shared_out_is_refused_in_one_line(small: list[str], cli: Cli, tmp_path: Path) -> None:
     run = ["compare", "image/default", *small, "--methods", "lora", "--seeds", "1", "--out", tmp_path / "s"]
     code, _, error = cli(*run, "--processes", "3")
