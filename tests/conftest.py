@@ -1,4 +1,4 @@
-"""What every test starts from; the models themselves are in ``tiny.py``."""
+"""What every test starts from; the models themselves are in ``support/tiny.py``."""
 
 from __future__ import annotations
 

@@ -36,4 +36,4 @@ def test_what_fvae_lora_refuses_it_refuses_in_one_line() -> None:
 def test_the_readme_holds_the_table() -> None:
     found = block(README.read_text(encoding="utf-8"))
     assert found is not None, "the README has lost the table's markers"
-    assert found.group().strip() == table(), "run python tests/compatibility.py --write"
+    assert found.group().strip() == table(), "run python tests/support/compatibility.py --write"

@@ -3,76 +3,24 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from peft import (
-    AutoPeftModelForCausalLM,
-    AutoPeftModelForSeq2SeqLM,
-    AutoPeftModelForSequenceClassification,
     LoraConfig,
-    PeftConfig,
     PeftModel,
     get_peft_model,
-    get_peft_model_state_dict,
     inject_adapter_in_model,
-    set_peft_model_state_dict,
 )
-from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 
-from fvae_lora import FVAELoraConfig, elbo_loss
+from drop_in import TASKS, adapted, adapter_modules, config, evaluated, layers_of, outputs, samples
+from fvae_lora import elbo_loss
 from fvae_lora.config import PEFT_SAVES_BIASES
 from fvae_lora.layer import FVAELoraLayer
-from tiny import BUILDERS, TARGETS, adapted_linear, batch_for, randomised, tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
-
-TASKS = {"bert": "SEQ_CLS", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "vit": None}
-AUTO = {
-    "bert": AutoPeftModelForSequenceClassification,
-    "gpt2": AutoPeftModelForCausalLM,
-    "llama": AutoPeftModelForCausalLM,
-    "t5": AutoPeftModelForSeq2SeqLM,
-}
-
-
-def config(kind: str, **fields: object) -> FVAELoraConfig:
-    fields = {"r": 4, "decoder_hidden_dims": [8], "target_modules": TARGETS[kind], "task_type": TASKS[kind]} | fields
-    return FVAELoraConfig(**fields)
-
-
-def adapted(kind: str = "bert", adapter_name: str = "default", **fields: object) -> PeftModel:
-    return randomised(get_peft_model(BUILDERS[kind](), config(kind, **fields), adapter_name=adapter_name))
-
-
-@torch.no_grad()
-def outputs(model: nn.Module, kind: str = "bert") -> Tensor:
-    """Logits in whatever mode the model is in."""
-    return model(**batch_for(BUILDERS[kind]())).logits
-
-
-def evaluated(model: nn.Module, kind: str = "bert") -> Tensor:
-    return outputs(model.eval(), kind)
-
-
-def samples(model: nn.Module, kind: str = "bert") -> bool:
-    batch = batch_for(BUILDERS[kind]())
-    return not torch.equal(model(**batch).logits, model(**batch).logits)
-
-
-def adapter_modules(model: nn.Module, name: str = "default") -> set[str]:
-    """Names of the modules that have this adapter."""
-    suffix = f".fvae_lora_B.{name}.weight"
-    names = [key.removesuffix(suffix) for key, _ in model.named_parameters() if key.endswith(suffix)]
-    return {key.removeprefix("base_model.model.") for key in names}
-
-
-def layers_of(model: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in model.modules() if isinstance(module, FVAELoraLayer))
+from tiny import BUILDERS, batch_for, randomised, tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
 
 
 @pytest.fixture
@@ -260,126 +208,6 @@ def test_generation_with_a_cache_gives_what_generation_without_one_gives(kind: s
     assert torch.equal(cached, plain)
 
 
-# Save and load
-
-
-@pytest.mark.parametrize("kind", BUILDERS)
-def test_a_saved_adapter_loads_into_its_base_model(kind: str, tmp_path: Path) -> None:
-    base = BUILDERS[kind]()
-    model = randomised(get_peft_model(copy.deepcopy(base), config(kind)))
-    model.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
-    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    assert not loaded.training
-    assert not any(p.requires_grad for p in loaded.parameters())
-    torch.testing.assert_close(outputs(loaded, kind), evaluated(model, kind), rtol=0, atol=0)
-    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
-    trainable = {name for name, p in again.named_parameters() if p.requires_grad}
-    assert trainable == {name for name, p in model.named_parameters() if p.requires_grad}
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(again.get_parameter(name), parameter, rtol=0, atol=0)
-
-
-def test_a_configuration_survives_saving(tmp_path: Path) -> None:
-    fields = {"r": 5, "residual_dim": 3, "lora_alpha": 7.0, "lora_dropout": 0.1, "encoder_hidden_dims": [6, 7]}
-    fields |= {"encoder_dropout": 0.2, "shared_encoder_trunk": False, "decoder_hidden_dims": [9], "elbo_weight": 0.5}
-    fields |= {"decoder_dropout": 0.3, "residual_prior_mean": -1.0, "residual_prior_std": 2.0, "objective": "vae2lat"}
-    fields |= {"kl_weight": 3.0, "layer_reduction": "mean", "elbo_token_fraction": 0.25, "target_modules": {"query"}}
-    fields |= {"rank_pattern": {"value": 2}, "exclude_modules": {"key"}, "task_weight": 2.0, "init_weights": False}
-    adapted_linear().save_pretrained(tmp_path)  # a folder without weights is refused
-    FVAELoraConfig(**fields).save_pretrained(tmp_path)
-    loaded = PeftConfig.from_pretrained(tmp_path)
-    assert type(loaded) is FVAELoraConfig
-    assert loaded.peft_type == "FVAE_LORA"
-    for name, value in fields.items():
-        assert getattr(loaded, name) == value, name
-
-
-@pytest.mark.parametrize("kind", AUTO)
-def test_auto_classes_load_the_base_model_and_the_adapter(kind: str, tmp_path: Path) -> None:
-    BUILDERS[kind]().save_pretrained(tmp_path / "base")
-    base = type(BUILDERS[kind]()).from_pretrained(tmp_path / "base")
-    model = randomised(get_peft_model(base, config(kind)))
-    model.save_pretrained(tmp_path / "adapter")
-    extra = {"num_labels": 3} if kind == "bert" else {}
-    loaded = AUTO[kind].from_pretrained(tmp_path / "adapter", **extra)
-    torch.testing.assert_close(evaluated(loaded, kind), evaluated(model, kind))
-
-
-def test_transformers_auto_classes_load_an_adapter_folder(tmp_path: Path) -> None:
-    tiny_bert().save_pretrained(tmp_path / "base")
-    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
-    model = randomised(get_peft_model(base, config("bert", task_type=None)))
-    model.save_pretrained(tmp_path / "adapter")
-    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
-    assert adapter_modules(loaded)
-    torch.testing.assert_close(outputs(loaded), evaluated(model))
-
-
-def test_an_adapter_may_change_its_name_between_saving_and_loading(tmp_path: Path, base: PreTrainedModel) -> None:
-    model = randomised(get_peft_model(copy.deepcopy(base), config("bert"), adapter_name="first"))
-    model.save_pretrained(tmp_path)
-    assert (tmp_path / "first" / "README.md").is_file()
-    loaded = PeftModel.from_pretrained(base, tmp_path / "first", adapter_name="second")
-    assert loaded.active_adapters == ["second"]
-    assert adapter_modules(loaded, "second")
-    torch.testing.assert_close(evaluated(loaded), evaluated(model))
-
-
-@pytest.mark.parametrize("name", ["lora", "fvae", "B", "vae", "mean", "my_adapter"])
-def test_awkward_adapter_names_survive_saving(tmp_path: Path, base: PreTrainedModel, name: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft warns of names that occur in the parameters' prefix
-        model = randomised(get_peft_model(copy.deepcopy(base), config("bert"), adapter_name=name))
-        model.save_pretrained(tmp_path)
-        loaded = PeftModel.from_pretrained(base, tmp_path / name, adapter_name=name)
-    torch.testing.assert_close(evaluated(loaded), evaluated(model), rtol=0, atol=0)
-
-
-def test_low_cpu_mem_usage_loads_the_same(tmp_path: Path, base: PreTrainedModel) -> None:
-    model = randomised(get_peft_model(copy.deepcopy(base), config("bert")))
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=True)
-    assert not any(p.is_meta for p in loaded.parameters())
-    torch.testing.assert_close(evaluated(loaded), evaluated(model))
-
-
-def test_an_empty_adapter_on_meta_can_be_filled(base: PreTrainedModel) -> None:
-    model = randomised(get_peft_model(copy.deepcopy(base), config("bert")))
-    empty = get_peft_model(base, config("bert"), low_cpu_mem_usage=True)
-    assert all(p.is_meta for name, p in empty.named_parameters() if "fvae_lora_" in name)
-    set_peft_model_state_dict(empty, get_peft_model_state_dict(model), low_cpu_mem_usage=True)
-    torch.testing.assert_close(evaluated(empty), evaluated(model))
-
-
-def test_load_adapter_adds_a_saved_adapter(tmp_path: Path, base: PreTrainedModel) -> None:
-    model = randomised(get_peft_model(copy.deepcopy(base), config("bert")))
-    model.save_pretrained(tmp_path)
-    other = randomised(get_peft_model(copy.deepcopy(base), config("bert", r=2)))
-    other.load_adapter(tmp_path, "loaded")
-    other.set_adapter("loaded")
-    torch.testing.assert_close(evaluated(other), evaluated(model))
-
-
-def test_loading_into_an_eval_model_does_not_sample(tmp_path: Path, base: PreTrainedModel) -> None:
-    adapted().save_pretrained(tmp_path)
-    model = get_peft_model(base, config("bert")).eval()
-    model.load_adapter(tmp_path, "loaded", is_trainable=True)
-    model.set_adapter("loaded")
-    assert not samples(model)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_an_added_adapter_with_targets_of_its_own_keeps_the_models_mode(base: PreTrainedModel, training: bool) -> None:
-    model = get_peft_model(base.eval(), config("bert", target_modules=["query"])).train(training)
-    model.add_adapter("other", config("bert", target_modules=["value"]))
-    assert all(layer.training is training for layer in layers_of(model))
-
-
 # Several adapters
 
 
@@ -509,110 +337,6 @@ def test_loading_through_transformers_into_an_eval_model_does_not_sample(tmp_pat
     base.eval()
     base.load_adapter(str(tmp_path))
     assert not samples(base)
-
-
-# Copies, merging, unloading
-
-
-def test_a_deep_copy_is_independent() -> None:
-    model = adapted()
-    batch = batch_for(tiny_bert())
-    model.train()(**batch)
-    twin = copy.deepcopy(model)
-    torch.testing.assert_close(evaluated(twin), evaluated(model))
-    torch.manual_seed(0)
-    twin.train()(**batch).loss.backward()
-    assert all(p.grad is None for p in model.parameters())
-    assert float(elbo_loss(model)) == 0 or not model.training
-    torch.manual_seed(0)
-    first = model.train()(**batch).loss
-    torch.manual_seed(0)
-    torch.testing.assert_close(twin(**batch).loss, first)
-
-
-def test_a_model_can_be_pickled() -> None:
-    model = adapted()
-    model.train()(**batch_for(tiny_bert()))
-    buffer = io.BytesIO(pickle.dumps(model))
-    twin = pickle.load(buffer)  # one that this test wrote
-    torch.testing.assert_close(evaluated(twin), evaluated(model))
-    assert torch.isfinite(twin.train()(**batch_for(tiny_bert())).loss)
-
-
-def test_unload_gives_the_base_model_back(base: PreTrainedModel) -> None:
-    expected = evaluated(copy.deepcopy(base))
-    names = {name for name, _ in base.named_parameters()}
-    model = randomised(get_peft_model(base, config("bert", task_type=None)))
-    plain = model.unload()
-    assert {name for name, _ in plain.named_parameters()} == names
-    torch.testing.assert_close(evaluated(plain), expected, rtol=0, atol=0)
-    batch = batch_for(plain)
-    output = plain.train()(**batch)
-    torch.testing.assert_close(output.loss, nn.functional.cross_entropy(output.logits, batch["labels"]))
-    assert samples(randomised(get_peft_model(plain, config("bert"))).train())
-
-
-LINEAR_BASES = [{"bias": True}, {"bias": False}, {"conv1d": True, "fan_in_fan_out": True}]
-
-
-@pytest.mark.parametrize("safe_merge", [True, False])
-@pytest.mark.parametrize("shared_encoder_trunk", [True, False])
-@pytest.mark.parametrize("fields", LINEAR_BASES, ids=["bias", "no bias", "Conv1D"])
-def test_a_linear_encoder_merges_exactly(fields: dict[str, bool], shared_encoder_trunk: bool, safe_merge: bool) -> None:
-    fields = fields | {"lora_alpha": 6.0, "encoder_hidden_dims": [], "shared_encoder_trunk": shared_encoder_trunk}
-    model = adapted_linear(**fields)
-    x = torch.randn(4, 6, dtype=torch.float64)
-    plain = model.base_model.model[0].base_layer(x)
-    expected = model.eval()(x)
-    assert not torch.allclose(expected, plain)
-    model.merge_adapter(safe_merge=safe_merge)
-    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(model.base_model.model[0].base_layer(x), expected, rtol=1e-12, atol=1e-12)
-    model.unmerge_adapter()
-    torch.testing.assert_close(model.base_model.model[0].base_layer(x), plain, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
-    merged = model.merge_and_unload(safe_merge=safe_merge)
-    assert not [name for name, _ in merged.named_parameters() if "fvae_lora_" in name]
-    torch.testing.assert_close(merged(x), expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("kind", BUILDERS)
-def test_a_linear_encoder_merges_exactly_in_a_whole_model(kind: str) -> None:
-    model = adapted(kind, encoder_hidden_dims=[], target_modules="all-linear")
-    expected = evaluated(model, kind)
-    torch.testing.assert_close(evaluated(model.merge_and_unload(), kind), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_merged_model_can_be_saved_as_a_plain_one(tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*bias.*")
-        merged = adapted("bert", encoder_hidden_dims=[]).merge_and_unload()
-    merged.save_pretrained(tmp_path)
-    torch.testing.assert_close(evaluated(type(merged).from_pretrained(tmp_path)), evaluated(merged))
-
-
-def test_merging_says_where_it_brings_a_bias_that_the_models_class_would_not_load() -> None:
-    """Llama's layers have none, and transformers drops keys that it does not know."""
-    with pytest.warns(UserWarning, match=r"merging gives a bias to model.layers.0.self_attn.q_proj"):
-        adapted("llama", encoder_hidden_dims=[]).merge_and_unload()
-
-
-def test_disabling_a_merged_adapter_unmerges_it() -> None:
-    model = adapted_linear(encoder_hidden_dims=[]).eval()
-    x = torch.randn(4, 6, dtype=torch.float64)
-    plain = model.base_model.model[0].base_layer(x)
-    model.merge_adapter()
-    with model.disable_adapter():
-        torch.testing.assert_close(model(x), plain, rtol=1e-12, atol=1e-12)
-
-
-def test_safe_merge_refuses_what_is_not_finite() -> None:
-    model = adapted_linear(encoder_hidden_dims=[])
-    nn.init.constant_(model.base_model.model[0].fvae_lora_B["default"].weight, float("inf"))
-    before = model.base_model.model[0].base_layer.weight.clone()
-    with pytest.raises(ValueError, match="not finite"):
-        model.merge_adapter(safe_merge=True)
-    assert torch.equal(model.base_model.model[0].base_layer.weight, before)
 
 
 # What the layer is

@@ -41,8 +41,20 @@ def python(code: str) -> str:
     return run.stdout.strip().splitlines()[-1]
 
 
-def imported_by(module: str) -> set[str]:
-    return set(json.loads(python(f"import json, sys, {module}; print(json.dumps(list(sys.modules)))")))
+@pytest.fixture(scope="module")
+def imports() -> dict[str, list[str]]:
+    """What is there in a process after it imports peft, then this package, then asks for its Trainer."""
+    return json.loads(
+        python(
+            "import json, sys, peft, transformers.conversion_mapping, transformers.core_model_loading\n"
+            "kinds = lambda: [str(member.value) for member in peft.utils.PeftType]\n"
+            "found = {'kinds of peft': kinds(), 'peft': list(sys.modules)}\n"
+            "import fvae_lora\n"
+            "found |= {'kinds': kinds(), 'package': list(sys.modules)}\n"
+            "fvae_lora.FVAELoraTrainer\n"
+            "print(json.dumps(found | {'trainer': list(sys.modules)}))"
+        )
+    )
 
 
 def test_the_public_names_are_those_that_were_promised() -> None:
@@ -98,13 +110,11 @@ def test_the_method_is_registered_with_peft() -> None:
     assert fvae_lora.FVAELoraConfig().peft_type is kind
 
 
-def test_pefts_own_methods_stay_what_they_were() -> None:
-    members = "[str(member.value) for member in PeftType]"
-    code = f"import json; from peft import PeftType; before = {members}; import fvae_lora"
-    before, after = json.loads(python(f"{code}; print(json.dumps([before, {members}]))"))
-    assert after == [*before, "FVAE_LORA"]
+def test_pefts_own_methods_stay_what_they_were(imports: dict[str, list[str]]) -> None:
+    assert imports["kinds"] == [*imports["kinds of peft"], "FVAE_LORA"]
 
 
+@pytest.mark.slow
 def test_importing_twice_is_harmless() -> None:
     python(
         "import importlib, fvae_lora, sys\n"
@@ -117,18 +127,16 @@ def test_importing_twice_is_harmless() -> None:
     )
 
 
-def test_importing_it_brings_nothing_of_the_experiments() -> None:
+def test_importing_it_brings_nothing_of_the_experiments(imports: dict[str, list[str]]) -> None:
     """Nothing but itself, and what peft and the parts of transformers that it uses bring anyway."""
-    ours = imported_by("fvae_lora")
+    ours, theirs = set(imports["package"]), set(imports["peft"])
     assert not ours & OF_THE_EXPERIMENTS
-    theirs = imported_by("peft, transformers.conversion_mapping, transformers.core_model_loading")
     added = {name.partition(".")[0] for name in ours - theirs}
     assert added - set(sys.stdlib_module_names) <= {"fvae_lora", "peft", "torch", "transformers"}
 
 
-def test_the_trainer_is_imported_when_asked_for() -> None:
-    code = "import sys, fvae_lora; fvae_lora.FVAELoraTrainer; print('transformers.trainer' in sys.modules)"
-    assert python(code) == "True"
+def test_the_trainer_is_imported_when_asked_for(imports: dict[str, list[str]]) -> None:
+    assert "transformers.trainer" in set(imports["trainer"]) - set(imports["package"])
 
 
 def test_the_method_depends_on_four_packages() -> None:

@@ -1,4 +1,4 @@
-"""What holds the house together: two layers, no import circle, public names, a command line that does not wait."""
+"""What holds the house together: two layers, no import circle, public names, a fast command line, tests by subject."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import pytest
 
 import fvae_lora
 
-SOURCE = Path(__file__).parents[1] / "src"
+TESTS = Path(__file__).parent
+SOURCE = TESTS.parent / "src"
+LONGEST = 600
 METHOD, EXPERIMENTS = "fvae_lora", "fvae_lora_experiments"
 MODULES = {
     ".".join(file.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): file
@@ -63,15 +65,41 @@ def _of(module: str, package: str) -> set[str]:
     return {name for name in imported(module) if name.partition(".")[0] == package}
 
 
-@pytest.mark.parametrize("module", ["", ".cli", ".__main__", ".recipe", ".schema", ".methods", ".run.record"])
-def test_the_command_line_waits_for_no_heavy_library(module: str) -> None:
+def test_the_command_line_waits_for_no_heavy_library() -> None:
     for needed in ("pydantic", "yaml", "PIL", "typer"):
         pytest.importorskip(needed, reason="the experiments are not installed")
-    program = f"import sys, {EXPERIMENTS}{module}; print(*sorted(set({HEAVY!r}) & sys.modules.keys()))"
+    program = "import importlib, sys\n"
+    for module in ("", ".cli", ".__main__", ".recipe", ".schema", ".methods", ".run.record"):
+        name = f"{EXPERIMENTS}{module}"
+        program += f"importlib.import_module({name!r}); print({name!r}, *sorted({set(HEAVY)!r} & sys.modules.keys()))\n"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+    assert [line for line in done.stdout.splitlines() if " " in line] == []
 
 
 def test_every_public_name_is_there_and_says_what_it_is() -> None:
     for name in fvae_lora.__all__:
         assert getattr(fvae_lora, name).__doc__, name
+
+
+def test_a_file_of_tests_is_short_or_says_why_it_is_not() -> None:
+    """The reason is a comment that begins with ``# Long: ``."""
+    for file in sorted(TESTS.rglob("test_*.py")):
+        text = file.read_text(encoding="utf-8")
+        assert text.count("\n") <= LONGEST or "\n# Long: " in text, f"{file.name} has over {LONGEST} lines: split it"
+
+
+def test_what_tests_share_stands_in_support() -> None:
+    for folder in {file.parent for file in TESTS.rglob("test_*.py")}:
+        loose = {file.name for file in folder.glob("*.py") if not file.match("test_*.py")} - {"conftest.py"}
+        assert not loose, f"{folder.name}: {loose}"
+
+
+def test_no_test_sleeps_or_borrows_from_another() -> None:
+    names = {file.stem for file in TESTS.rglob("test_*.py")}
+    for file in TESTS.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(func=ast.Attribute(value=ast.Name(id="time"), attr="sleep")):
+                    raise AssertionError(f"{file.name}, line {node.lineno}: wait for what is to happen")
+                case ast.ImportFrom(module=str(module)) if module in names:
+                    raise AssertionError(f"{file.name}, line {node.lineno}: what two files need stands in support")

@@ -14,10 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from data import DATASETS
 from models import MODELS
 from packages import Entry, Fetcher, PackageError, sha256
-
-from data import DATASETS
 
 SMALL_MODEL_MB = 100
 ENTRIES = {entry.name: entry for entry in (*MODELS, *DATASETS)}

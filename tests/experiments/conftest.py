@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from arguments import later_wins
-from colours import SIDE, write_pictures
-from hub import MODEL, Hub, write_data_sets
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
+from arguments import later_wins
+from colours import SIDE, write_pictures
 from fvae_lora_experiments.cli import app
 from fvae_lora_experiments.process import exit_code, silence_libraries
 from fvae_lora_experiments.recipe import check_recipe
 from fvae_lora_experiments.schema import Recipe
+from hub import MODEL, Hub, write_data_sets
 
 SCRIPT = Path(__file__).parents[1] / "slurm" / "local-slurm.sh"
 

@@ -8,18 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from arguments import assert_refused
 from colours import write_pictures
 
 Cli = Callable[..., tuple[int, str, str]]
-
-
-def assert_refused(result: tuple[int, str, str], *says: str) -> None:
-    code, _, err = result
-    assert code == 2, err
-    assert err.startswith("fvae-lora: ")
-    assert err.count("\n") == 1, err
-    for part in says:
-        assert part in err
 
 
 @pytest.fixture

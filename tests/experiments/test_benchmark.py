@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub import CLASSES, SMALL, Hub, command_line
-from sweeps import left, states
 
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.report import summary_rows
+from hub import CLASSES, SMALL, Hub, command_line
+from sweeps import left, states
 
 DATA_SETS = ("dtd", "eurosat", "gtsrb", "resisc45", "sun397", "svhn")
 MANY_S = 3600

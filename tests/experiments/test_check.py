@@ -9,15 +9,15 @@ from pathlib import Path
 
 import datasets
 import pytest
-from colours import write_pictures
 from rich.console import Console
-from sentences import write_encoder
-from test_intake import TASKS, lay_out, questions, recordings, texts, write
 
+from colours import write_pictures
 from fvae_lora_experiments.check import look, task_of
 from fvae_lora_experiments.data.summary import print_summary
 from fvae_lora_experiments.recipe import load_recipe
 from fvae_lora_experiments.schema import Recipe
+from layouts import TASKS, lay_out, questions, recordings, texts, write
+from sentences import write_encoder
 
 Cli = Callable[..., tuple[int, str, str]]
 

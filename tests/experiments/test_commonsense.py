@@ -16,15 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from arguments import later_wins
-from chatter import CHAT, REAL, make_llama, make_tokenizer, rows_of, write_questions
 from datasets import Dataset
-from hub import Hub
 from peft import PeftModel, get_peft_model
-from rounding import assert_alike
-from saved import assert_saved
 from transformers import AutoModelForCausalLM, BloomForCausalLM, MambaForCausalLM, PreTrainedModel
 
+from arguments import later_wins
+from chatter import CHAT, REAL, make_llama, make_tokenizer, rows_of, write_questions
 from fvae_lora import FVAELoraConfig, elbo_terms
 from fvae_lora_experiments.data.questions import open_questions, question
 from fvae_lora_experiments.methods import METHODS
@@ -35,6 +32,9 @@ from fvae_lora_experiments.tasks import load_task
 from fvae_lora_experiments.tasks.commonsense.answers import parse, write_answers
 from fvae_lora_experiments.tasks.commonsense.likelihood import log_likelihoods
 from fvae_lora_experiments.tasks.commonsense.prompts import prompt
+from hub import Hub
+from rounding import assert_alike
+from saved import assert_saved
 from tiny import randomised
 
 Cli = Callable[..., tuple[int, str, str]]

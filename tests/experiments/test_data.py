@@ -11,10 +11,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from colours import write_pictures
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
+from colours import write_pictures
 from fvae_lora_experiments.data import fingerprint, open_images, split
 from fvae_lora_experiments.data.images import image_content, random_resized_crop
 from fvae_lora_experiments.errors import UserError

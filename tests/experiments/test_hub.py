@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hub import CLASSES, MODEL, SMALL, Hub, command_line
 
 from fvae_lora_experiments.data import fingerprint, open_images
 from fvae_lora_experiments.data.images import image_content
 from fvae_lora_experiments.schema import DataSettings
+from hub import CLASSES, MODEL, SMALL, Hub, command_line
 
 
 @pytest.mark.slow

@@ -2,100 +2,33 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
-from colours import write_pictures
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
-from timit_corpus import hum, write_corpus
 
+from colours import write_pictures
 from fvae_lora_experiments.data import fingerprint, open_images, split
 from fvae_lora_experiments.data.files import Notes, split_of_folder, splits_of_file
 from fvae_lora_experiments.data.images import image_content
 from fvae_lora_experiments.data.published.timit import open_timit
-from fvae_lora_experiments.data.questions import open_questions
-from fvae_lora_experiments.data.recordings import open_recordings
 from fvae_lora_experiments.data.source import hub_splits
-from fvae_lora_experiments.data.text import open_texts
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.schema import DataSettings, TextSettings
-
-DEFAULT = DataSettings()
-
-
-def png(colour: int = 0) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (colour, colour, colour)).save(buffer, "png")
-    return buffer.getvalue()
-
-
-def write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows in the format that the file's suffix, in any case, says."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    suffix = file.suffix.lower()
-    if suffix == ".parquet":
-        Dataset.from_list([dict(row) for row in rows]).to_parquet(file)
-    elif suffix == ".jsonl":
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif suffix == ".json":
-        file.write_text(json.dumps(list(rows)))
-    else:
-        with file.open("w", newline="") as opened:
-            writer = csv.DictWriter(opened, list(rows[0]), delimiter="\t" if suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-def texts(count: int, labels: Sequence[Any] = ("dull", "fine")) -> list[dict[str, Any]]:
-    return [{"text": f"text {i}", "label": labels[i % len(labels)]} for i in range(count)]
-
-
-def pictures_in_a_table(count: int) -> list[dict[str, Any]]:
-    return [{"image": {"bytes": png(i), "path": None}, "label": "ab"[i % 2]} for i in range(count)]
-
-
-def questions(count: int) -> list[dict[str, Any]]:
-    return [{"question": f"What is {i}?", "choices": ["a", "b"], "answer": 1} for i in range(count)]
-
-
-def recordings(count: int) -> list[dict[str, Any]]:
-    return [{"audio": f"{i}.wav", "text": f"text {i}"} for i in range(count)]
-
-
-def open_as_text(name: str, settings: DataSettings = DEFAULT, notes: Notes | None = None) -> dict[str, Dataset]:
-    return open_texts(name, settings, TextSettings(), notes)
-
-
-TASKS: dict[str, tuple[str, Callable[[int], list[dict[str, Any]]], Callable[..., dict[str, Dataset]]]] = {
-    "image": (".parquet", pictures_in_a_table, lambda name, notes=None: open_images(name, DEFAULT, notes)),
-    "text": (".csv", texts, lambda name, notes=None: open_as_text(name, DEFAULT, notes)),
-    "commonsense": (".jsonl", questions, lambda name, notes=None: open_questions(name, None, None, notes)),
-    "transcription": (".jsonl", recordings, lambda name, notes=None: open_recordings(name, DEFAULT, notes)),
-}
-"""The tasks that read tables: a format, rows, and what opens them. Phonemes have their own layout, see below."""
+from fvae_lora_experiments.schema import DataSettings
+from layouts import DEFAULT, TASKS, lay_out, open_as_text, png, texts, write
+from timit_corpus import hum, write_corpus
 
 
 @pytest.fixture(params=TASKS)
 def task(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
-
-
-def lay_out(folder: Path, task: str, files: Mapping[str, int]) -> Path:
-    """Tables of so many rows, by their paths without a suffix."""
-    suffix, rows, _ = TASKS[task]
-    for name, count in files.items():
-        write(folder / f"{name}{suffix}", rows(count))
-    return folder
 
 
 def sizes(splits: Mapping[str, Dataset]) -> dict[str, int]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from arguments import later_wins
 from peft import AdaLoraModel, PeftModel
 from transformers import AutoModelForImageClassification
 
+from arguments import later_wins
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.models.targets import adapted_modules

@@ -16,22 +16,22 @@ import huggingface_hub.constants
 import pytest
 import torch
 import transformers
-from chatter import make_llama, write_questions
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from sentences import sentences, write_encoder
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
 )
 
+from chatter import make_llama, write_questions
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.models.classifiers import load_classifier
 from fvae_lora_experiments.models.pretrained import load_model, load_tokenizer, loading
 from fvae_lora_experiments.recipe import load_recipe
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import load_task
+from sentences import sentences, write_encoder
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -138,7 +138,7 @@ def test_a_model_that_answers_needs_its_own_tokenizer(tmp_path: Path, foreign: b
 
 
 def test_a_model_that_transcribes_needs_its_own_tokenizer(tmp_path: Path) -> None:
-    from test_speech import recorded, whisper, write_recordings
+    from spoken_words import recorded, whisper, write_recordings
 
     rows = {split: [(recorded("yes"), "yes"), (recorded("no"), "no")] for split in ("train", "validation", "test")}
     folder, data = whisper(tmp_path / "whisper"), write_recordings(tmp_path / "data", rows)
@@ -374,8 +374,7 @@ def as_pickle(folder: Path, parts: int = 1) -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("name", ["plain", 'it\'s "my" model, $HOME'])
+@pytest.mark.parametrize(("parts", "name"), [(3, "plain"), (1, 'it\'s "my" model, $HOME')])
 def test_a_pickle_is_refused_with_the_line_that_converts_it(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int, name: str
 ) -> None:

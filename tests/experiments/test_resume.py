@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from processes import CONTEXT, LIVELY, attempt, result
 
 from fvae_lora_experiments import process
 from fvae_lora_experiments.errors import RunError, UserError
@@ -22,6 +21,7 @@ from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.run.runner import evaluate, run
 from fvae_lora_experiments.run.trainer import FolderCallback, RunTrainer
 from fvae_lora_experiments.schema import Recipe
+from processes import CONTEXT, LIVELY, attempt, result, wait_for
 
 Cli = Callable[..., tuple[int, str, str]]
 IMPATIENT = LIVELY | {"train": {"epochs": 30, "learning_rate": 1e-9, "patience": 4}}
@@ -50,16 +50,16 @@ Undisturbed = Callable[[Recipe], dict[str, Any]]
     ("place", "calls"),
     [
         ("write", 1),
-        ("append", 1),
         ("append", 3),
-        ("inside a checkpoint", 1),
         ("inside a checkpoint", 2),
-        ("keep_checkpoints", 2),
-        ("write", 3),
         ("remove", 1),
         ("save_adapter", 1),
-        ("write", 8),
-        ("remove", 4),
+        pytest.param("append", 1, marks=pytest.mark.slow),
+        pytest.param("inside a checkpoint", 1, marks=pytest.mark.slow),
+        pytest.param("keep_checkpoints", 2, marks=pytest.mark.slow),
+        pytest.param("write", 3, marks=pytest.mark.slow),
+        pytest.param("write", 8, marks=pytest.mark.slow),
+        pytest.param("remove", 4, marks=pytest.mark.slow),
     ],
 )
 def test_killed_at_a_delicate_moment(
@@ -76,7 +76,7 @@ def test_killed_at_a_delicate_moment(
     "changes",
     [
         pytest.param(LIVELY, id="fvae-lora"),
-        pytest.param(LIVELY | {"method": "full"}, id="full"),
+        pytest.param(LIVELY | {"method": "full"}, id="full", marks=pytest.mark.slow),
         pytest.param(IMPATIENT, id="patience", marks=pytest.mark.slow),
     ],
 )
@@ -101,8 +101,7 @@ def test_ctrl_c_says_how_to_go_on(make_recipe: Callable[..., Recipe], undisturbe
     recipe, folder = make_recipe(**LIVELY | {"train": {"epochs": 40}}), tmp_path / "run"
     process = CONTEXT.Process(target=_main, args=(recipe, folder, tmp_path / "said"))
     process.start()
-    while not (folder / "metrics.jsonl").exists() or not list(folder.glob("checkpoints/*/.whole")):
-        time.sleep(0.01)
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and list(folder.glob("checkpoints/*/.whole")), process)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGINT)
     process.join()

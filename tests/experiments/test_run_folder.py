@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import CONTEXT, attempt
 
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.places import located, portable, short
@@ -22,6 +21,7 @@ from fvae_lora_experiments.run.folder import RunFolder, write_atomically
 from fvae_lora_experiments.run.record import Event
 from fvae_lora_experiments.run.runner import run
 from fvae_lora_experiments.schema import Recipe
+from processes import CONTEXT, attempt
 
 PROJECT = Path(__file__).parents[2]
 
@@ -86,7 +86,10 @@ def test_a_read_only_folder(make_recipe: Callable[..., Recipe], tmp_path: Path) 
         run(make_recipe(), tmp_path / "run", quiet=True)
 
 
-@pytest.mark.parametrize("limit", [3_000, 6_000, 12_000, 24_000])
+@pytest.mark.parametrize(
+    "limit",
+    [3_000, 12_000, pytest.param(6_000, marks=pytest.mark.slow), pytest.param(24_000, marks=pytest.mark.slow)],
+)
 def test_when_nothing_more_can_be_written_the_run_fails_and_goes_on_later(
     make_recipe: Callable[..., Recipe], tmp_path: Path, limit: int
 ) -> None:

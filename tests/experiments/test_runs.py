@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_runs import metrics, record, write_demo, write_run
 
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.report import summary_rows
 from fvae_lora_experiments.run.archive import pack, read_runs, unpack
 from fvae_lora_experiments.sweep.plan import contenders
+from synthetic_runs import metrics, record, write_demo, write_run
 
 PROJECT = Path(__file__).parents[2]
 Cli = Callable[..., tuple[int, str, str]]

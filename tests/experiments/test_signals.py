@@ -13,13 +13,13 @@ from typing import Any
 
 import psutil
 import pytest
-from processes import CONTEXT, LIVELY, attempt, result
-from sweeps import Compare, left, states
 
 from fvae_lora_experiments import process, signals
 from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.run.runner import run
 from fvae_lora_experiments.schema import Recipe
+from processes import CONTEXT, LIVELY, attempt, result
+from sweeps import Compare, left, states
 
 LINE = "fvae-lora: stopped; the same command goes on where it was\n"
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -63,8 +63,8 @@ def lines(text: str) -> Sequence[str]:
 @pytest.mark.parametrize(
     "moment",
     [
-        "fvae_lora",
         "torch",
+        pytest.param("fvae_lora", marks=pytest.mark.slow),
         pytest.param("peft", marks=pytest.mark.slow),
         pytest.param("transformers.modeling_utils", marks=pytest.mark.slow),
         pytest.param("fvae_lora_experiments.cli", marks=pytest.mark.slow),
@@ -123,8 +123,8 @@ def alone(make_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize(
     ("moment", "number"),
     [
-        ("the curve is written", signal.SIGINT),
         ("a file is flushed", signal.SIGTERM),
+        pytest.param("the curve is written", signal.SIGINT, marks=pytest.mark.slow),
         *(
             pytest.param(moment, number, marks=pytest.mark.slow)
             for moment in ("the record is written", "checkpoints are swept")
@@ -153,8 +153,7 @@ def test_a_sweep_that_is_told_to_stop_leaves_no_process(
 ) -> None:
     out = tmp_path / "s"
     sweep = Compare(out, [*small, "train.epochs=500", "--methods", "fvae-lora,lora", "--seeds", "1"])
-    while len(list(out.glob("*/metrics.jsonl"))) < 2:
-        assert sweep.lasts(0.05), sweep.said
+    sweep.wait_for_runs(2)
     workers = sweep.workers()
     assert sweep.kill(number) == 128 + number
     assert sweep.said.endswith(LINE)

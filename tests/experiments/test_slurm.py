@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from sweeps import states
 
 from fvae_lora_experiments.errors import RunError, UserError
 from fvae_lora_experiments.sweep import slurm
 from fvae_lora_experiments.sweep.plan import Planned, plan
 from fvae_lora_experiments.sweep.slurm import SlurmLauncher
 from fvae_lora_experiments.sweep.sweep import sweep
+from sweeps import states
 
 Cli = Callable[..., tuple[int, str, str]]
 

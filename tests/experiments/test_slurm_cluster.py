@@ -7,20 +7,15 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+
 from processes import assert_alike
 from sweeps import Compare, assert_same, assert_survives, left, states
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("cluster")]
-
-
-def wait_for(sweep: Compare, what: Callable[[], object]) -> None:
-    while not what():
-        assert sweep.lasts(0.1), sweep.said
 
 
 def compare(out: Path, *options: str) -> Compare:
@@ -58,7 +53,7 @@ def test_jobs_outlive_a_sweep_that_is_stopped_and_the_same_command_waits_for_the
 ) -> None:
     out, options = tmp_path / "s", [*small, "train.epochs=30", "--methods", "lora", "--seeds", "1,2"]
     first = compare(out, *options)
-    wait_for(first, lambda: list(out.glob("*/metrics.jsonl")))
+    first.wait_for_runs(1)
     assert first.kill(signal.SIGINT) == 130
     (array,) = arrays(out)
     assert len(json.loads((array / "runs.json").read_text())) == 2
@@ -88,7 +83,7 @@ def test_a_lost_node_is_a_failed_run_that_the_same_command_takes_up(small: list[
     out, options = tmp_path / "s", [*small, "train.epochs=30", "--methods", "lora", "--seeds", "1"]
     node = socket.gethostname().partition(".")[0]
     sweep = compare(out, *options)
-    wait_for(sweep, lambda: list(out.glob("*/metrics.jsonl")))
+    sweep.wait_for_runs(1)
     subprocess.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=test"], check=True)
     assert sweep.end() == 1, sweep.said
     record = json.loads((out / "lora-seed1" / "run.json").read_text())
@@ -114,7 +109,7 @@ def test_a_killed_process_of_a_job_is_a_failed_run_that_the_same_command_takes_u
     out = tmp_path / "s"
     options = [*small, "train.epochs=30", "--methods", "lora", "--seeds", "1", "--processes", "2"]
     sweep = compare(out, *options)
-    wait_for(sweep, lambda: list(out.glob("*/metrics.jsonl")))
+    sweep.wait_for_runs(1)
     job, *_, last = sorted(working(out), key=lambda process: process.create_time())
     assert last.ppid() == job.pid
     last.kill()
@@ -132,7 +127,7 @@ def test_a_killed_process_of_a_job_is_a_failed_run_that_the_same_command_takes_u
 
 def test_a_sweep_longer_than_an_array_may_be_is_done(small: list[str], tmp_path: Path) -> None:
     sweep = compare(tmp_path / "s", *small, "train.epochs=1", "--methods", "linear-probe", "--seeds", "1,2,3,4")
-    wait_for(sweep, lambda: len(arrays(tmp_path / "s")) == 2)
+    sweep.wait_for(lambda: len(arrays(tmp_path / "s")) == 2)
     assert sweep.end() == 0, sweep.said
     assert set(states(tmp_path / "s").values()) == {"complete"}
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import io
 import os
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
-from arguments import later_wins
 from rich.console import Console
-from sweeps import Compare, assert_survives, left, states
 
+from arguments import later_wins
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.report import summary_rows
+from fvae_lora_experiments.run import runner
 from fvae_lora_experiments.sweep.local import THREAD_LIMITS, LocalLauncher
 from fvae_lora_experiments.sweep.plan import Planned, parse_list, parse_values, plan
 from fvae_lora_experiments.sweep.sweep import sweep
+from sweeps import Compare, assert_survives, states
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -38,6 +39,11 @@ def planned(vit: Path, pictures: Path, tmp_path: Path) -> Callable[..., list[Pla
 
 def quiet() -> Console:
     return Console(file=io.StringIO(), width=200)
+
+
+def do(planned: Planned) -> None:
+    """In this process, which has imported everything."""
+    runner.run(planned.recipe, planned.folder.path, quiet=True)
 
 
 def test_a_plan_is_every_combination(planned: Callable[..., list[Planned]]) -> None:
@@ -61,7 +67,7 @@ def test_lists_are_read_as_yaml() -> None:
 
 
 def test_only_what_is_missing_is_run(planned: Callable[..., list[Planned]]) -> None:
-    sweep(planned(["linear-probe"], [1]), LocalLauncher(1), quiet())
+    do(*planned(["linear-probe"], [1]))
     runs = planned(["linear-probe"], [1, 2])
     first = runs[0].folder.record_file
     before = first.stat().st_mtime_ns
@@ -96,7 +102,7 @@ def test_a_run_that_another_sweep_is_on_is_left_alone(
 
 
 def test_a_folder_with_another_recipes_run_starts_nothing(planned: Callable[..., list[Planned]]) -> None:
-    sweep(planned(["linear-probe"], [1]), LocalLauncher(1), quiet())
+    do(*planned(["linear-probe"], [1]))
     runs = planned(["linear-probe"], [1, 2], "train.batch_size=9")
     with pytest.raises(UserError, match=r"train\.batch_size is 8 there and 9 here"):
         sweep(runs, LocalLauncher(1), quiet())
@@ -107,13 +113,11 @@ def test_a_folder_with_another_recipes_run_starts_nothing(planned: Callable[...,
 def test_no_run_outlives_a_sweep_that_is_killed(small: list[str], tmp_path: Path) -> None:
     out = tmp_path / "s"
     sweep = Compare(out, [*small, "train.epochs=500", "--methods", "fvae-lora,lora", "--seeds", "1"])
-    while len(list(out.glob("*/metrics.jsonl"))) < 2:
-        assert sweep.lasts(0.05), sweep.said
+    sweep.wait_for_runs(2)
+    workers = sweep.workers()
+    assert len(workers) >= 2
     sweep.kill()
-    time.sleep(1.5)
-    before = left(out)
-    time.sleep(1)
-    assert left(out) == before
+    assert not psutil.wait_procs(workers, timeout=10)[1]
     assert set(states(out).values()) == {"running"}
 
 
@@ -121,8 +125,7 @@ def test_no_run_outlives_a_sweep_that_is_killed(small: list[str], tmp_path: Path
 def test_a_run_whose_process_is_killed_has_failed_and_its_record_says_how(small: list[str], tmp_path: Path) -> None:
     out = tmp_path / "s"
     sweep = Compare(out, [*small, "train.epochs=500", "--methods", "lora", "--seeds", "1"])
-    while not list(out.glob("*/metrics.jsonl")):
-        assert sweep.lasts(0.05), sweep.said
+    sweep.wait_for_runs(1)
     (worker,) = sweep.workers()
     worker.kill()
     assert sweep.end() == 1
@@ -133,6 +136,7 @@ def test_a_run_whose_process_is_killed_has_failed_and_its_record_says_how(small:
     assert row.reason.startswith("killed by SIGKILL")
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_before_its_run_began_leaves_a_failed_run_and_its_last_lines(
     planned: Callable[..., list[Planned]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,9 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from processes import assert_alike
 from rich.console import Console
-from sweeps import Compare, assert_survives, states
 
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.run.runner import run
@@ -21,6 +19,8 @@ from fvae_lora_experiments.sweep import child
 from fvae_lora_experiments.sweep.local import LocalLauncher
 from fvae_lora_experiments.sweep.plan import plan
 from fvae_lora_experiments.sweep.sweep import sweep
+from processes import assert_alike
+from sweeps import Compare, assert_survives, states
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -61,8 +61,7 @@ def test_a_killed_process_is_a_failed_run_that_the_same_command_takes_up(small: 
     out = tmp_path / "s"
     options = [*small, "train.epochs=30", "--methods", "lora", "--seeds", "1", "--processes", "2"]
     sweep = Compare(out, options)
-    while not list(out.glob("*/metrics.jsonl")):
-        assert sweep.lasts(0.05), sweep.said
+    sweep.wait_for_runs(1)
     pair = together(sweep)
     assert len(pair) == 2
     pair[1].kill()
@@ -74,6 +73,7 @@ def test_a_killed_process_is_a_failed_run_that_the_same_command_takes_up(small: 
     assert states(out) == {"lora-seed1": "complete"}
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_shared_out_is_refused_in_one_line(small: list[str], cli: Cli, tmp_path: Path) -> None:
     run = ["compare", "image/default", *small, "--methods", "lora", "--seeds", "1", "--out", tmp_path / "s"]
     code, _, error = cli(*run, "--processes", "3")

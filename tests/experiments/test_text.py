@@ -19,18 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from arguments import later_wins
 from datasets import ClassLabel, Dataset, Features, Value
-from hub import ENCODER, GLUE, Hub, write_glue
 from peft import PeftModel
-from rounding import assert_alike
 from safetensors.torch import load_file, save_file
-from saved import assert_saved
 from scipy import stats
-from sentences import sentences, write_encoder
 from sklearn import metrics
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from arguments import later_wins
 from fvae_lora import elbo_loss, elbo_terms
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.methods import METHODS
@@ -38,6 +34,10 @@ from fvae_lora_experiments.recipe import load_recipe
 from fvae_lora_experiments.run.record import Record
 from fvae_lora_experiments.tasks import Metric, load_task
 from fvae_lora_experiments.tasks.text import TextTask
+from hub import ENCODER, GLUE, Hub, write_glue
+from rounding import assert_alike
+from saved import assert_saved
+from sentences import sentences, write_encoder
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-import torchrun_worker
-from processes import CONTEXT, LIVELY, assert_alike, result
 
+import torchrun_worker
 from fvae_lora_experiments.process import exit_code, silence_libraries
 from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.run.runner import evaluate, run
 from fvae_lora_experiments.run.trainer import RunTrainer
 from fvae_lora_experiments.schema import Recipe
+from processes import CONTEXT, LIVELY, assert_alike, result
 from torchrun import torchrun
 
 WITHOUT_NOISE = ("lora", "linear-probe", "adalora")

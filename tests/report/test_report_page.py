@@ -4,9 +4,9 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from synthetic_runs import metrics, record, write_many, write_run
 
 from fvae_lora_experiments.report import write_page
+from synthetic_runs import metrics, record, write_many, write_run
 
 VOID = {"meta", "link", "br"}
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>&amp;{{7*7}}</title></style>"

@@ -4,12 +4,12 @@ import csv
 import statistics
 
 import pytest
-from synthetic_runs import record, write_run
 
 from fvae_lora_experiments.report import summary_rows, write_csv, write_latex, write_markdown, write_page
 from fvae_lora_experiments.report.cells import further, results
 from fvae_lora_experiments.report.paper import figure, paper
 from fvae_lora_experiments.report.tables import comparisons, overviews, tables
+from synthetic_runs import record, write_run
 
 SIX = ("dtd", "eurosat", "gtsrb", "resisc45", "sun397")
 

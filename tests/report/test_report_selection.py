@@ -6,9 +6,9 @@ import re
 
 import pytest
 from rich.console import Console
-from synthetic_runs import record, write_run
 
 from fvae_lora_experiments.report import print_table, summary_rows, write_csv, write_page
+from synthetic_runs import record, write_run
 
 
 def point(folder, method, accuracy, seed=0, state="complete", adapter_r=16, metric=None, **train):

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
-from synthetic_runs import record, write_run
 
 from fvae_lora_experiments.report import summary_rows, write_markdown
 from fvae_lora_experiments.report.cells import difference, further, results, score, seeds
 from fvae_lora_experiments.report.numbers import half_width
+from synthetic_runs import record, write_run
 
 
 def scored(method, seed, accuracy, data=None, **recipe):

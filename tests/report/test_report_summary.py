@@ -4,13 +4,13 @@ import json
 import math
 
 import pytest
-from synthetic_runs import metrics, record, write_demo, write_run
 
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.recipe import load_recipe
 from fvae_lora_experiments.report import summary_rows
 from fvae_lora_experiments.report.curves import mean_curve, thinned
 from fvae_lora_experiments.run.archive import read_runs
+from synthetic_runs import metrics, record, write_demo, write_run
 
 
 def scored(accuracy, seed, **changes):

@@ -8,10 +8,10 @@ import subprocess
 
 import pytest
 from rich.console import Console
-from synthetic_runs import record, write_run
 
 from fvae_lora_experiments.report import print_table, summary_rows, write_csv, write_latex, write_markdown
 from fvae_lora_experiments.report.numbers import duration, memory, number, quantity
+from synthetic_runs import record, write_run
 
 
 def printed(rows, width=80):

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from arguments import later_wins
-from processes import CONTEXT
 
+from arguments import later_wins
 from fvae_lora_experiments import cli, process, signals
+from processes import CONTEXT, wait_for
 
 
 class Compare:
@@ -44,6 +44,17 @@ class Compare:
         """Whether it is still at work after so many seconds; None is for ever."""
         self.process.join(seconds)
         return self.process.is_alive()
+
+    def wait_for(self, what: Callable[[], object]) -> None:
+        """Until `what` it does can be seen."""
+        try:
+            wait_for(what, self.process)
+        except AssertionError as error:
+            raise AssertionError(self.said) from error
+
+    def wait_for_runs(self, count: int) -> None:
+        """Until so many runs have begun to train."""
+        self.wait_for(lambda: len(list(self.out.glob("*/metrics.jsonl"))) >= count)
 
     def end(self) -> int | None:
         """Waits for its end; its exit code."""
@@ -121,9 +132,8 @@ def assert_survives(
                     random.choice(alive)()
                     kills -= 1
                 for _ in range(40):
-                    if "killed by SIGKILL" in sweep.said:
+                    if "killed by SIGKILL" in sweep.said or not sweep.lasts(0.1):
                         break
-                    time.sleep(0.1)
                 sweep.kill(signal.SIGINT)
             else:
                 kills -= sweep.kill() == -signal.SIGKILL

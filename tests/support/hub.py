@@ -17,9 +17,10 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
-from arguments import later_wins
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pil
+
+from arguments import later_wins
 from sentences import sentences
 
 PROGRAM = "import sys; from fvae_lora_experiments.__main__ import main; sys.argv[0] = 'fvae-lora'; main()"

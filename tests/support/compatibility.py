@@ -1,6 +1,6 @@
 """The README's table of what works: each yes and no of it is a probe that ``test_compatibility.py`` runs.
 
-``python tests/compatibility.py --write`` puts the table between the README's markers.
+``python tests/support/compatibility.py --write`` puts the table between the README's markers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from fvae_lora import FVAELoraConfig, add_elbo
 from tiny import BUILDERS, TARGETS, batch_for, tiny_bert, tiny_llama, tiny_mixtral
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- compatibility:begin -->", "<!-- compatibility:end -->"
 NOT_TESTED = "–"
 

@@ -7,10 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-from processes import do_run
-
 from fvae_lora_experiments.run.distributed import leave
 from fvae_lora_experiments.schema import Recipe
+from processes import do_run
 
 
 def main(jobs: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,13 @@ def attempt(recipe: Recipe, folder: Path, seconds: float | None = None, die: tup
         process.kill()
         process.join()
     return process.exitcode == 0
+
+
+def wait_for(what: Callable[[], object], process: BaseProcess) -> None:
+    """Until `what` a process does can be seen; an error where the process ends without."""
+    while not what():
+        process.join(0.02)
+        assert process.is_alive() or what(), f"it ended, with exit code {process.exitcode}"
 
 
 def result(folder: Path) -> dict[str, Any]:

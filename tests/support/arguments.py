@@ -1,4 +1,4 @@
-"""Command lines of tests, put together from what most of them have and what one wants otherwise."""
+"""Command lines of tests, put together from what most of them have and what one wants otherwise; how one is refused."""
 
 from __future__ import annotations
 
@@ -25,3 +25,13 @@ def later_wins(arguments: Sequence[object]) -> list[str]:
         kept.pop(key, None)
         kept[key] = part
     return [text for part in kept.values() for text in part]
+
+
+def assert_refused(result: tuple[int, str, str], *says: str) -> None:
+    """The command line's result is one line, in which all this stands, and exit code 2."""
+    code, _, err = result
+    assert code == 2, err
+    assert err.startswith("fvae-lora: ")
+    assert err.count("\n") == 1, err
+    for part in says:
+        assert part in err
