@@ -41,7 +41,7 @@ from fvae_lora_experiments.data.files import (
     words,
 )
 from fvae_lora_experiments.data.source import copy_of, hub_splits, not_found, refuse_unusable_cache
-from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.errors import UserError, first_line
 from fvae_lora_experiments.places import is_local
 
 TEST_SETS = {
@@ -213,7 +213,7 @@ def _read(file: Path) -> Iterator[tuple[str, Any]]:
     except json.JSONDecodeError as error:
         raise UserError(f"{file}, line {error.lineno}: not whole JSON: {error.msg}") from error
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"{file}: cannot be read: {str(error).partition(chr(10))[0]}") from error
+        raise UserError(f"{file}: cannot be read: {first_line(error)}") from error
     yield from ((f"{file}, row {n}", row) for n, row in enumerate(rows, 1))
 
 

@@ -26,7 +26,7 @@ from fvae_lora_experiments.data.files import (
     what_is_there,
 )
 from fvae_lora_experiments.data.groups import with_groups
-from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.errors import UserError, first_line
 from fvae_lora_experiments.places import is_local
 from fvae_lora_experiments.schema import DataSettings
 
@@ -120,8 +120,7 @@ def _joined(place: Path, files: Sequence[Path], prepare: Callable[[Path, Dataset
     try:
         return datasets.concatenate_datasets([prepare(file, _read(file)) for file in files])
     except ValueError as error:
-        line = str(error).strip().partition("\n")[0]
-        raise UserError(f"dataset {place}: its files cannot be read as one table: {line}") from error
+        raise UserError(f"dataset {place}: its files cannot be read as one table: {first_line(error)}") from error
 
 
 def _read(file: Path) -> Dataset:
@@ -134,7 +133,7 @@ def _read(file: Path) -> Dataset:
     try:
         rows: Dataset = READERS[suffix](data_files=str(file), split="train")
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        cause = str(error.__cause__ or error).strip().partition("\n")[0]
+        cause = first_line(error.__cause__ or error)
         raise UserError(f"{file}: cannot be read as {suffix.removeprefix('.')}: {cause}") from error
     return rows
 
@@ -236,8 +235,7 @@ def not_found(name: str, error: Exception) -> UserError:
             else "the hub cannot be reached"
         )
         return UserError(f"dataset {name}: no such folder, and no such name in the cache; {why}")
-    line = str(error).strip().partition("\n")[0]
-    return UserError(f"dataset {name}: neither a local folder nor to be had from the hub: {line}")
+    return UserError(f"dataset {name}: neither a local folder nor to be had from the hub: {first_line(error)}")
 
 
 def _builder(name: str, config: str | None) -> datasets.DatasetBuilder:
