@@ -44,7 +44,10 @@ def is_training_only(name: str) -> bool:
     """Whether inference does without a parameter of an FVAE-LoRA adapter.
 
     Args:
-        name: Its name in a model or in a checkpoint. Parameters of anything else are none of these.
+        name: Its name in a model or in a checkpoint.
+
+    Returns:
+        True for what training alone needs; False for all else, parameters of other modules included.
     """
     return ".fvae_lora_vae." in name and any(part in name.rpartition(".")[2] for part in TRAINING_ONLY)
 
