@@ -429,7 +429,7 @@ PLAIN = {"question": "Is it so?", "choices": ["yes", "no"], "answer": 0}
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (json.dumps(GOOD)[:50], "train.jsonl, line 2: not whole JSON"),
+        (json.dumps(GOOD)[:50], "train.jsonl, line 2: not JSON"),
         ("[1]", "train.jsonl, line 2: expected keys and values"),
         (json.dumps({"instruction": GOOD["instruction"]}), "train.jsonl, line 2: no output; its keys are instruction"),
         (
@@ -469,11 +469,11 @@ def test_files_that_cannot_be_read(refused: Callable[..., str], tmp_path: Path) 
     data = tmp_path / "data"
     data.mkdir()
     for name, content, says in (
-        ("train.json", b'[{"instruction": "a"},\n {"instr', "train.json, line 2: not whole JSON"),
+        ("train.json", b'[{"instruction": "a"},\n {"instr', "train.json, line 2: not JSON"),
         ("train.json", b"", "train is empty"),
         ("train.jsonl.gz", gzip.compress(json.dumps(GOOD).encode())[:-9], "train.jsonl.gz: cannot be read"),
         ("train.jsonl.gz", b"no gzip", "train.jsonl.gz: cannot be read"),
-        ("train.jsonl", b"\xff\xfe", "train.jsonl: cannot be read"),
+        ("train.jsonl", b"\xff\xfe", "train.jsonl, line 1: not JSON: 'utf-8' codec"),
         ("train.parquet", b"PAR1", "train.parquet: cannot be read"),
         ("piqa.jsonl", json.dumps(GOOD).encode(), "no training data; it has test set piqa"),
     ):

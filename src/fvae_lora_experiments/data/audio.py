@@ -1,7 +1,6 @@
 """From encoded sound to samples at a model's rate."""
 
 import io
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ import soundfile
 import soxr
 from datasets import Value
 
+from fvae_lora_experiments.data.encoded import encoded_bytes
 from fvae_lora_experiments.errors import UserError
 
 SOUND = {"bytes": Value("binary"), "path": Value("string")}
@@ -40,22 +40,16 @@ def sound_content(row: dict[str, Any]) -> bytes:
         UserError: as `read_sound`.
     """
     _decoded(row)
-    return _encoded(row)
+    return encoded_bytes(row["audio"])
 
 
 def _decoded(row: dict[str, Any]) -> tuple[np.ndarray, int]:
     """Samples, (samples, channels), and how many there are in a second."""
     try:
-        samples, rate = soundfile.read(io.BytesIO(_encoded(row)), dtype="float32", always_2d=True)
+        samples, rate = soundfile.read(io.BytesIO(encoded_bytes(row["audio"])), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
         cause = getattr(error, "error_string", None) or getattr(error, "strerror", None) or "no sound in this row"
         raise UserError(f"{row['where']}: not a readable sound file: {cause}") from error
     if not len(samples):
         raise UserError(f"{row['where']}: a sound file without a single sample")
     return samples, rate
-
-
-def _encoded(row: dict[str, Any]) -> bytes:
-    audio = row["audio"]
-    encoded: bytes = audio["bytes"] if audio["bytes"] is not None else Path(audio["path"]).read_bytes()
-    return encoded

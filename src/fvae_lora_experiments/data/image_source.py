@@ -12,6 +12,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from fvae_lora_experiments.data.columns import class_names
+from fvae_lora_experiments.data.encoded import cell_of
 from fvae_lora_experiments.data.files import (
     Notes,
     has_suffix,
@@ -167,7 +168,7 @@ def _with_files(settings: DataSettings, table: Path, rows: Dataset) -> Dataset:
     for number, path in enumerate(rows[column], 1):
         if path is None or not (table.parent / path).is_file():
             raise UserError(f"{table}, row {number}: no image {path}")
-        images.append({"bytes": None, "path": str(table.parent / path)})
+        images.append(cell_of(table.parent / path))
     return rows.remove_columns(column).add_column(column, images).cast_column(column, FILE)
 
 

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from datasets import Dataset
 from PIL import ExifTags, Image, ImageOps, features
 from tqdm.auto import tqdm
 
+from fvae_lora_experiments.data.encoded import encoded_bytes
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import ImageSettings
 
@@ -114,7 +114,7 @@ def look_at(row: dict[str, Any], where: str, settings: ImageSettings) -> tuple[I
         UserError: if it is no image or is cut off, or has values of which nobody says what is black and white.
     """
     with _named(row, where):
-        found: Image.Image = Image.open(io.BytesIO(_encoded(row)))
+        found: Image.Image = Image.open(io.BytesIO(encoded_bytes(row["image"])))
         found.load()
         turned = found.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
         image = ImageOps.exif_transpose(found) if turned else found
@@ -236,14 +236,9 @@ def image_content(row: dict[str, Any], where: str) -> bytes:
         UserError: if it is no image; what is cut off may pass.
     """
     with _named(row, where):
-        encoded = _encoded(row)
+        encoded = encoded_bytes(row["image"])
         Image.open(io.BytesIO(encoded)).verify()
     return encoded
-
-
-def _encoded(row: dict[str, Any]) -> bytes:
-    image = row["image"]
-    return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
 
 
 @contextlib.contextmanager

@@ -14,10 +14,7 @@ commonsense_170k asks its science questions. Either way a question becomes
     where         its file and line or row, for messages
 """
 
-import gzip
-import json
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +37,7 @@ from fvae_lora_experiments.data.files import (
     visible_files,
     words,
 )
+from fvae_lora_experiments.data.json_rows import read_json_rows
 from fvae_lora_experiments.data.source import copy_of, hub_splits, not_found, refuse_unusable_cache
 from fvae_lora_experiments.errors import UserError, first_line
 from fvae_lora_experiments.places import is_local
@@ -198,32 +196,14 @@ def _from_hub(name: str, config: str | None, notes: Notes) -> Iterator[tuple[str
 
 
 def _read(file: Path) -> Iterator[tuple[str, Any]]:
-    """A file's rows: parquet, a JSON list, or JSON row by row on lines, the latter two perhaps packed by gzip."""
+    if file.suffix.lower() != ".parquet":
+        yield from read_json_rows(file)
+        return
     try:
-        if file.suffix.lower() == ".parquet":
-            rows = pyarrow.parquet.read_table(file).to_pylist()
-        else:
-            text = (gzip.decompress(file.read_bytes()) if file.suffix.lower() == ".gz" else file.read_bytes()).decode(
-                "utf-8"
-            )
-            if not text.lstrip().startswith("["):
-                yield from _lines(file, text)
-                return
-            rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}, line {error.lineno}: not whole JSON: {error.msg}") from error
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read: {first_line(error)}") from error
     yield from ((f"{file}, row {n}", row) for n, row in enumerate(rows, 1))
-
-
-def _lines(file: Path, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"{file}, line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}, line {number}: not whole JSON: {error.msg}") from error
 
 
 def question(row: Any, where: str) -> dict[str, Any]:

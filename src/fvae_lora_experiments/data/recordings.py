@@ -7,8 +7,9 @@ from typing import Any
 from datasets import Audio, Dataset, Features, Value
 
 from fvae_lora_experiments.data.audio import SOUND, sound_content
+from fvae_lora_experiments.data.encoded import cell_of
 from fvae_lora_experiments.data.files import Notes
-from fvae_lora_experiments.data.source import official_splits, place_of, places, read_tables, refuse_values
+from fvae_lora_experiments.data.source import official_splits, place_of, places, read_tables, refuse_blank_texts
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import DataSettings
 
@@ -34,7 +35,7 @@ def open_recordings(name: str, settings: DataSettings, notes: Notes | None = Non
     place = place_of(name, settings.config) or Path()
     folder = place.parent if place.is_file() else place
     splits = {split: _columns(name, folder, split, rows) for split, rows in splits.items()}
-    refuse_values(name, splits, settings, "text", _no_text)
+    refuse_blank_texts(name, splits, settings, "text")
     return {
         split: rows.add_column("where", _where(rows, places(name, settings, split, len(rows))))
         for split, rows in splits.items()
@@ -65,11 +66,7 @@ def _columns(name: str, folder: Path, split: str, rows: Dataset) -> Dataset:
 
 
 def _sound(folder: Path, path: Any) -> dict[str, Any]:
-    return {"bytes": None, "path": None if path is None else str(folder / str(path))}
-
-
-def _no_text(text: Any) -> str | None:
-    return None if isinstance(text, str) and text.strip() else f"text is {text!r}; expected what is said"
+    return cell_of(None if path is None else folder / str(path))
 
 
 def recording_content(row: dict[str, Any]) -> bytes:

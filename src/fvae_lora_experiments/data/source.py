@@ -3,7 +3,6 @@
 A data set on the hub is taken from the folder that the variable `FVAE_LORA_DATA_ROOT` names, if there is a copy of it.
 """
 
-import json
 import math
 import os
 import tempfile
@@ -26,6 +25,7 @@ from fvae_lora_experiments.data.files import (
     what_is_there,
 )
 from fvae_lora_experiments.data.groups import with_groups
+from fvae_lora_experiments.data.json_rows import read_json_rows
 from fvae_lora_experiments.errors import UserError, first_line
 from fvae_lora_experiments.places import is_local
 from fvae_lora_experiments.schema import DataSettings
@@ -139,25 +139,10 @@ def _read(file: Path) -> Dataset:
 
 
 def _check_json(file: Path) -> None:
-    """Refuses what is no row; the reader of tables would not say which line it is, or only stumble over it later."""
-    content = file.read_bytes()
-    if file.suffix.lower() == ".json" and content.lstrip().startswith(b"["):
-        try:
-            rows = json.loads(content)
-        except ValueError as error:
-            where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-            raise UserError(f"{file}{where}: not JSON: {getattr(error, 'msg', error)}") from error
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row, dict):
-                raise UserError(f"{file}, row {number}: expected keys and values, got {row!r:.40}")
-        return
-    for number, text in enumerate(content.split(b"\n"), 1):
-        try:
-            row = json.loads(text) if text.strip() else {}
-        except ValueError as error:
-            raise UserError(f"{file}, line {number}: not JSON: {getattr(error, 'msg', error)}") from error
+    """Refuses what is not a row; the reader of tables would not say which line it is, or only stumble over it later."""
+    for where, row in read_json_rows(file):
         if not isinstance(row, dict):
-            raise UserError(f"{file}, line {number}: expected keys and values, got {row!r:.40}")
+            raise UserError(f"{where}: expected keys and values, got {row!r:.40}")
 
 
 def refuse_unusable_cache() -> None:
@@ -339,6 +324,15 @@ def refuse_values(
         for index, value in enumerate(rows[column]):
             if reason := wrong(value):
                 raise UserError(f"{places(name, settings, split, len(rows))[index]}: {reason}")
+
+
+def refuse_blank_texts(name: str, splits: Mapping[str, Dataset], settings: DataSettings, column: str) -> None:
+    """Raises `UserError` if a value of a column is not a text or has nothing in it: see `refuse_values`."""
+
+    def wrong(value: Any) -> str | None:
+        return None if isinstance(value, str) and value.strip() else f"{column} is {value!r}; expected some text"
+
+    refuse_values(name, splits, settings, column, wrong)
 
 
 def with_classes(

@@ -1,7 +1,6 @@
 """Labelled texts, or pairs of them: from tables to the tokens that a model takes."""
 
 import logging
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from fvae_lora_experiments.data.source import (
     official_splits,
     own_columns,
     read_tables,
-    refuse_values,
+    refuse_blank_texts,
     with_classes,
     with_numbers,
     without_hidden,
@@ -44,12 +43,8 @@ def open_texts(name: str, data: DataSettings, text: TextSettings, notes: Notes |
     inputs = {what: ("text.columns", candidates) for what, candidates in zip(COLUMNS, names, strict=False)}
     splits = without_hidden(own_columns(name, splits, data, inputs, notes), data, notes)
     for column in inputs:
-        refuse_values(name, splits, data, column, partial(_no_text, column))
+        refuse_blank_texts(name, splits, data, column)
     return with_numbers(name, splits, data) if text.is_regression else with_classes(name, splits, data, FOR_NUMBERS)
-
-
-def _no_text(column: str, value: Any) -> str | None:
-    return None if isinstance(value, str) and value.strip() else f"{column} is {value!r}; expected some text"
 
 
 def text_columns(rows: Dataset) -> list[str]:

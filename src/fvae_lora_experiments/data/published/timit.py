@@ -11,6 +11,7 @@ import soundfile
 from datasets import ClassLabel, Dataset, Features, List, Value
 
 from fvae_lora_experiments.data.audio import SOUND
+from fvae_lora_experiments.data.encoded import cell_of
 from fvae_lora_experiments.data.files import Notes, listed, refuse_two_for_one, visible_files
 from fvae_lora_experiments.errors import UserError
 
@@ -104,7 +105,7 @@ def _speaker(file: Path) -> str:
 
 def _rows(files: list[Path]) -> Dataset:
     columns = {
-        "audio": [{"bytes": None, "path": str(file)} for file in files],
+        "audio": [cell_of(file) for file in files],
         "label": [read_phones(file) for file in files],
         "speaker": [_speaker(file) for file in files],
         "where": [str(file) for file in files],
