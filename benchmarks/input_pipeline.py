@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor, default_data_collator
 
-from fvae_lora_experiments.data.images import Images, augmentation, open_image, process
+from fvae_lora_experiments.data.image_decoding import Images, augmentation, open_image, process
 from fvae_lora_experiments.schema import ImageSettings
 
 BATCH = 32

@@ -20,12 +20,12 @@ from timit_corpus import hum, write_corpus
 
 from fvae_lora_experiments.data import fingerprint, open_images, split
 from fvae_lora_experiments.data.files import Notes, split_of_folder, splits_of_file
-from fvae_lora_experiments.data.images import image_content
+from fvae_lora_experiments.data.image_decoding import image_content
 from fvae_lora_experiments.data.published.timit import open_timit
 from fvae_lora_experiments.data.questions import open_questions
 from fvae_lora_experiments.data.recordings import open_recordings
 from fvae_lora_experiments.data.source import hub_splits
-from fvae_lora_experiments.data.text import open_texts
+from fvae_lora_experiments.data.texts import open_texts
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import DataSettings, TextSettings
 

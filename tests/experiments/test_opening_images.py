@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 from PIL import ExifTags, Image
 
-from fvae_lora_experiments.data.images import ImageFacts, look_at, look_at_all, open_image
+from fvae_lora_experiments.data.image_decoding import ImageFacts, look_at, look_at_all, open_image
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.recipe import load_recipe
 from fvae_lora_experiments.schema import ImageSettings, Recipe

@@ -39,7 +39,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
 from by_hand import adapted
 from fvae_lora import elbo_loss
-from fvae_lora_experiments.data.audio import read_sound
+from fvae_lora_experiments.data.audio_decoding import read_sound
 from fvae_lora_experiments.data.published.timit import (
     CORE_TEST_SPEAKERS,
     DEVELOPMENT_SPEAKERS,

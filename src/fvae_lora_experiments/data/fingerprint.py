@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from fvae_lora_experiments.data.columns import class_names
+from fvae_lora_experiments.data.classes import class_names
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from datasets import Dataset
 
-from fvae_lora_experiments.data.columns import as_classes, class_names, names_in
+from fvae_lora_experiments.data.classes import as_classes, class_names, names_in
 from fvae_lora_experiments.errors import UserError
 
 NAMEABLE = ("int", "uint", "string", "large_string", "bool")

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from fvae_lora_experiments.data.columns import class_names
+from fvae_lora_experiments.data.classes import class_names
 from fvae_lora_experiments.data.encoded import cell_of
 from fvae_lora_experiments.data.files import (
     Notes,
@@ -23,7 +23,7 @@ from fvae_lora_experiments.data.files import (
     visible_files,
     what_is_there,
 )
-from fvae_lora_experiments.data.images import readable_suffixes
+from fvae_lora_experiments.data.image_decoding import readable_suffixes
 from fvae_lora_experiments.data.published.celeba import read_celeba
 from fvae_lora_experiments.data.published.spuco_animals import read_spuco_animals
 from fvae_lora_experiments.data.published.waterbirds import read_waterbirds

@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 from datasets import ClassLabel, Dataset, Value
 
-from fvae_lora_experiments.data.columns import as_classes, class_names, missing, names_in, value_key
+from fvae_lora_experiments.data.classes import as_classes, class_names, missing, names_in, value_key
 from fvae_lora_experiments.data.files import (
     SPLIT_NAMES,
     Notes,

@@ -6,7 +6,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 from sklearn.model_selection import train_test_split
 
-from fvae_lora_experiments.data.columns import class_names
+from fvae_lora_experiments.data.classes import class_names
 from fvae_lora_experiments.data.groups import refuse_empty_groups, weighted_as
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import DataSettings

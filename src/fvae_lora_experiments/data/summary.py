@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from fvae_lora_experiments.data.columns import class_names
+from fvae_lora_experiments.data.classes import class_names
 from fvae_lora_experiments.data.files import Notes
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fvae_lora_experiments.data.fingerprint import Identity
-    from fvae_lora_experiments.data.images import ImageFacts
+    from fvae_lora_experiments.data.image_decoding import ImageFacts
     from fvae_lora_experiments.data.splits import Splits
     from fvae_lora_experiments.tasks import Task
 

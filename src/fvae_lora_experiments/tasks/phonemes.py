@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, PreTrainedModel
 
 from fvae_lora_experiments.data import Splits
-from fvae_lora_experiments.data.audio import read_sound, sound_content
+from fvae_lora_experiments.data.audio_decoding import read_sound, sound_content
 from fvae_lora_experiments.data.files import Notes
 from fvae_lora_experiments.data.published.timit import CORE_TEST_SPEAKERS, DEVELOPMENT_SPEAKERS, open_timit
 from fvae_lora_experiments.errors import UserError

@@ -19,7 +19,7 @@ from transformers import (
 
 from fvae_lora_experiments.data import Splits, accuracies
 from fvae_lora_experiments.data.files import Notes
-from fvae_lora_experiments.data.text import Texts, open_texts, text_content
+from fvae_lora_experiments.data.texts import Texts, open_texts, text_content
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.models.classifiers import load_classifier
 from fvae_lora_experiments.models.heads import head_modules

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Image
 
-from fvae_lora_experiments.data.columns import class_names
+from fvae_lora_experiments.data.classes import class_names
 from fvae_lora_experiments.data.groups import group_counts
 
 SPLITS = ("train", "validation", "test")

@@ -10,7 +10,7 @@ from pathlib import Path
 import soundfile
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from fvae_lora_experiments.data.audio import SOUND
+from fvae_lora_experiments.data.audio_decoding import SOUND
 from fvae_lora_experiments.data.encoded import cell_of
 from fvae_lora_experiments.data.files import Notes, listed, refuse_two_for_one, visible_files
 from fvae_lora_experiments.errors import UserError
