@@ -7,7 +7,7 @@ from pathlib import Path
 from datasets import Image
 
 from fvae_lora_experiments.data.files import Notes
-from fvae_lora_experiments.data.image_source import BUILT_IN, IMAGE_COLUMNS
+from fvae_lora_experiments.data.images import BUILT_IN, IMAGE_COLUMNS
 from fvae_lora_experiments.data.source import official_splits, place_of, read_tables
 from fvae_lora_experiments.data.summary import Summary, summarise
 from fvae_lora_experiments.errors import UserError
