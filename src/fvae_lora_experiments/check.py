@@ -8,8 +8,9 @@ from datasets import Image
 
 from fvae_lora_experiments.data.files import Notes
 from fvae_lora_experiments.data.images import BUILT_IN, IMAGE_COLUMNS
-from fvae_lora_experiments.data.source import official_splits, place_of, read_tables
+from fvae_lora_experiments.data.source import official_splits, place_of
 from fvae_lora_experiments.data.summary import Summary, summarise
+from fvae_lora_experiments.data.tables import read_tables
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import DataSettings, Recipe
 from fvae_lora_experiments.sweep.plan import Planned

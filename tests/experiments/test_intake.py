@@ -20,11 +20,11 @@ from timit_corpus import hum, write_corpus
 
 from fvae_lora_experiments.data import fingerprint, open_images, split
 from fvae_lora_experiments.data.files import Notes, split_of_folder, splits_of_file
+from fvae_lora_experiments.data.hub import usual_splits
 from fvae_lora_experiments.data.image_decoding import image_content
 from fvae_lora_experiments.data.published.timit import open_timit
 from fvae_lora_experiments.data.questions import open_questions
 from fvae_lora_experiments.data.recordings import open_recordings
-from fvae_lora_experiments.data.source import hub_splits
 from fvae_lora_experiments.data.texts import open_texts
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import DataSettings, TextSettings
@@ -219,12 +219,12 @@ def test_a_folder_is_a_split_by_its_whole_name_and_a_file_by_a_word(name: str, f
 
 
 def test_of_several_splits_on_the_hub_for_one_the_most_usual_is_used() -> None:
-    assert hub_splits(["train", "eval", "validation", "test", "extra"]) == {
+    assert usual_splits(["train", "eval", "validation", "test", "extra"]) == {
         "train": "train",
         "validation": "validation",
         "test": "test",
     }
-    assert hub_splits(["Train", "eval"]) == {"Train": "train", "eval": "validation"}
+    assert usual_splits(["Train", "eval"]) == {"Train": "train", "eval": "validation"}
 
 
 # Single files, and tables of several formats.
@@ -545,5 +545,5 @@ def test_a_cache_that_cannot_be_used_is_to_blame_and_not_the_data(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home" / "datasets")
     write(tmp_path / "train.csv", texts(6))
     for open_it in (partial(open_as_text, str(tmp_path)), partial(open_as_text, "owner/name")):
-        with pytest.raises(UserError, match=rf"^cache folder {tmp_path}/home/datasets: .*; HF_HOME says where"):
+        with pytest.raises(UserError, match=rf"^cache folder {tmp_path}/home/datasets: .*; HF_HOME sets where"):
             open_it()

@@ -6,8 +6,6 @@ The rules are the same for all tasks:
   data.
 - A folder belongs to a split if its whole name says so, in any case (`Test`, `val`, `training_set`, `train2017`), and
   then so does all that is below it; a file if one of its words does (`train_data.csv`, `Test-00000-of-00002.parquet`).
-- Tables are those of the first folder, from the top, in which any belongs to a split; what lies elsewhere is left out.
-- Nothing is joined but parts of one table, whose names differ in their numbers, and the files of a split's folder.
 """
 
 import os
@@ -123,109 +121,6 @@ def _visible(folder: Path, notes: Notes, above: set[str]) -> Iterator[Path]:
 def has_suffix(file: Path, suffixes: Collection[str]) -> bool:
     """Whether a file's name ends with one of `suffixes`, in any case."""
     return file.name.lower().endswith(tuple(suffixes))
-
-
-@dataclass(frozen=True)
-class _Table:
-    file: Path
-    home: Path
-    """The folder in which it, or the folder of its split, lies."""
-    split: str | None
-    entry: str
-    """What is in that folder: the file's name, or that of the split's folder."""
-
-
-def find_tables(folder: Path, suffixes: Sequence[str], notes: Notes) -> dict[str, list[Path]]:
-    """The files of each split, in order; none where there is no table.
-
-    Args:
-        folder: the data set's.
-        suffixes: those of tables, in lower case. Where a split has several formats the first of them is used.
-        notes: gets what is left out, and where each split comes from.
-
-    Raises:
-        UserError: two files or folders for one split; a path that speaks of two; tables of which no split is known.
-    """
-    files = visible_files(folder, notes)
-    tables = [
-        _placed(folder, file) for file in files if has_suffix(file, suffixes) and file.name.lower() not in DESCRIPTIONS
-    ]
-    if not tables:
-        return {}
-    named = [table for table in tables if table.split]
-    homes = {table.home for table in named or tables}
-    top = min(len(home.parts) for home in homes)
-    first = sorted(home for home in homes if len(home.parts) == top)
-    if len(first) > 1:
-        shown = listed([f"{home.relative_to(folder)}/" for home in first])
-        raise UserError(f"dataset {folder}: tables in each of {shown}; name one of these folders as the data set")
-    chosen = [table for table in named or tables if table.home == first[0]]
-    for table in tables:
-        if table.home != first[0] or (named and not table.split):
-            where = "of no split" if table.home == first[0] else "in a folder that is no split's"
-            notes.leave_out(where, str(table.file.relative_to(folder)))
-    refuse_two_folders(folder, [table.file for table in chosen])
-    by_split: dict[str, list[_Table]] = {}
-    for table in chosen:
-        _refuse_two_splits(folder, table)
-        by_split.setdefault(table.split or "", []).append(table)
-    found = {}
-    for split, of_split in by_split.items():
-        used = _of_first_format(folder, split or "train", of_split, suffixes, notes)
-        _refuse_two_tables(folder, split, used)
-        found[split or "train"] = [table.file for table in used]
-        notes.sources[split or "train"] = listed(
-            list(dict.fromkeys(_shown(folder, table) for table in used)), of="files"
-        )
-    return found
-
-
-def _placed(folder: Path, file: Path) -> _Table:
-    parts = file.relative_to(folder).parts
-    for depth, part in enumerate(parts[:-1]):
-        if split := split_of_folder(part):
-            return _Table(file, folder.joinpath(*parts[:depth]), split, part)
-    spoken = splits_of_file(file.name)
-    return _Table(file, file.parent, min(spoken) if spoken else None, file.name)
-
-
-def _shown(folder: Path, table: _Table) -> str:
-    place = (table.home / table.entry).relative_to(folder)
-    return str(place) if table.entry == table.file.name else f"{place}/"
-
-
-def _refuse_two_splits(folder: Path, table: _Table) -> None:
-    inside = table.file.relative_to(table.home)
-    spoken = {split for part in inside.parts[:-1] if (split := split_of_folder(part))} | splits_of_file(inside.name)
-    if len(spoken) > 1:
-        both = " and of ".join(sorted(spoken))
-        raise UserError(f"dataset {folder}: {table.file.relative_to(folder)}: its path speaks of {both}; rename it")
-
-
-def _of_first_format(
-    folder: Path, split: str, tables: Sequence[_Table], suffixes: Sequence[str], notes: Notes
-) -> list[_Table]:
-    suffix = next(s for s in suffixes if any(has_suffix(table.file, [s]) for table in tables))
-    for table in tables:
-        if not has_suffix(table.file, [suffix]):
-            notes.leave_out(f"{split} is read from {suffix}", str(table.file.relative_to(folder)))
-    return [table for table in tables if has_suffix(table.file, [suffix])]
-
-
-def _refuse_two_tables(folder: Path, split: str, tables: Sequence[_Table]) -> None:
-    """Several files are parts of one table, or lie in one folder of their split."""
-    kinds: dict[str, str] = {}
-    for table in tables:
-        is_file = table.entry == table.file.name
-        kinds.setdefault(re.sub(r"\d+", "", stem(table.entry)) if is_file else f"{table.entry}/", table.entry)
-    if len(kinds) > 1:
-        shown = listed([kind if kind.endswith("/") else entry for kind, entry in kinds.items()])
-        if split:
-            refuse_two_for_one(folder, split, shown)
-        raise UserError(
-            f"dataset {folder}: {shown}: which is train, validation or test? Say so in their names (train.csv, "
-            "test.csv), or name one file as the data set"
-        )
 
 
 def refuse_two_for_one(folder: Path, split: str, shown: str) -> None:

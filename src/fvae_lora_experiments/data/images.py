@@ -12,6 +12,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from fvae_lora_experiments.data.classes import class_names
+from fvae_lora_experiments.data.columns import own_columns
 from fvae_lora_experiments.data.encoded import cell_of
 from fvae_lora_experiments.data.files import (
     Notes,
@@ -24,17 +25,12 @@ from fvae_lora_experiments.data.files import (
     what_is_there,
 )
 from fvae_lora_experiments.data.image_decoding import readable_suffixes
+from fvae_lora_experiments.data.labels import with_classes, without_hidden
 from fvae_lora_experiments.data.published.celeba import read_celeba
 from fvae_lora_experiments.data.published.spuco_animals import read_spuco_animals
 from fvae_lora_experiments.data.published.waterbirds import read_waterbirds
-from fvae_lora_experiments.data.source import (
-    READERS,
-    official_splits,
-    own_columns,
-    read_tables,
-    with_classes,
-    without_hidden,
-)
+from fvae_lora_experiments.data.source import official_splits
+from fvae_lora_experiments.data.tables import READERS, read_tables
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import DataSettings
 

@@ -15,11 +15,10 @@ commonsense_170k asks its science questions. Either way a question becomes
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow.parquet
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
@@ -37,8 +36,9 @@ from fvae_lora_experiments.data.files import (
     visible_files,
     words,
 )
+from fvae_lora_experiments.data.hub import fetch, usual_splits
 from fvae_lora_experiments.data.json_rows import read_json_rows
-from fvae_lora_experiments.data.source import copy_of, hub_splits, not_found, refuse_unusable_cache
+from fvae_lora_experiments.data.source import copy_of
 from fvae_lora_experiments.errors import UserError, first_line
 from fvae_lora_experiments.places import is_local
 
@@ -178,21 +178,19 @@ def _pieces(name: str) -> list[str]:
 
 
 def _from_hub(name: str, config: str | None, notes: Notes) -> Iterator[tuple[str, str, Rows]]:
-    refuse_unusable_cache()
-    try:
-        found = datasets.load_dataset(name, config)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise not_found(name, error) from error
-    used = hub_splits([split for split in found if split.lower() not in TEST_SETS])
-    for split, rows in found.items():
-        numbered = ((f"dataset {name}, split {split}, row {n}", row) for n, row in enumerate(rows, 1))
-        if split.lower() in TEST_SETS:
-            yield "test", TEST_SETS[split.lower()], numbered
-        elif split in used:
-            notes.sources[used[split]] = f"split {split} on the hub"
-            yield used[split], "test" if used[split] == "test" else "", numbered
-        else:
-            notes.leave_out("a split that is not used", split)
+    fetched = fetch(name, config, _parts_on_hub, notes)
+    for own, (split, test_set) in _parts_on_hub(fetched).items():
+        if own.lower() not in TEST_SETS:
+            notes.sources[split] = f"split {own} on the hub"
+        yield split, test_set, ((f"dataset {name}, split {own}, row {n}", row) for n, row in enumerate(fetched[own], 1))
+
+
+def _parts_on_hub(names: Collection[str]) -> dict[str, tuple[str, str]]:
+    """The split and test set that each split on the hub is, by its name there; without those that are not used."""
+    usual = usual_splits([name for name in names if name.lower() not in TEST_SETS])
+    parts = {name: (split, "test" if split == "test" else "") for name, split in usual.items()}
+    parts |= {name: ("test", TEST_SETS[name.lower()]) for name in names if name.lower() in TEST_SETS}
+    return {name: parts[name] for name in names if name in parts}
 
 
 def _read(file: Path) -> Iterator[tuple[str, Any]]:

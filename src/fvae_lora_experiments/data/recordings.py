@@ -7,9 +7,11 @@ from typing import Any
 from datasets import Audio, Dataset, Features, Value
 
 from fvae_lora_experiments.data.audio_decoding import SOUND, sound_content
+from fvae_lora_experiments.data.columns import refuse_blank_texts
 from fvae_lora_experiments.data.encoded import cell_of
 from fvae_lora_experiments.data.files import Notes
-from fvae_lora_experiments.data.source import official_splits, place_of, places, read_tables, refuse_blank_texts
+from fvae_lora_experiments.data.source import official_splits, place_of, places
+from fvae_lora_experiments.data.tables import read_tables
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import DataSettings
 

@@ -7,16 +7,11 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from fvae_lora_experiments.data.columns import own_columns, refuse_blank_texts
 from fvae_lora_experiments.data.files import Notes
-from fvae_lora_experiments.data.source import (
-    official_splits,
-    own_columns,
-    read_tables,
-    refuse_blank_texts,
-    with_classes,
-    with_numbers,
-    without_hidden,
-)
+from fvae_lora_experiments.data.labels import with_classes, with_numbers, without_hidden
+from fvae_lora_experiments.data.source import official_splits
+from fvae_lora_experiments.data.tables import read_tables
 from fvae_lora_experiments.schema import DataSettings, TextSettings
 
 COLUMNS = ("text", "text_pair")

@@ -38,7 +38,7 @@ class ImageTask(Task):
     """Images and their classes; judged by accuracy or by that of the worst group, a fraction."""
 
     def open_source(self, notes: Notes | None = None) -> dict[str, Dataset]:
-        """As `data.image_source.open_images`."""
+        """As `data.images.open_images`."""
         return open_images(self.recipe.dataset, self.recipe.data, notes)
 
     def content(self, row: dict[str, Any], where: str) -> bytes:

@@ -79,7 +79,7 @@ class TextTask(Task):
         return tokenizer
 
     def open_source(self, notes: Notes | None = None) -> dict[str, Dataset]:
-        """As `data.text.open_texts`.
+        """As `data.texts.open_texts`.
 
         Raises:
             UserError: also where F1 is asked for and there are more than two classes.

@@ -1,0 +1,95 @@
+"""The columns of a data set that a run uses, and a look at every value in them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from datasets import ClassLabel, Dataset
+
+from fvae_lora_experiments.data.files import Notes
+from fvae_lora_experiments.data.source import places
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.schema import DataSettings
+
+
+def own_columns(
+    name: str,
+    splits: Mapping[str, Dataset],
+    settings: DataSettings,
+    inputs: Mapping[str, tuple[str, Sequence[str]]],
+    notes: Notes,
+) -> dict[str, Dataset]:
+    """The splits with their `label`, their `group` if the recipe asks for groups, their inputs, and no other column.
+
+    Args:
+        name: the data set's, for messages.
+        splits: the official splits.
+        settings: says which columns are the label and the group.
+        inputs: what a further column is to be called, mapped to the recipe's key that says which it is, and to the
+            names that it may have, of which the first found is taken.
+        notes: gets the columns that are not used.
+
+    Raises:
+        UserError: an empty split, one without a column, or a column that is to be two things.
+    """
+    return {split: _own_columns(name, split, rows, settings, inputs, notes) for split, rows in splits.items()}
+
+
+def _own_columns(
+    name: str,
+    split: str,
+    rows: Dataset,
+    settings: DataSettings,
+    inputs: Mapping[str, tuple[str, Sequence[str]]],
+    notes: Notes,
+) -> Dataset:
+    if not len(rows):
+        raise UserError(f"dataset {name}: split {split} is empty")
+    others = {column: feature for column, feature in rows.features.items() if column != settings.group_column}
+    typed = [column for column, feature in others.items() if isinstance(feature, ClassLabel)]
+    labels = [settings.label_column] if settings.label_column else [*typed, "label", "labels"]
+    wanted = dict(inputs) | {"label": ("data.label_column", labels)}
+    if settings.group_column is not None:
+        wanted["group"] = ("data.group_column", [settings.group_column])
+    columns: dict[str, str] = {}
+    for what, (key, candidates) in wanted.items():
+        found = next((c for c in candidates if c in rows.column_names), None)
+        if found is None:
+            raise UserError(
+                f"dataset {name}: no {what} column in split {split}; set {key} to one of {', '.join(rows.column_names)}"
+            )
+        if found in columns:
+            raise UserError(f"dataset {name}: {key}: {found} is the {columns[found]} column already")
+        columns[found] = what
+    for unused in set(rows.column_names) - columns.keys():
+        notes.leave_out("a column that is not used", unused, len(rows))
+    return rows.select_columns(list(columns)).rename_columns(columns)
+
+
+def refuse_values(
+    name: str, splits: Mapping[str, Dataset], settings: DataSettings, column: str, wrong: Callable[[Any], str | None]
+) -> None:
+    """Looks at every value of a column.
+
+    Args:
+        name: the data set's.
+        splits: the official splits, all of their rows in their order.
+        settings: with which the data set was opened.
+        column: of which the values are.
+        wrong: says what is wrong with a value, if anything.
+
+    Raises:
+        UserError: for the first value with which something is wrong; names its file and row.
+    """
+    for split, rows in splits.items():
+        for index, value in enumerate(rows[column]):
+            if reason := wrong(value):
+                raise UserError(f"{places(name, settings, split, len(rows))[index]}: {reason}")
+
+
+def refuse_blank_texts(name: str, splits: Mapping[str, Dataset], settings: DataSettings, column: str) -> None:
+    """Raises `UserError` if a value of a column is not a text or has nothing in it: see `refuse_values`."""
+
+    def wrong(value: Any) -> str | None:
+        return None if isinstance(value, str) and value.strip() else f"{column} is {value!r}; expected some text"
+
+    refuse_values(name, splits, settings, column, wrong)
