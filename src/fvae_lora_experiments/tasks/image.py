@@ -17,14 +17,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 
 from fvae_lora_experiments.data import Splits, accuracies, open_images
 from fvae_lora_experiments.data.files import Notes
-from fvae_lora_experiments.data.image_decoding import (
-    ImageFacts,
-    Images,
-    augmentation,
-    image_content,
-    look_at_all,
-    process,
-)
+from fvae_lora_experiments.data.image_decoding import ImageFacts, image_content, look_at_all
+from fvae_lora_experiments.data.image_inputs import Images, augmentation, process
 from fvae_lora_experiments.models.classifiers import load_classifier
 from fvae_lora_experiments.models.pretrained import load, loading
 from fvae_lora_experiments.run.folder import write_atomically
