@@ -190,5 +190,5 @@ def test_an_image_that_was_decoded_is_not_decoded_again(
     make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = look(make_recipe())
-    monkeypatch.setattr("fvae_lora_experiments.tasks.image.look_at_all", None)
+    monkeypatch.setattr("fvae_lora_experiments.tasks.image.inspect_images", None)
     assert look(make_recipe()).facts() == first.facts()

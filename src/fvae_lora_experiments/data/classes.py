@@ -43,7 +43,7 @@ def value_key(value: Any) -> str:
     return str(int(whole[1])) if whole else text
 
 
-def missing(value: Any, names: Container[str] = ()) -> bool:
+def is_missing(value: Any, names: Container[str] = ()) -> bool:
     """Whether a value of such a column says that there is none.
 
     Args:

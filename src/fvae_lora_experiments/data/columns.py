@@ -6,12 +6,12 @@ from typing import Any
 from datasets import ClassLabel, Dataset
 
 from fvae_lora_experiments.data.files import Notes
-from fvae_lora_experiments.data.source import places
+from fvae_lora_experiments.data.source import row_locations
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import DataSettings
 
 
-def own_columns(
+def select_columns(
     name: str,
     splits: Mapping[str, Dataset],
     settings: DataSettings,
@@ -31,10 +31,10 @@ def own_columns(
     Raises:
         UserError: an empty split, one without a column, or a column that is to be two things.
     """
-    return {split: _own_columns(name, split, rows, settings, inputs, notes) for split, rows in splits.items()}
+    return {split: _select_columns(name, split, rows, settings, inputs, notes) for split, rows in splits.items()}
 
 
-def _own_columns(
+def _select_columns(
     name: str,
     split: str,
     rows: Dataset,
@@ -65,7 +65,7 @@ def _own_columns(
     return rows.select_columns(list(columns)).rename_columns(columns)
 
 
-def refuse_values(
+def check_values(
     name: str, splits: Mapping[str, Dataset], settings: DataSettings, column: str, wrong: Callable[[Any], str | None]
 ) -> None:
     """Looks at every value of a column.
@@ -83,13 +83,13 @@ def refuse_values(
     for split, rows in splits.items():
         for index, value in enumerate(rows[column]):
             if reason := wrong(value):
-                raise UserError(f"{places(name, settings, split, len(rows))[index]}: {reason}")
+                raise UserError(f"{row_locations(name, settings, split, len(rows))[index]}: {reason}")
 
 
-def refuse_blank_texts(name: str, splits: Mapping[str, Dataset], settings: DataSettings, column: str) -> None:
-    """Raises `UserError` if a value of a column is not a text or has nothing in it: see `refuse_values`."""
+def check_texts(name: str, splits: Mapping[str, Dataset], settings: DataSettings, column: str) -> None:
+    """Raises `UserError` if a value of a column is not a text or has nothing in it: see `check_values`."""
 
     def wrong(value: Any) -> str | None:
         return None if isinstance(value, str) and value.strip() else f"{column} is {value!r}; expected some text"
 
-    refuse_values(name, splits, settings, column, wrong)
+    check_values(name, splits, settings, column, wrong)

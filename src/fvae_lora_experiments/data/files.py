@@ -35,10 +35,10 @@ SPLIT_NAMES = {
 }
 """What splits are called, in any case."""
 
-BESIDE = frozenset({"set", "split", "data", "dataset", "images", "image", "imgs", "img", "files", "folder"})
+FILLER_WORDS = frozenset({"set", "split", "data", "dataset", "images", "image", "imgs", "img", "files", "folder"})
 """Words that may stand beside a split's in the name of a folder; with others it is a class: `train station`."""
 
-NO_DATA = frozenset({"__macosx", "__pycache__", "@eadir", "thumbs.db", "desktop.ini", "lost+found"})
+SYSTEM_NAMES = frozenset({"__macosx", "__pycache__", "@eadir", "thumbs.db", "desktop.ini", "lost+found"})
 """Names, in lower case, that no user gave."""
 
 DESCRIPTIONS = frozenset(
@@ -78,7 +78,7 @@ def words(name: str) -> list[str]:
 def split_of_folder(name: str) -> str | None:
     """The split that a folder of that name, or a split of that name on the hub, is."""
     first, *others = words(name) or [""]
-    return SPLIT_NAMES.get(first) if BESIDE.issuperset(others) else None
+    return SPLIT_NAMES.get(first) if FILLER_WORDS.issuperset(others) else None
 
 
 def splits_of_file(name: str) -> set[str]:
@@ -91,13 +91,13 @@ def stem(name: str) -> str:
     return re.sub(r"(\.(parquet|jsonl?|csv|tsv|gz))+$", "", name, flags=re.IGNORECASE)
 
 
-def is_no_data(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     """Whether a file or folder of that name is hidden, or no user made it."""
-    return name.startswith(".") or name.lower() in NO_DATA
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def visible_files(folder: Path, notes: Notes) -> list[Path]:
-    """All files in `folder` and below it, in order, but those that `is_no_data` tells of, which are noted."""
+    """All files in `folder` and below it, in order, but those that `is_hidden` tells of, which are noted."""
     return sorted(_visible(folder, notes, set()))
 
 
@@ -110,7 +110,7 @@ def _visible(folder: Path, notes: Notes, above: set[str]) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error.strerror}") from error
     for entry in entries:
-        if is_no_data(entry.name):
+        if is_hidden(entry.name):
             notes.leave_out("hidden, or left by a program", "._*" if entry.name.startswith("._") else entry.name)
         elif entry.is_dir():
             yield from _visible(folder / entry.name, notes, above | {here})
@@ -123,14 +123,14 @@ def has_suffix(file: Path, suffixes: Collection[str]) -> bool:
     return file.name.lower().endswith(tuple(suffixes))
 
 
-def refuse_two_for_one(folder: Path, split: str, shown: str) -> None:
+def refuse_duplicate_split(folder: Path, split: str, shown: str) -> None:
     """Raises the `UserError` that says that a split has two files or folders."""
     raise UserError(
         f"dataset {folder}: {shown} are both {split}; keep one of them, or put what belongs together into one folder"
     )
 
 
-def listed(names: Sequence[str], of: str = "") -> str:
+def enumerate_names(names: Sequence[str], of: str = "") -> str:
     """`a, b and c`; many are shortened."""
     if len(names) > 4:
         return (
@@ -141,7 +141,7 @@ def listed(names: Sequence[str], of: str = "") -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
-def refuse_two_folders(folder: Path, files: Iterable[Path]) -> None:
+def refuse_duplicate_folders(folder: Path, files: Iterable[Path]) -> None:
     """Raises `UserError` if two folders beside each other, in which some of the files lie, are the same split."""
     found: dict[tuple[Path, str], set[str]] = {}
     for file in files:
@@ -150,10 +150,10 @@ def refuse_two_folders(folder: Path, files: Iterable[Path]) -> None:
                 found.setdefault((parent.parent, split), set()).add(f"{parent}/")
     for (_, split), names in found.items():
         if len(names) > 1:
-            refuse_two_for_one(folder, split, listed(sorted(names)))
+            refuse_duplicate_split(folder, split, enumerate_names(sorted(names)))
 
 
-def what_is_there(folder: Path) -> str:
+def describe_contents(folder: Path) -> str:
     """What a folder holds, in a few words, for the line that refuses it."""
     counts = Counter(file.suffix.lower() or "without a suffix" for file in visible_files(folder, Notes()))
     if not counts:

@@ -23,13 +23,13 @@ class Identity:
 Content = Callable[[dict[str, Any], str], bytes]
 
 
-def identify(splits: dict[str, Dataset], content: Content, essence: Content | None = None) -> Identity:
+def identify(splits: dict[str, Dataset], content: Content, shared_content: Content | None = None) -> Identity:
     """The identity of a data set.
 
     Args:
         splits: the official splits, with a `label` where they have classes and a `group` where they have groups.
         content: gives the bytes of a row; its second argument says where the row is, for messages.
-        essence: likewise what is the same in rows of different splits that are the same; None is the content.
+        shared_content: likewise what is the same in rows of different splits that are the same; None is the content.
     """
     total = hashlib.sha256()
     contents: dict[str, list[str]] = {name: [] for name in splits}
@@ -40,7 +40,9 @@ def identify(splits: dict[str, Dataset], content: Content, essence: Content | No
         for number, row in enumerate(rows, 1):
             where = f"split {name}, row {number}"
             digest = hashlib.sha256(content(row, where))
-            contents[name].append((hashlib.sha256(essence(row, where)) if essence else digest).hexdigest())
+            contents[name].append(
+                (hashlib.sha256(shared_content(row, where)) if shared_content else digest).hexdigest()
+            )
             total.update(repr(row.get("label")).encode() + digest.digest())
             if groups:
                 total.update(repr(row["group"]).encode())

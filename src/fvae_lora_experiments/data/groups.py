@@ -50,7 +50,7 @@ def group_counts(rows: Dataset) -> dict[str, int]:
     return dict(zip(names, counts, strict=True))
 
 
-def with_groups(dataset: str, splits: dict[str, Dataset]) -> dict[str, Dataset]:
+def number_groups(dataset: str, splits: dict[str, Dataset]) -> dict[str, Dataset]:
     """The splits with numbered groups, the same in all of them.
 
     Args:

@@ -22,8 +22,8 @@ from fvae_lora_experiments.data.encoded import encoded_bytes
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import ImageSettings
 
-AS_THEY_ARE = ImageSettings()
-WIDE = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+DEFAULTS = ImageSettings()
+HIGH_BIT_DEPTH_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 """Pillow's modes of more than 8 bits."""
 
 SUFFIXES = (
@@ -52,12 +52,12 @@ class Opened:
     """The values of black and white that these were scaled by."""
 
 
-def open_image(row: dict[str, Any], where: str, settings: ImageSettings = AS_THEY_ARE) -> Image.Image:
-    """Decodes a row's image, see `look_at`."""
-    return look_at(row, where, settings)[0]
+def open_image(row: dict[str, Any], where: str, settings: ImageSettings = DEFAULTS) -> Image.Image:
+    """Decodes a row's image, see `inspect_image`."""
+    return inspect_image(row, where, settings)[0]
 
 
-def look_at(row: dict[str, Any], where: str, settings: ImageSettings) -> tuple[Image.Image, Opened]:
+def inspect_image(row: dict[str, Any], where: str, settings: ImageSettings) -> tuple[Image.Image, Opened]:
     """A row's image as it is used, and what was done to it.
 
     Args:
@@ -78,7 +78,7 @@ def look_at(row: dict[str, Any], where: str, settings: ImageSettings) -> tuple[I
             below = Image.new("RGBA", image.size, settings.background)
             below.alpha_composite(image.convert("RGBA"))
             image = below.convert("RGB")
-        if image.mode not in WIDE:
+        if image.mode not in HIGH_BIT_DEPTH_MODES:
             return image, Opened(turned, transparent)
         pixels = np.asarray(image)
     low, high = float(pixels.min()), float(pixels.max())
@@ -96,7 +96,7 @@ def _is_transparent(image: Image.Image) -> bool:
     """Whether something can be seen through some pixel."""
     may_be = image.getbands()[-1] in ("A", "a") or "transparency" in image.info
     of_palette = image.palette is not None and image.palette.mode.endswith("A")
-    if image.mode in WIDE or not (may_be or of_palette):
+    if image.mode in HIGH_BIT_DEPTH_MODES or not (may_be or of_palette):
         return False
     return int(np.asarray(image.convert("RGBA"))[..., 3].min()) < 255
 
@@ -152,7 +152,7 @@ class ImageFacts:
         ]
 
 
-def look_at_all(splits: dict[str, Dataset], settings: ImageSettings, quiet: bool) -> ImageFacts:
+def inspect_images(splits: dict[str, Dataset], settings: ImageSettings, quiet: bool) -> ImageFacts:
     """Decodes every image once, with all cores.
 
     Raises:
@@ -161,7 +161,7 @@ def look_at_all(splits: dict[str, Dataset], settings: ImageSettings, quiet: bool
 
     def one(place: tuple[str, int]) -> tuple[str, Opened]:
         split, index = place
-        return split, look_at(splits[split][index], f"split {split}, row {index + 1}", settings)[1]
+        return split, inspect_image(splits[split][index], f"split {split}, row {index + 1}", settings)[1]
 
     places = [(split, index) for split, rows in splits.items() for index in range(len(rows))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from PIL import Image, ImageOps
 
-from fvae_lora_experiments.data.image_decoding import AS_THEY_ARE, open_image
+from fvae_lora_experiments.data.image_decoding import DEFAULTS, open_image
 from fvae_lora_experiments.schema import ImageSettings
 
 Transform = Callable[[Image.Image], Image.Image]
@@ -32,7 +32,7 @@ class Images(torch.utils.data.Dataset[dict[str, Any]]):
         split: str,
         processor: Any,
         mode: str,
-        settings: ImageSettings = AS_THEY_ARE,
+        settings: ImageSettings = DEFAULTS,
         augment: Transform | None = None,
     ):
         self.rows, self.split, self.processor, self.mode = rows, split, processor, mode

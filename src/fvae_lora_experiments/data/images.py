@@ -12,20 +12,20 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from fvae_lora_experiments.data.classes import class_names
-from fvae_lora_experiments.data.columns import own_columns
+from fvae_lora_experiments.data.columns import select_columns
 from fvae_lora_experiments.data.encoded import cell_of
 from fvae_lora_experiments.data.files import (
     Notes,
+    describe_contents,
+    enumerate_names,
     has_suffix,
-    is_no_data,
-    listed,
-    refuse_two_for_one,
+    is_hidden,
+    refuse_duplicate_split,
     split_of_folder,
     visible_files,
-    what_is_there,
 )
 from fvae_lora_experiments.data.image_decoding import readable_suffixes
-from fvae_lora_experiments.data.labels import with_classes, without_hidden
+from fvae_lora_experiments.data.labels import drop_unlabelled, with_classes
 from fvae_lora_experiments.data.published.celeba import read_celeba
 from fvae_lora_experiments.data.published.spuco_animals import read_spuco_animals
 from fvae_lora_experiments.data.published.waterbirds import read_waterbirds
@@ -37,9 +37,9 @@ from fvae_lora_experiments.schema import DataSettings
 IMAGE_COLUMNS = ("image", "img", "file_name", "filename", "file", "filepath", "path", "image_path")
 """What the column of images, or of their files, may be called; `file_name` is the hub's in `metadata.csv`."""
 
-FILE = Image(decode=False)
+ENCODED = Image(decode=False)
 
-UNDERSTOOD = (
+LAYOUTS = (
     "a folder for each class with its images, also below train/ and test/; "
     "a table of images, or of their paths (image or file_name) and labels, as metadata.csv"
 )
@@ -58,13 +58,13 @@ def open_images(name: str, settings: DataSettings, notes: Notes | None = None) -
             without a label or a group.
     """
     notes = Notes() if notes is None else notes
-    read = partial(_from_place, settings)
+    read = partial(_read_local, settings)
     splits = BUILT_IN[name]() if name in BUILT_IN else official_splits(name, settings, read, notes)
     typed = [column for column, feature in splits["train"].features.items() if isinstance(feature, Image)]
     images = [settings.image_column] if settings.image_column else [*typed, *IMAGE_COLUMNS]
-    splits = own_columns(name, splits, settings, {"image": ("data.image_column", images)}, notes)
+    splits = select_columns(name, splits, settings, {"image": ("data.image_column", images)}, notes)
     splits = {split: rows.cast_column("image", Image(decode=False)) for split, rows in splits.items()}
-    return with_classes(name, without_hidden(splits, settings, notes), settings)
+    return with_classes(name, drop_unlabelled(splits, settings, notes), settings)
 
 
 def _digits() -> dict[str, Dataset]:
@@ -90,19 +90,19 @@ PUBLISHED_LAYOUTS: tuple[Callable[[Path], dict[str, Dataset] | None], ...] = (
 """Readers of data sets in the layout that they were published in; each gives None for other folders."""
 
 
-def _from_place(settings: DataSettings, place: Path, notes: Notes) -> dict[str, Dataset]:
+def _read_local(settings: DataSettings, place: Path, notes: Notes) -> dict[str, Dataset]:
     """A published layout, tables with images or paths in them, or a folder of images for each class.
 
     A lone folder of images is a class only if no table says more.
     """
-    tables = partial(_from_tables, settings, place)
+    tables = partial(_read_tables, settings, place)
     if place.is_file():
         return tables(notes)
     for read in PUBLISHED_LAYOUTS:
         if (published := read(place)) is not None:
             return published
     lone = None
-    for layout in (partial(tables, suffixes=[".parquet"]), partial(_from_class_folders, place), tables):
+    for layout in (partial(tables, suffixes=[".parquet"]), partial(_read_class_folders, place), tables):
         own = Notes()
         if not (splits := layout(own)):
             continue
@@ -111,18 +111,18 @@ def _from_place(settings: DataSettings, place: Path, notes: Notes) -> dict[str, 
             return splits
         lone = lone or splits
     if lone is None:
-        raise UserError(f"dataset {place}: {_not_understood(place)}; understood are: {UNDERSTOOD}")
+        raise UserError(f"dataset {place}: {_why_not_understood(place)}; understood are: {LAYOUTS}")
     return lone
 
 
-def _not_understood(folder: Path) -> str:
+def _why_not_understood(folder: Path) -> str:
     images = [file for file in visible_files(folder, Notes()) if has_suffix(file, readable_suffixes())]
     if not images:
-        return f"no images in it; it has {what_is_there(folder)}"
+        return f"no images in it; it has {describe_contents(folder)}"
     return f"{len(images)} images, but neither folders nor a table that say their classes"
 
 
-def _from_tables(
+def _read_tables(
     settings: DataSettings, place: Path, notes: Notes, suffixes: Sequence[str] = tuple(READERS)
 ) -> dict[str, Dataset]:
     """The splits in tables; those of a lone table by the folders that its paths lie in, if they are named after splits.
@@ -130,11 +130,11 @@ def _from_tables(
     Raises:
         UserError: paths of which some lie in such folders, of several splits, and some do not.
     """
-    splits = read_tables(place, notes, suffixes, readable_suffixes(), partial(_with_files, settings))
+    splits = read_tables(place, notes, suffixes, readable_suffixes(), partial(_with_image_files, settings))
     if list(splits) != ["train"]:
         return splits
     root, rows = place if place.is_dir() else place.parent, splits["train"]
-    files = next((column for column, feature in rows.features.items() if feature == FILE), None)
+    files = next((column for column, feature in rows.features.items() if feature == ENCODED), None)
     found = [_split_of_path(Path(image["path"]), root) for image in rows[files]] if files else []
     if len(set(found) - {None}) < 2:
         return splits
@@ -150,7 +150,7 @@ def _split_of_path(image: Path, root: Path) -> str | None:
     return next(filter(None, map(split_of_folder, inside)), None)
 
 
-def _with_files(settings: DataSettings, table: Path, rows: Dataset) -> Dataset:
+def _with_image_files(settings: DataSettings, table: Path, rows: Dataset) -> Dataset:
     """A table's rows, where they name files with these as images; paths are relative to the table's folder.
 
     Raises:
@@ -165,15 +165,15 @@ def _with_files(settings: DataSettings, table: Path, rows: Dataset) -> Dataset:
         if path is None or not (table.parent / path).is_file():
             raise UserError(f"{table}, row {number}: no image {path}")
         images.append(cell_of(table.parent / path))
-    return rows.remove_columns(column).add_column(column, images).cast_column(column, FILE)
+    return rows.remove_columns(column).add_column(column, images).cast_column(column, ENCODED)
 
 
-def _from_class_folders(folder: Path, notes: Notes) -> dict[str, Dataset]:
+def _read_class_folders(folder: Path, notes: Notes) -> dict[str, Dataset]:
     """A folder for each class, below those of the splits if there are any; none where images are not laid out so."""
     seen = Notes()
     files = visible_files(folder, seen)
     images = [file for file in files if has_suffix(file, readable_suffixes())]
-    parts = _layout(folder, images)
+    parts = _split_folders(folder, images)
     if not parts:
         return {}
     splits, used = {}, set()
@@ -182,16 +182,16 @@ def _from_class_folders(folder: Path, notes: Notes) -> dict[str, Dataset]:
         splits[split] = _rows(part, mine)
         used.update(mine)
         notes.sources[split] = f"{part.relative_to(folder)}/" if part != folder else "a folder for each class"
-        for name in sorted(set(_folders(part)) - set(class_names(splits[split]))):
+        for name in sorted(set(_subfolders(part)) - set(class_names(splits[split]))):
             notes.warnings.append(f"{name}: no image in this folder, so no class")
     for file in files:
         if file not in used:
-            notes.leave_out(*_why_not(file, folder, list(parts.values())))
+            notes.leave_out(*_reason_left_out(file, folder, list(parts.values())))
     notes.add(seen)
     return splits
 
 
-def _layout(folder: Path, images: Sequence[Path]) -> dict[str, Path]:
+def _split_folders(folder: Path, images: Sequence[Path]) -> dict[str, Path]:
     """The folder of each split, in which the classes' lie; none if the images lie otherwise.
 
     A folder that holds nothing but one other is looked through. One called `train` that holds images, and no classes'
@@ -202,24 +202,24 @@ def _layout(folder: Path, images: Sequence[Path]) -> dict[str, Path]:
     """
     inside = [image.relative_to(folder).parts for image in images]
     tops, nested = ({parts[0] for parts in inside if len(parts) > depth} for depth in (1, 2))
-    of_split = {name: split for name in _folders(folder) if (split := split_of_folder(name))}
+    of_split = {name: split for name in _subfolders(folder) if (split := split_of_folder(name))}
     if nested & of_split.keys():
         for split in of_split.values():
             if len(same := [f"{name}/" for name, other in of_split.items() if other == split]) > 1:
-                refuse_two_for_one(folder, split, listed(same))
+                refuse_duplicate_split(folder, split, enumerate_names(same))
         return {split: folder / name for name, split in of_split.items()}
     if len(tops & of_split.keys()) > 1 or tops <= of_split.keys():
         return {}
     if len(tops) == 1 and all(len(parts) > 2 for parts in inside):
-        return _layout(folder / tops.pop(), images)
+        return _split_folders(folder / tops.pop(), images)
     return {"train": folder}
 
 
-def _folders(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not is_no_data(p.name))
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name))
 
 
-def _why_not(file: Path, folder: Path, parts: Sequence[Path]) -> tuple[str, str]:
+def _reason_left_out(file: Path, folder: Path, parts: Sequence[Path]) -> tuple[str, str]:
     """Why a file is left out, and what it is called in the summary."""
     kind = file.suffix.lower() or file.name
     if not has_suffix(file, readable_suffixes()):

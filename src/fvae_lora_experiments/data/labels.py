@@ -8,24 +8,28 @@ from typing import Any
 
 from datasets import Dataset, Value
 
-from fvae_lora_experiments.data.classes import as_classes, class_names, missing, names_in, value_key
-from fvae_lora_experiments.data.columns import refuse_values
+from fvae_lora_experiments.data.classes import as_classes, class_names, is_missing, names_in, value_key
+from fvae_lora_experiments.data.columns import check_values
 from fvae_lora_experiments.data.files import Notes
-from fvae_lora_experiments.data.groups import with_groups
+from fvae_lora_experiments.data.groups import number_groups
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import DataSettings
 
 
-def without_hidden(splits: Mapping[str, Dataset], settings: DataSettings, notes: Notes) -> dict[str, Dataset]:
+def drop_unlabelled(splits: Mapping[str, Dataset], settings: DataSettings, notes: Notes) -> dict[str, Dataset]:
     """The splits but those of which no label is known: some benchmarks keep the labels of their test split."""
-    names = _certain(splits, settings)
-    hidden = {s for s, rows in splits.items() if s != "train" and all(missing(label, names) for label in rows["label"])}
-    for split in hidden:
+    names = _certain_names(splits, settings)
+    unlabelled = [
+        split
+        for split, rows in splits.items()
+        if split != "train" and all(is_missing(label, names) for label in rows["label"])
+    ]
+    for split in unlabelled:
         notes.leave_out("no label is known", f"split {split}", len(splits[split]))
-    return {split: rows for split, rows in splits.items() if split not in hidden}
+    return {split: rows for split, rows in splits.items() if split not in unlabelled}
 
 
-def _certain(splits: Mapping[str, Dataset], settings: DataSettings) -> set[str]:
+def _certain_names(splits: Mapping[str, Dataset], settings: DataSettings) -> set[str]:
     """Labels that are names whatever they look like: the recipe's classes, and -1 beside +1."""
     names = {value_key(name) for name in settings.classes or []}
     labels = splits["train"]["label"] if not class_names(splits["train"]) else []
@@ -51,10 +55,10 @@ def with_classes(
         UserError: a row without a label or group, or with a label outside the set; labels that are measured and not
             chosen; one class only; a class that a split declares and the set lacks.
     """
-    certain = _certain(splits, settings)
-    refuse_values(name, splits, settings, "label", partial(_no_name, "label", certain))
+    certain = _certain_names(splits, settings)
+    check_values(name, splits, settings, "label", partial(_no_name, "label", certain))
     if settings.group_column is not None:
-        refuse_values(name, splits, settings, "group", partial(_no_name, "group", ()))
+        check_values(name, splits, settings, "group", partial(_no_name, "group", ()))
     if not settings.classes:
         _refuse_continuous(name, splits["train"], for_numbers)
     allowed = settings.classes or names_in(splits["train"], "label")
@@ -70,13 +74,13 @@ def with_classes(
                 f"dataset {name}: split {split} and {other} differ in their labels: {', '.join(different[:5])}"
             )
         known = range(len(declared)) if declared else keys
-        refuse_values(name, {split: rows}, settings, "label", partial(_unknown, known, allowed))
+        check_values(name, {split: rows}, settings, "label", partial(_unknown, known, allowed))
     splits = {split: as_classes(rows, "label", allowed) for split, rows in splits.items()}
-    return splits if settings.group_column is None else with_groups(name, splits)
+    return splits if settings.group_column is None else number_groups(name, splits)
 
 
 def _no_name(column: str, certain: Container[str], value: Any) -> str | None:
-    if missing(value, certain):
+    if is_missing(value, certain):
         if value is None or value == "":
             return f"no {column}"
         return f"no {column}: {value!r} says that there is none" + (
@@ -110,7 +114,7 @@ def with_numbers(name: str, splits: Mapping[str, Dataset], settings: DataSetting
     """
     if settings.group_column is not None:
         raise UserError("data.group_column: a regression has no accuracy of a group")
-    refuse_values(name, splits, settings, "label", _no_number)
+    check_values(name, splits, settings, "label", _no_number)
     return {split: _with_numbers(rows) for split, rows in splits.items()}
 
 

@@ -23,13 +23,13 @@ import pyarrow.parquet
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from fvae_lora_experiments.data.files import (
-    BESIDE,
     DESCRIPTIONS,
+    FILLER_WORDS,
     SPLIT_NAMES,
     Notes,
+    enumerate_names,
     has_suffix,
-    listed,
-    refuse_two_folders,
+    refuse_duplicate_folders,
     split_of_folder,
     splits_of_file,
     stem,
@@ -38,7 +38,7 @@ from fvae_lora_experiments.data.files import (
 )
 from fvae_lora_experiments.data.hub import fetch, usual_splits
 from fvae_lora_experiments.data.json_rows import read_json_rows
-from fvae_lora_experiments.data.source import copy_of
+from fvae_lora_experiments.data.source import local_copy
 from fvae_lora_experiments.errors import UserError, first_line
 from fvae_lora_experiments.places import is_local
 
@@ -70,7 +70,7 @@ FEATURES = Features(
         "where": Value("string"),
     }
 )
-KINDS = ("answer", "solution", "option", "ending")
+ANSWER_WORDS = ("answer", "solution", "option", "ending")
 KNOWN_FORMATS = "answer1/answer2/..., solution1/..., option1/..., ending1/... and true/false"
 _ANSWER_FORMAT = re.compile(r"Answer format:\s*(\S+)\s*\Z")
 
@@ -98,7 +98,7 @@ def open_questions(
         UserError: no such data; files of which the split cannot be told; a row that cannot be used; a test set that is
             not there.
     """
-    place = Path(name) if is_local(name) else copy_of(name, config)
+    place = Path(name) if is_local(name) else local_copy(name, config)
     notes = Notes() if notes is None else notes
     tables = _from_disk(place, notes) if place else _from_hub(name, config, notes)
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -113,7 +113,7 @@ def open_questions(
     if "train" not in splits:
         raise UserError(f"dataset {name}: no training data; it has {', '.join(map(_title, parts)) or 'nothing'}")
     tests = {test_set: rows for (split, test_set), rows in parts.items() if split == "test"}
-    wanted = tests if test_sets is None else [TEST_SETS.get(wish.lower(), wish) for wish in test_sets]
+    wanted = tests if test_sets is None else [TEST_SETS.get(test_set.lower(), test_set) for test_set in test_sets]
     for test_set in wanted:
         if test_set not in tests:
             raise UserError(f"dataset {name}: no test set {test_set}; it has {', '.join(tests) or 'none'}")
@@ -139,40 +139,47 @@ def _from_disk(path: Path, notes: Notes) -> Iterator[tuple[str, str, Rows]]:
         ]
         for file in set(visible_files(path, Notes())) - set(files):
             notes.leave_out("not a table", file.suffix.lower() or file.name)
-        refuse_two_folders(path, files)
-        found = [(file, *_place(path, file)) for file in files]
+        refuse_duplicate_folders(path, files)
+        found = [(file, *_part_of_file(path, file)) for file in files]
         unnamed = {re.sub(r"\d+", "", stem(file.name)): file.name for file, split, _ in found if split is None}
         if len(unnamed) > 1:
+            shown = enumerate_names(list(unnamed.values()))
             raise UserError(
-                f"dataset {path}: {listed(list(unnamed.values()))}: which is train, validation or test? Say so in "
-                "their names, or put them into a folder train"
+                f"dataset {path}: {shown}: which is train, validation or test? Say so in their names, or put them into "
+                "a folder train"
             )
         for split in ("train", "validation", "test"):
             if of_split := [str(f.relative_to(path)) for f, its, _ in found if (its or "train") == split]:
-                notes.sources[split] = listed(of_split, of="files")
+                notes.sources[split] = enumerate_names(of_split, of="files")
         for file, its, test_set in found:
             yield its or "train", test_set, _read(file)
     else:
         raise UserError(f"dataset {path}: no such file or folder")
 
 
-def _place(folder: Path, file: Path) -> tuple[str | None, str]:
+def _part_of_file(folder: Path, file: Path) -> tuple[str | None, str]:
     """The split, if it is told, and the test set that a file's path speaks of; its name counts before its folders'."""
     inside = file.relative_to(folder)
     parents = [parent.name for parent in inside.parents if parent.name]
-    spoken = splits_of_file(inside.name)
-    if len(spoken) > 1:
-        raise UserError(f"dataset {folder}: {inside}: its name speaks of {' and of '.join(sorted(spoken))}; rename it")
-    sets = [TEST_SETS[word] for word in map(str.lower, [*_pieces(inside.name), *parents]) if word in TEST_SETS]
-    split = next(filter(None, [*spoken, *map(split_of_folder, parents)]), "test" if sets else None)
+    named_splits = splits_of_file(inside.name)
+    if len(named_splits) > 1:
+        raise UserError(
+            f"dataset {folder}: {inside}: its name speaks of {' and of '.join(sorted(named_splits))}; rename it"
+        )
+    sets = [TEST_SETS[word] for word in map(str.lower, [*_name_parts(inside.name), *parents]) if word in TEST_SETS]
+    split = next(filter(None, [*named_splits, *map(split_of_folder, parents)]), "test" if sets else None)
     if split != "test":
         return split, ""
     own = inside.name.partition(".")[0]
-    rest = [piece for piece in re.split(r"[-_]", own) if not BESIDE.union(SPLIT_NAMES, ["of"]).issuperset(words(piece))]
+    rest = [
+        piece
+        for piece in re.split(r"[-_]", own)
+        if not FILLER_WORDS.union(SPLIT_NAMES, ["of"]).issuperset(words(piece))
+    ]
     return split, next(iter(sets), ("-".join(rest) or "test") if splits_of_file(own) else own)
 
 
-def _pieces(name: str) -> list[str]:
+def _name_parts(name: str) -> list[str]:
     """What a test set's name may be: `ARC-Easy.test.jsonl.gz` has ARC-Easy, `piqa_test.json` piqa."""
     return [*name.split("."), *re.split(r"[._]", stem(name)), stem(name).split("-")[0]]
 
@@ -241,7 +248,7 @@ def _instruction(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _is_known(options: list[str]) -> bool:
-    numbered = any(options == [f"{kind}{n}" for n in range(1, len(options) + 1)] for kind in KINDS)
+    numbered = any(options == [f"{kind}{n}" for n in range(1, len(options) + 1)] for kind in ANSWER_WORDS)
     return len(options) > 1 and (numbered or options == ["true", "false"])
 
 
@@ -252,9 +259,9 @@ def _multiple_choice(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise UserError(f"{where}: answer: expected a choice's number, 0 to {len(choices) - 1}, got {answer!r:.40}")
     options = [f"answer{n}" for n in range(1, len(choices) + 1)]
-    listed = " ".join(f"Answer{n}: {choice}" for n, choice in enumerate(choices, 1))
+    numbered = " ".join(f"Answer{n}: {choice}" for n, choice in enumerate(choices, 1))
     return {
-        "instruction": f"Please choose the correct answer to the question: {asked}\n\n{listed}\n\n"
+        "instruction": f"Please choose the correct answer to the question: {asked}\n\n{numbered}\n\n"
         f"Answer format: {'/'.join(options)}",
         "input": "",
         "options": options,

@@ -7,10 +7,10 @@ from typing import Any
 from datasets import Audio, Dataset, Features, Value
 
 from fvae_lora_experiments.data.audio_decoding import SOUND, sound_content
-from fvae_lora_experiments.data.columns import refuse_blank_texts
+from fvae_lora_experiments.data.columns import check_texts
 from fvae_lora_experiments.data.encoded import cell_of
 from fvae_lora_experiments.data.files import Notes
-from fvae_lora_experiments.data.source import official_splits, place_of, places
+from fvae_lora_experiments.data.source import local_path, official_splits, row_locations
 from fvae_lora_experiments.data.tables import read_tables
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import DataSettings
@@ -34,12 +34,12 @@ def open_recordings(name: str, settings: DataSettings, notes: Notes | None = Non
     """
     read = partial(read_tables, beside=SOUNDS)
     splits = official_splits(name, settings, read, Notes() if notes is None else notes)
-    place = place_of(name, settings.config) or Path()
+    place = local_path(name, settings.config) or Path()
     folder = place.parent if place.is_file() else place
     splits = {split: _columns(name, folder, split, rows) for split, rows in splits.items()}
-    refuse_blank_texts(name, splits, settings, "text")
+    check_texts(name, splits, settings, "text")
     return {
-        split: rows.add_column("where", _where(rows, places(name, settings, split, len(rows))))
+        split: rows.add_column("where", _where(rows, row_locations(name, settings, split, len(rows))))
         for split, rows in splits.items()
     }
 

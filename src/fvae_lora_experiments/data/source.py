@@ -9,19 +9,19 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from fvae_lora_experiments.data.files import Notes, what_is_there
+from fvae_lora_experiments.data.files import Notes, describe_contents
 from fvae_lora_experiments.data.hub import fetch, usual_splits
-from fvae_lora_experiments.data.tables import rows_of_tables
+from fvae_lora_experiments.data.tables import table_row_locations
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.places import is_local
 from fvae_lora_experiments.schema import DataSettings
 
 DATA_ROOT = "FVAE_LORA_DATA_ROOT"
 
-PlaceReader = Callable[[Path, Notes], dict[str, Dataset]]
+LocalReader = Callable[[Path, Notes], dict[str, Dataset]]
 
 
-def official_splits(name: str, settings: DataSettings, read: PlaceReader, notes: Notes) -> dict[str, Dataset]:
+def official_splits(name: str, settings: DataSettings, read: LocalReader, notes: Notes) -> dict[str, Dataset]:
     """The official splits of a data set with all their columns, by their usual names, `train` among them.
 
     Args:
@@ -33,10 +33,10 @@ def official_splits(name: str, settings: DataSettings, read: PlaceReader, notes:
     Raises:
         UserError: no such data set, or one without a train split.
     """
-    place = place_of(name, settings.config)
+    place = local_path(name, settings.config)
     splits = read(place, notes) if place else _from_hub(name, settings.config, notes)
     if "train" not in splits:
-        there = ", ".join(splits) or (f"nothing that is understood: {what_is_there(place)}" if place else "nothing")
+        there = ", ".join(splits) or (f"nothing that is understood: {describe_contents(place)}" if place else "nothing")
         raise UserError(f"dataset {name}: no train split; it has {there}")
     return splits
 
@@ -48,28 +48,28 @@ def _from_hub(name: str, config: str | None, notes: Notes) -> dict[str, Dataset]
     return {split: fetched[own] for own, split in used.items()}
 
 
-def places(name: str, settings: DataSettings, split: str, count: int) -> list[str]:
+def row_locations(name: str, settings: DataSettings, split: str, count: int) -> list[str]:
     """Where each of the `count` rows of an official split is, for messages: its table, if it has one, and its number.
 
     Rows are counted from 1.
     """
-    place = place_of(name, settings.config)
-    in_files = rows_of_tables(place, split) if place else []
+    place = local_path(name, settings.config)
+    in_files = table_row_locations(place, split) if place else []
     if len(in_files) == count:
         return in_files
     return [f"dataset {name}: split {split}, row {n}" for n in range(1, count + 1)]
 
 
-def place_of(name: str, config: str | None) -> Path | None:
+def local_path(name: str, config: str | None) -> Path | None:
     """The folder or file of the data set on this machine; None if it has to come from the hub."""
     if is_local(name):
         if not Path(name).exists():
             raise UserError(f"dataset {name}: no such folder or file")
         return Path(name)
-    return copy_of(name, config)
+    return local_copy(name, config)
 
 
-def copy_of(name: str, config: str | None) -> Path | None:
+def local_copy(name: str, config: str | None) -> Path | None:
     """The local copy of a data set: `ROOT/owner/name` or `ROOT/name`, or its configuration's folder in that."""
     root = os.environ.get(DATA_ROOT)
     for copy in (Path(root) / name, Path(root) / Path(name).name) if root else ():

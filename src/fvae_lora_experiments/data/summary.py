@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fvae_lora_experiments.tasks import Task
 
 WIDTH = 80
-SHOWN = 12
+MOST_SHOWN = 12
 """Classes, beyond which they are shortened."""
 
 
@@ -71,8 +71,8 @@ def summarise(
         UserError: rows that cannot be used, or splits that cannot be drawn.
     """
     images = task.look_at_images(official, identity.fingerprint, quiet)
-    told = {name: rows.add_column("content", identity.contents[name]) for name, rows in official.items()}
-    splits = task.split(told)
+    hashed = {name: rows.add_column("content", identity.contents[name]) for name, rows in official.items()}
+    splits = task.split(hashed)
     contents = {name: rows["content"][:] for name, rows in splits.by_name.items()}
     train = set(contents["train"])
     seen = train.union(contents["validation"] if "of train" in splits.validation_from else [])
@@ -107,7 +107,7 @@ def _counts(splits: Splits, column: str) -> dict[str, dict[str, int]]:
 
 
 def _sources(splits: Splits, notes: Notes) -> dict[str, str]:
-    def whole(text: str) -> str:
+    def describe(text: str) -> str:
         official = re.fullmatch(r"the official (\w+) split", text)
         own = official and notes.sources.get(official[1])
         return f"{text}, {own}" if own else text
@@ -116,8 +116,8 @@ def _sources(splits: Splits, notes: Notes) -> dict[str, str]:
     train = notes.sources.get("train", "the data set")
     return {
         "train": f"{train}, without the rows drawn from it" if drawn else train,
-        "validation": whole(splits.validation_from),
-        "test": whole(splits.test_from),
+        "validation": describe(splits.validation_from),
+        "test": describe(splits.test_from),
     }
 
 
@@ -144,9 +144,9 @@ def print_summary(summary: Summary, console: Console) -> None:
         table.add_row(split, f"{count:,}", Text(summary.sources[split]))
     console.print(table, width=min(WIDTH, console.width), highlight=False)
     for what, rows in summary.counts.items():
-        console.print(_of_each(what, rows), width=min(WIDTH, console.width), highlight=False)
+        console.print(_counts_table(what, rows), width=min(WIDTH, console.width), highlight=False)
     for why, kinds in summary.left_out.items():
-        line(f"Left out, {why}: {', '.join(f'{kind} ({count:,})' for kind, count in _first(kinds).items())}")
+        line(f"Left out, {why}: {', '.join(f'{kind} ({count:,})' for kind, count in _most_common(kinds).items())}")
     if not summary.left_out:
         line("Left out: nothing")
     if summary.images:
@@ -159,17 +159,17 @@ def print_summary(summary: Summary, console: Console) -> None:
         line(f"Warning: {warning}", "yellow")
 
 
-def _first(kinds: Mapping[str, int]) -> dict[str, int]:
+def _most_common(kinds: Mapping[str, int]) -> dict[str, int]:
     """The commonest; what else there is together."""
     shown = dict(list(kinds.items())[:6])
     rest = sum(kinds.values()) - sum(shown.values())
     return shown | ({"others": rest} if rest else {})
 
 
-def _of_each(what: str, rows: Mapping[str, Mapping[str, int]]) -> Table:
+def _counts_table(what: str, rows: Mapping[str, Mapping[str, int]]) -> Table:
     splits = list(next(iter(rows.values())))
     table = _table([what, *splits], set(splits))
-    shown = list(rows.items()) if len(rows) <= SHOWN else list(rows.items())[: SHOWN - 2]
+    shown = list(rows.items()) if len(rows) <= MOST_SHOWN else list(rows.items())[: MOST_SHOWN - 2]
     for name, of in shown:
         table.add_row(Text(name), *(f"{of[split]:,}" for split in splits))
     if rest := list(rows.values())[len(shown) :]:

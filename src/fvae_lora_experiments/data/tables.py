@@ -17,10 +17,10 @@ from datasets import Dataset
 from fvae_lora_experiments.data.files import (
     DESCRIPTIONS,
     Notes,
+    enumerate_names,
     has_suffix,
-    listed,
-    refuse_two_folders,
-    refuse_two_for_one,
+    refuse_duplicate_folders,
+    refuse_duplicate_split,
     split_of_folder,
     splits_of_file,
     stem,
@@ -61,7 +61,7 @@ def read_tables(
     Raises:
         UserError: a file that cannot be read, or files of a split that do not fit each other.
     """
-    found = _tables(place, suffixes, notes)
+    found = _table_files(place, suffixes, notes)
     splits = {split: _joined(place, files, prepare) for split, files in found.items()}
     if splits and place.is_dir():
         for file in visible_files(place, Notes()):
@@ -70,13 +70,13 @@ def read_tables(
     return splits
 
 
-def rows_of_tables(place: Path, split: str) -> list[str]:
+def table_row_locations(place: Path, split: str) -> list[str]:
     """The file and number of each row in the tables of a split, for messages: `train.csv, row 3`, counted from 1."""
-    files = _tables(place, tuple(READERS), Notes()).get(split, [])
+    files = _table_files(place, tuple(READERS), Notes()).get(split, [])
     return [f"{file}, row {n}" for file in files for n in range(1, len(_read(file)) + 1)]
 
 
-def _tables(place: Path, suffixes: Sequence[str], notes: Notes) -> dict[str, list[Path]]:
+def _table_files(place: Path, suffixes: Sequence[str], notes: Notes) -> dict[str, list[Path]]:
     """The files of each split, in order."""
     if place.is_dir():
         return find_tables(place, suffixes, notes)
@@ -98,7 +98,7 @@ def _read(file: Path) -> Dataset:
     if not file.stat().st_size:
         raise UserError(f"{file}: the file is empty")
     if READERS[suffix] is _JSON:
-        _check_json(file)
+        _check_json_rows(file)
     require_cache()
     try:
         rows: Dataset = READERS[suffix](data_files=str(file), split="train")
@@ -108,7 +108,7 @@ def _read(file: Path) -> Dataset:
     return rows
 
 
-def _check_json(file: Path) -> None:
+def _check_json_rows(file: Path) -> None:
     """Refuses what is not a row; the reader of tables would not say which line it is, or only stumble over it later."""
     for where, row in read_json_rows(file):
         if not isinstance(row, dict):
@@ -138,7 +138,9 @@ def find_tables(folder: Path, suffixes: Sequence[str], notes: Notes) -> dict[str
     """
     files = visible_files(folder, notes)
     tables = [
-        _placed(folder, file) for file in files if has_suffix(file, suffixes) and file.name.lower() not in DESCRIPTIONS
+        _table_of(folder, file)
+        for file in files
+        if has_suffix(file, suffixes) and file.name.lower() not in DESCRIPTIONS
     ]
     if not tables:
         return {}
@@ -147,52 +149,54 @@ def find_tables(folder: Path, suffixes: Sequence[str], notes: Notes) -> dict[str
     top = min(len(home.parts) for home in homes)
     first = sorted(home for home in homes if len(home.parts) == top)
     if len(first) > 1:
-        shown = listed([f"{home.relative_to(folder)}/" for home in first])
+        shown = enumerate_names([f"{home.relative_to(folder)}/" for home in first])
         raise UserError(f"dataset {folder}: tables in each of {shown}; name one of these folders as the data set")
     chosen = [table for table in named or tables if table.home == first[0]]
     for table in tables:
         if table.home != first[0] or (named and not table.split):
             where = "of no split" if table.home == first[0] else "in a folder that is no split's"
             notes.leave_out(where, str(table.file.relative_to(folder)))
-    refuse_two_folders(folder, [table.file for table in chosen])
+    refuse_duplicate_folders(folder, [table.file for table in chosen])
     by_split: dict[str, list[_Table]] = {}
     for table in chosen:
-        _refuse_two_splits(folder, table)
+        _refuse_ambiguous_split(folder, table)
         by_split.setdefault(table.split or "", []).append(table)
     found = {}
     for split, of_split in by_split.items():
-        used = _of_first_format(folder, split or "train", of_split, suffixes, notes)
-        _refuse_two_tables(folder, split, used)
+        used = _of_preferred_format(folder, split or "train", of_split, suffixes, notes)
+        _refuse_separate_tables(folder, split, used)
         found[split or "train"] = [table.file for table in used]
-        notes.sources[split or "train"] = listed(
-            list(dict.fromkeys(_shown(folder, table) for table in used)), of="files"
+        notes.sources[split or "train"] = enumerate_names(
+            list(dict.fromkeys(_source_of(folder, table) for table in used)), of="files"
         )
     return found
 
 
-def _placed(folder: Path, file: Path) -> _Table:
+def _table_of(folder: Path, file: Path) -> _Table:
     parts = file.relative_to(folder).parts
     for depth, part in enumerate(parts[:-1]):
         if split := split_of_folder(part):
             return _Table(file, folder.joinpath(*parts[:depth]), split, part)
-    spoken = splits_of_file(file.name)
-    return _Table(file, file.parent, min(spoken) if spoken else None, file.name)
+    named_splits = splits_of_file(file.name)
+    return _Table(file, file.parent, min(named_splits) if named_splits else None, file.name)
 
 
-def _shown(folder: Path, table: _Table) -> str:
+def _source_of(folder: Path, table: _Table) -> str:
     place = (table.home / table.entry).relative_to(folder)
     return str(place) if table.entry == table.file.name else f"{place}/"
 
 
-def _refuse_two_splits(folder: Path, table: _Table) -> None:
+def _refuse_ambiguous_split(folder: Path, table: _Table) -> None:
     inside = table.file.relative_to(table.home)
-    spoken = {split for part in inside.parts[:-1] if (split := split_of_folder(part))} | splits_of_file(inside.name)
-    if len(spoken) > 1:
-        both = " and of ".join(sorted(spoken))
+    named_splits = {split for part in inside.parts[:-1] if (split := split_of_folder(part))} | splits_of_file(
+        inside.name
+    )
+    if len(named_splits) > 1:
+        both = " and of ".join(sorted(named_splits))
         raise UserError(f"dataset {folder}: {table.file.relative_to(folder)}: its path speaks of {both}; rename it")
 
 
-def _of_first_format(
+def _of_preferred_format(
     folder: Path, split: str, tables: Sequence[_Table], suffixes: Sequence[str], notes: Notes
 ) -> list[_Table]:
     suffix = next(s for s in suffixes if any(has_suffix(table.file, [s]) for table in tables))
@@ -202,16 +206,16 @@ def _of_first_format(
     return [table for table in tables if has_suffix(table.file, [suffix])]
 
 
-def _refuse_two_tables(folder: Path, split: str, tables: Sequence[_Table]) -> None:
+def _refuse_separate_tables(folder: Path, split: str, tables: Sequence[_Table]) -> None:
     """Several files are parts of one table, or lie in one folder of their split."""
     kinds: dict[str, str] = {}
     for table in tables:
         is_file = table.entry == table.file.name
         kinds.setdefault(re.sub(r"\d+", "", stem(table.entry)) if is_file else f"{table.entry}/", table.entry)
     if len(kinds) > 1:
-        shown = listed([kind if kind.endswith("/") else entry for kind, entry in kinds.items()])
+        shown = enumerate_names([kind if kind.endswith("/") else entry for kind, entry in kinds.items()])
         if split:
-            refuse_two_for_one(folder, split, shown)
+            refuse_duplicate_split(folder, split, shown)
         raise UserError(
             f"dataset {folder}: {shown}: which is train, validation or test? Say so in their names (train.csv, "
             "test.csv), or name one file as the data set"

@@ -7,9 +7,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fvae_lora_experiments.data.columns import own_columns, refuse_blank_texts
+from fvae_lora_experiments.data.columns import check_texts, select_columns
 from fvae_lora_experiments.data.files import Notes
-from fvae_lora_experiments.data.labels import with_classes, with_numbers, without_hidden
+from fvae_lora_experiments.data.labels import drop_unlabelled, with_classes, with_numbers
 from fvae_lora_experiments.data.source import official_splits
 from fvae_lora_experiments.data.tables import read_tables
 from fvae_lora_experiments.schema import DataSettings, TextSettings
@@ -36,9 +36,9 @@ def open_texts(name: str, data: DataSettings, text: TextSettings, notes: Notes |
     splits = official_splits(name, data, read_tables, notes)
     names = [[column] for column in text.columns or []] or [["sentence", "text"]]
     inputs = {what: ("text.columns", candidates) for what, candidates in zip(COLUMNS, names, strict=False)}
-    splits = without_hidden(own_columns(name, splits, data, inputs, notes), data, notes)
+    splits = drop_unlabelled(select_columns(name, splits, data, inputs, notes), data, notes)
     for column in inputs:
-        refuse_blank_texts(name, splits, data, column)
+        check_texts(name, splits, data, column)
     return with_numbers(name, splits, data) if text.is_regression else with_classes(name, splits, data, FOR_NUMBERS)
 
 

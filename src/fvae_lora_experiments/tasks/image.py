@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 
 from fvae_lora_experiments.data import Splits, accuracies, open_images
 from fvae_lora_experiments.data.files import Notes
-from fvae_lora_experiments.data.image_decoding import ImageFacts, image_content, look_at_all
+from fvae_lora_experiments.data.image_decoding import ImageFacts, image_content, inspect_images
 from fvae_lora_experiments.data.image_inputs import Images, augmentation, process
 from fvae_lora_experiments.models.classifiers import load_classifier
 from fvae_lora_experiments.models.pretrained import load, loading
@@ -47,7 +47,7 @@ class ImageTask(Task):
         file = Path(datasets.config.HF_DATASETS_CACHE) / "fvae-lora" / "images" / f"{key}.json"
         with suppress(OSError, ValueError, TypeError):
             return ImageFacts(**json.loads(file.read_text(encoding="utf-8")))
-        facts = look_at_all(official, settings, quiet)
+        facts = inspect_images(official, settings, quiet)
         with suppress(OSError):  # it is found again, then
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, json.dumps(asdict(facts)))

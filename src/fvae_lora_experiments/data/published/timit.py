@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 
 from fvae_lora_experiments.data.audio_decoding import SOUND
 from fvae_lora_experiments.data.encoded import cell_of
-from fvae_lora_experiments.data.files import Notes, listed, refuse_two_for_one, visible_files
+from fvae_lora_experiments.data.files import Notes, enumerate_names, refuse_duplicate_split, visible_files
 from fvae_lora_experiments.errors import UserError
 
 _KEPT = [
@@ -85,7 +85,7 @@ def _sentences(folder: Path, half: str, notes: Notes) -> list[Path]:
     if not halves:
         raise UserError(f"dataset {folder}: no {half} folder; expected TRAIN and TEST there, as TIMIT is distributed")
     if len(halves) > 1:
-        refuse_two_for_one(folder, half, listed([f"{p.name}/" for p in halves]))
+        refuse_duplicate_split(folder, half, enumerate_names([f"{p.name}/" for p in halves]))
     notes.sources["train" if half == "TRAIN" else "test"] = f"{halves[0].name}/"
     sounds = []
     for file in visible_files(halves[0], notes):
