@@ -130,7 +130,7 @@ def test_names_say_the_split(task: str, tmp_path: Path, files: dict[str, int], f
         ({"a": 6, "b": 4}, ["a.", "b.", "which is train, validation or test?"]),
         ({"train": 6, "val/x": 4, "valid/x": 4}, ["val/ and valid/ are both validation"]),
         ({"Train/x": 6, "train/x": 4}, ["Train/ and train/ are both train"]),
-        ({"train_test": 6, "dev": 4}, ["speaks of test and of train"]),
+        ({"train_test": 6, "dev": 4}, ["gives several splits (test, train)"]),
     ],
     ids=lambda value: ",".join(value),
 )
@@ -148,7 +148,7 @@ def test_files_that_are_not_used_are_noted(task: str, tmp_path: Path) -> None:
     TASKS[task][2](str(tmp_path), notes=notes)
     suffix = TASKS[task][0]
     assert notes.left_out["not a table"] == {".docx": 1}
-    assert notes.left_out["hidden, or left by a program"] == {f".hidden{suffix}": 1}
+    assert notes.left_out["hidden or system files"] == {f".hidden{suffix}": 1}
     assert notes.sources == {"train": f"Train{suffix}", "test": f"test{suffix}"}
 
 
@@ -159,9 +159,9 @@ def test_files_that_are_not_used_are_noted(task: str, tmp_path: Path) -> None:
         (
             {"train": 6, "test": 4, "old/train/part": 2, "extra": 2},
             {"train": 6, "test": 4},
-            {"in a folder that is no split's": ["old/train/part"], "of no split": ["extra"]},
+            {"not in a split's folder": ["old/train/part"], "not of a split": ["extra"]},
         ),
-        ({"all": 6, "below/more": 2}, {"train": 6}, {"in a folder that is no split's": ["below/more"]}),
+        ({"all": 6, "below/more": 2}, {"train": 6}, {"not in a split's folder": ["below/more"]}),
     ],
 )
 def test_tables_are_those_of_the_topmost_folder(
@@ -192,7 +192,7 @@ def test_train_and_test_of_timit_in_two_folders_each_and_hidden_copies(tmp_path:
     shutil.copy(sound, sound.with_name(f"._{sound.name}"))
     notes = Notes()
     assert sizes(open_timit(str(tmp_path), notes)) == whole
-    assert notes.left_out["hidden, or left by a program"] == {"._*": 1}
+    assert notes.left_out["hidden or system files"] == {"._*": 1}
     train = next(p for p in tmp_path.iterdir() if p.name.upper() == "TRAIN")
     (tmp_path / ("train" if train.name != "train" else "Train")).mkdir()
     with pytest.raises(UserError, match="are both TRAIN"):
@@ -310,12 +310,12 @@ def test_what_is_no_data_is_left_out_of_folders_of_images_and_noted(data: Path) 
     notes = Notes()
     assert fingerprint(open_images(str(data), DEFAULT, notes), image_content) == before
     assert notes.left_out == {
-        "hidden, or left by a program": {"__MACOSX": 1, ".ipynb_checkpoints": 2, "._*": 2},
-        "in no split's folder": {"old/": 12},
-        "in no class's folder": {".png": 1},
+        "hidden or system files": {"__MACOSX": 1, ".ipynb_checkpoints": 2, "._*": 2},
+        "not in a split's folder": {"old/": 12},
+        "not in a class's folder": {".png": 1},
         "not an image that can be read": {".txt": 1, ".cr2": 1},
     }
-    assert notes.warnings == ["purple: no image in this folder, so no class"]
+    assert notes.warnings == ["purple: no images in this folder, so it is not a class"]
 
 
 def test_eval_is_validation_and_two_folders_for_it_are_refused(data: Path) -> None:
@@ -364,13 +364,13 @@ def test_images_that_pillow_cannot_read_are_counted(data: Path) -> None:
 def test_images_in_one_flat_folder_are_refused_with_what_is_understood(tmp_path: Path) -> None:
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(png())
-    with pytest.raises(UserError, match="3 images, but neither folders nor a table that say their classes; understood"):
+    with pytest.raises(UserError, match="3 images, but neither folders nor a table give their classes; readable"):
         open_images(str(tmp_path), DEFAULT)
     for part in ("train", "test"):
         (tmp_path / part).mkdir()
         (tmp_path / "0.png").rename(tmp_path / part / "0.png")
         (tmp_path / "1.png").rename(tmp_path / "0.png") if part == "train" else None
-    with pytest.raises(UserError, match="neither folders nor a table that say their classes"):
+    with pytest.raises(UserError, match="neither folders nor a table give their classes"):
         open_images(str(tmp_path), DEFAULT)
 
 
@@ -403,7 +403,7 @@ def test_a_lone_table_whose_paths_lie_in_folders_of_splits_is_these_splits(tmp_p
         assert {Path(row["image"]["path"]).parent.name for row in opened["test"]} == {"Test"}
     (tmp_path / "9.png").write_bytes(png())
     write(tmp_path / "labels.csv", [*rows, {"image": "9.png", "label": "a"}])
-    with pytest.raises(UserError, match="row 9: its image lies in no split's folder, and those of other rows do"):
+    with pytest.raises(UserError, match="row 9: its image is not in a split's folder, but others are"):
         open_images(str(tmp_path), DEFAULT)
 
 
@@ -464,7 +464,7 @@ def test_a_text_that_says_missing_is_no_label(tmp_path: Path, text: str) -> None
     rows = texts(6)
     rows[3]["label"] = text
     write(tmp_path / "train.csv", rows)
-    with pytest.raises(UserError, match=r"train\.csv, row 4: no label: .* says that there is none"):
+    with pytest.raises(UserError, match=r"train\.csv, row 4: no label: .* stands for a missing value"):
         open_as_text(str(tmp_path))
 
 
@@ -515,7 +515,7 @@ def test_a_class_of_one_row_is_named_where_a_split_is_drawn(tmp_path: Path) -> N
     with pytest.raises(UserError) as caught:
         split(opened, DEFAULT, 1)
     assert str(caught.value) == (
-        "dataset: no test split, and none can be taken from train: 1 row of class odd is there; "
+        "dataset: no test split, and none can be taken from train: class odd has 1 row; "
         "each needs 2, or 3 where validation and test are both drawn"
     )
 

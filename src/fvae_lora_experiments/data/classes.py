@@ -10,20 +10,20 @@ from datasets import ClassLabel, Dataset, List
 MISSING_TEXTS = frozenset(
     {"", "#N/A", "#NA", "-NaN", "-nan", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
 )
-"""Texts that stand for no value, as pandas has them; of labels and groups alone, for a text may say anything."""
+"""What pandas takes for a missing value; here only in labels and groups, for an input may be any text."""
 
 _WHOLE = re.compile(r"([+-]?(?:0|[1-9]\d*))(?:\.0*)?")
 
 
 def class_names(rows: Dataset, column: str = "label") -> list[str]:
-    """Names of the classes of a column, or of its lists of classes, in the order of their numbers; none without."""
+    """Names of the classes of a column, or of its lists of classes, in the order of their numbers; none for others."""
     feature = rows.features.get(column)
     feature = feature.feature if isinstance(feature, List) else feature
     return list(feature.names) if isinstance(feature, ClassLabel) else []
 
 
 def names_in(rows: Dataset, column: str) -> list[str]:
-    """Names in a column: those declared, or else the values that occur, in their order, each once."""
+    """Names in a column: those declared, or else the distinct values, sorted."""
     if declared := class_names(rows, column):
         return declared
     names: dict[str, str] = {}
@@ -37,18 +37,18 @@ def _order(value: Any) -> tuple[str, Any]:
 
 
 def value_key(value: Any) -> str:
-    """The same for values that are the same label: 1, 1.0, "1" and " +1 "; blanks around a name do not count."""
+    """A key that is equal for values that are the same label: 1, 1.0, "1" and " +1 "."""
     text = str(value).strip()
     whole = _WHOLE.fullmatch(text)
     return str(int(whole[1])) if whole else text
 
 
 def is_missing(value: Any, names: Container[str] = ()) -> bool:
-    """Whether a value of such a column says that there is none.
+    """Whether a value in a column of labels or groups stands for a missing one.
 
     Args:
         value: the value.
-        names: keys of values that are names for certain, whatever they look like: see `value_key`.
+        names: the `value_key` of values that are names although they look like missing ones.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
@@ -58,7 +58,7 @@ def is_missing(value: Any, names: Container[str] = ()) -> bool:
 
 
 def as_classes(rows: Dataset, column: str, names: Sequence[str]) -> Dataset:
-    """`rows` with the column's values as the numbers of their names in `names`."""
+    """`rows` with each value of the column as its number in `names`."""
     feature, own = ClassLabel(names=list(names)), class_names(rows, column)
     if rows.features[column] == feature:
         return rows

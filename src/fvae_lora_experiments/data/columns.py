@@ -1,4 +1,4 @@
-"""The columns of a data set that a run uses, and a look at every value in them."""
+"""The columns of a data set that a run uses, and checks of every value in them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,18 +18,18 @@ def select_columns(
     inputs: Mapping[str, tuple[str, Sequence[str]]],
     notes: Notes,
 ) -> dict[str, Dataset]:
-    """The splits with their `label`, their `group` if the recipe asks for groups, their inputs, and no other column.
+    """The splits with their inputs, their `label`, and their `group` if the recipe asks for groups; no other column.
 
     Args:
-        name: the data set's, for messages.
+        name: the data set's name, for messages.
         splits: the official splits.
         settings: says which columns are the label and the group.
-        inputs: what a further column is to be called, mapped to the recipe's key that says which it is, and to the
-            names that it may have, of which the first found is taken.
+        inputs: for the new name of each input, the recipe's key that chooses its column, and the names that this may
+            have, of which the first that is found is used.
         notes: gets the columns that are not used.
 
     Raises:
-        UserError: an empty split, one without a column, or a column that is to be two things.
+        UserError: an empty split, a column that is missing, or one that would be two things.
     """
     return {split: _select_columns(name, split, rows, settings, inputs, notes) for split, rows in splits.items()}
 
@@ -58,27 +58,27 @@ def _select_columns(
                 f"dataset {name}: no {what} column in split {split}; set {key} to one of {', '.join(rows.column_names)}"
             )
         if found in columns:
-            raise UserError(f"dataset {name}: {key}: {found} is the {columns[found]} column already")
+            raise UserError(f"dataset {name}: {key}: {found} is already the {columns[found]} column")
         columns[found] = what
     for unused in set(rows.column_names) - columns.keys():
-        notes.leave_out("a column that is not used", unused, len(rows))
+        notes.leave_out("unused column", unused, len(rows))
     return rows.select_columns(list(columns)).rename_columns(columns)
 
 
 def check_values(
     name: str, splits: Mapping[str, Dataset], settings: DataSettings, column: str, wrong: Callable[[Any], str | None]
 ) -> None:
-    """Looks at every value of a column.
+    """Checks every value of a column.
 
     Args:
-        name: the data set's.
-        splits: the official splits, all of their rows in their order.
+        name: the data set's name.
+        splits: the official splits, with all of their rows in order.
         settings: with which the data set was opened.
-        column: of which the values are.
-        wrong: says what is wrong with a value, if anything.
+        column: the column to check.
+        wrong: says what is wrong with a value; None if nothing is.
 
     Raises:
-        UserError: for the first value with which something is wrong; names its file and row.
+        UserError: for the first wrong value; names its file and row.
     """
     for split, rows in splits.items():
         for index, value in enumerate(rows[column]):
@@ -87,7 +87,7 @@ def check_values(
 
 
 def check_texts(name: str, splits: Mapping[str, Dataset], settings: DataSettings, column: str) -> None:
-    """Raises `UserError` if a value of a column is not a text or has nothing in it: see `check_values`."""
+    """Raises `UserError` if a value of a column is not text or is blank, see `check_values`."""
 
     def wrong(value: Any) -> str | None:
         return None if isinstance(value, str) and value.strip() else f"{column} is {value!r}; expected some text"

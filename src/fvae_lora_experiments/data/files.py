@@ -1,11 +1,12 @@
-"""Which files of a folder are data, of which split they are, and what is left out.
+"""Which files in a folder are data, which split they belong to, and what is left out.
 
 The rules are the same for all tasks:
 
-- Hidden names and what archives and file managers leave behind (`.ipynb_checkpoints`, `__MACOSX`, `._3.png`) are no
-  data.
+- Hidden files and what archives and file managers leave behind (`.ipynb_checkpoints`, `__MACOSX`, `._3.png`) are
+  skipped.
 - A folder belongs to a split if its whole name says so, in any case (`Test`, `val`, `training_set`, `train2017`), and
-  then so does all that is below it; a file if one of its words does (`train_data.csv`, `Test-00000-of-00002.parquet`).
+  so does everything below it; a file does if one of its words says so (`train_data.csv`,
+  `Test-00000-of-00002.parquet`).
 """
 
 import os
@@ -36,25 +37,25 @@ SPLIT_NAMES = {
 """What splits are called, in any case."""
 
 FILLER_WORDS = frozenset({"set", "split", "data", "dataset", "images", "image", "imgs", "img", "files", "folder"})
-"""Words that may stand beside a split's in the name of a folder; with others it is a class: `train station`."""
+"""Words that may stand beside a split's in a folder's name; with any other word it is a class: `train station`."""
 
 SYSTEM_NAMES = frozenset({"__macosx", "__pycache__", "@eadir", "thumbs.db", "desktop.ini", "lost+found"})
-"""Names, in lower case, that no user gave."""
+"""Names, in lower case, that programs give to files and folders of their own."""
 
 DESCRIPTIONS = frozenset(
     {"config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json", "readme.md"}
 )
-"""Files that describe a data set in the conventions of the hub; no tables."""
+"""Files that describe a data set by the conventions of the hub; they are not tables."""
 
 
 @dataclass
 class Notes:
-    """What was noticed while a data set was opened, for the summary before training."""
+    """What was noticed while a data set was opened; the summary before training shows it."""
 
     sources: dict[str, str] = field(default_factory=dict)
     """Where each official split comes from, in words."""
     left_out: dict[str, Counter[str]] = field(default_factory=dict)
-    """Why something is not used, to what it is and how often that occurs: `{"not an image": {".txt": 3}}`."""
+    """For each reason why something is not used, what it is and how often: `{"not an image": {".txt": 3}}`."""
     warnings: list[str] = field(default_factory=list)
 
     def leave_out(self, why: str, what: str, count: int = 1) -> None:
@@ -62,7 +63,7 @@ class Notes:
         self.left_out.setdefault(why, Counter())[what] += count
 
     def add(self, others: "Notes") -> None:
-        """Takes over what others say."""
+        """Adds the notes of others."""
         self.sources |= others.sources
         self.warnings += others.warnings
         for why, kinds in others.left_out.items():
@@ -71,39 +72,39 @@ class Notes:
 
 
 def words(name: str) -> list[str]:
-    """The words of a name in lower case; all but letters cuts: `Test_data-2.csv` is test, data, csv."""
+    """The words of a name in lower case; everything but letters separates: `Test_data-2.csv` has test, data, csv."""
     return [word for word in re.split(r"[\W\d_]+", name.lower()) if word]
 
 
 def split_of_folder(name: str) -> str | None:
-    """The split that a folder of that name, or a split of that name on the hub, is."""
+    """Which split a folder of that name holds; None if it is not a split's."""
     first, *others = words(name) or [""]
     return SPLIT_NAMES.get(first) if FILLER_WORDS.issuperset(others) else None
 
 
 def splits_of_file(name: str) -> set[str]:
-    """The splits that a file's name speaks of: one, none, or too many."""
+    """The splits in a file's name: one, none, or too many."""
     return {SPLIT_NAMES[word] for word in words(stem(name)) if word in SPLIT_NAMES}
 
 
 def stem(name: str) -> str:
-    """A file's name without the formats that it ends with."""
+    """A file's name without the suffixes of its format."""
     return re.sub(r"(\.(parquet|jsonl?|csv|tsv|gz))+$", "", name, flags=re.IGNORECASE)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of that name is hidden, or no user made it."""
+    """Whether a file or folder of that name is hidden, or was left by a program."""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def visible_files(folder: Path, notes: Notes) -> list[Path]:
-    """All files in `folder` and below it, in order, but those that `is_hidden` tells of, which are noted."""
+    """All files in `folder` and below it, sorted, without those that are hidden, which are noted."""
     return sorted(_visible(folder, notes, set()))
 
 
 def _visible(folder: Path, notes: Notes, above: set[str]) -> Iterator[Path]:
     here = os.path.realpath(folder)
-    if here in above:  # a link to where it lies
+    if here in above:  # a link to a folder above it
         return
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -111,7 +112,7 @@ def _visible(folder: Path, notes: Notes, above: set[str]) -> Iterator[Path]:
         raise UserError(f"{folder}: cannot be read: {error.strerror}") from error
     for entry in entries:
         if is_hidden(entry.name):
-            notes.leave_out("hidden, or left by a program", "._*" if entry.name.startswith("._") else entry.name)
+            notes.leave_out("hidden or system files", "._*" if entry.name.startswith("._") else entry.name)
         elif entry.is_dir():
             yield from _visible(folder / entry.name, notes, above | {here})
         else:
@@ -124,14 +125,14 @@ def has_suffix(file: Path, suffixes: Collection[str]) -> bool:
 
 
 def refuse_duplicate_split(folder: Path, split: str, shown: str) -> None:
-    """Raises the `UserError` that says that a split has two files or folders."""
+    """Raises the `UserError` for a split that has two files or folders."""
     raise UserError(
-        f"dataset {folder}: {shown} are both {split}; keep one of them, or put what belongs together into one folder"
+        f"dataset {folder}: {shown} are both {split}; keep one, or put what belongs together into one folder"
     )
 
 
 def enumerate_names(names: Sequence[str], of: str = "") -> str:
-    """`a, b and c`; many are shortened."""
+    """`a, b and c`; a long list is shortened, to its first and last if `of` says what its names are."""
     if len(names) > 4:
         return (
             f"{len(names)} {of}, {names[0]} to {names[-1]}"
@@ -142,7 +143,7 @@ def enumerate_names(names: Sequence[str], of: str = "") -> str:
 
 
 def refuse_duplicate_folders(folder: Path, files: Iterable[Path]) -> None:
-    """Raises `UserError` if two folders beside each other, in which some of the files lie, are the same split."""
+    """Raises `UserError` if two folders side by side that hold some of the files are the same split's."""
     found: dict[tuple[Path, str], set[str]] = {}
     for file in files:
         for parent in file.relative_to(folder).parents:
@@ -154,7 +155,7 @@ def refuse_duplicate_folders(folder: Path, files: Iterable[Path]) -> None:
 
 
 def describe_contents(folder: Path) -> str:
-    """What a folder holds, in a few words, for the line that refuses it."""
+    """What a folder holds, in a few words, for error messages."""
     counts = Counter(file.suffix.lower() or "without a suffix" for file in visible_files(folder, Notes()))
     if not counts:
         return "nothing"

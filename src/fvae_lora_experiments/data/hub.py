@@ -74,7 +74,7 @@ def _unused(splits: Collection[str], select: Callable[[Collection[str]], Collect
     selected = select(splits)
     unused = [split for split in splits if split not in selected]
     for split in unused:
-        notes.leave_out("a split that is not used", split)
+        notes.leave_out("unused split", split)
     return unused
 
 

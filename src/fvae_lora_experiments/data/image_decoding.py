@@ -30,7 +30,7 @@ SUFFIXES = (
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm",
     ".tif", ".tiff", ".webp",
 )  # fmt: skip
-"""Of images, in lower case."""
+"""Suffixes of image files, in lower case."""
 
 
 @functools.cache
@@ -42,14 +42,14 @@ def readable_suffixes() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Opened:
-    """What was done to an image so that it can be used."""
+    """What was done to an image when it was opened."""
 
     turned: bool
     transparent: bool
     values: tuple[float, float] | None = None
-    """The least and the greatest value of one with more than 8 bits, before these were scaled."""
+    """The least and the greatest value of an image with more than 8 bits, before scaling."""
     range: tuple[float, float] | None = None
-    """The values of black and white that these were scaled by."""
+    """The values of black and white in its scaling."""
 
 
 def open_image(row: dict[str, Any], where: str, settings: ImageSettings = DEFAULTS) -> Image.Image:
@@ -58,15 +58,15 @@ def open_image(row: dict[str, Any], where: str, settings: ImageSettings = DEFAUL
 
 
 def inspect_image(row: dict[str, Any], where: str, settings: ImageSettings) -> tuple[Image.Image, Opened]:
-    """A row's image as it is used, and what was done to it.
+    """A row's image, opened, and what was done to it.
 
     Args:
         row: has the `image`.
-        where: it is, for messages; a file's name is better, if it has one.
+        where: the row, for messages about images without a file name.
         settings: `range` and `background`.
 
     Raises:
-        UserError: if it is no image or is cut off, or has values of which nobody says what is black and white.
+        UserError: if it is not an image or is truncated, or if it is unknown which of its values are black and white.
     """
     with _named(row, where):
         found: Image.Image = Image.open(io.BytesIO(encoded_bytes(row["image"])))
@@ -93,7 +93,7 @@ def inspect_image(row: dict[str, Any], where: str, settings: ImageSettings) -> t
 
 
 def _is_transparent(image: Image.Image) -> bool:
-    """Whether something can be seen through some pixel."""
+    """Whether any pixel is transparent."""
     may_be = image.getbands()[-1] in ("A", "a") or "transparency" in image.info
     of_palette = image.palette is not None and image.palette.mode.endswith("A")
     if image.mode in HIGH_BIT_DEPTH_MODES or not (may_be or of_palette):
@@ -102,10 +102,10 @@ def _is_transparent(image: Image.Image) -> bool:
 
 
 def _range_of(image: Image.Image, low: float, high: float) -> tuple[float, float]:
-    """The values of black and white that an image's type says.
+    """The values of black and white, from the type of an image.
 
     Raises:
-        ValueError: the type does not say, and the values are not of the usual range.
+        ValueError: the type does not say, and the values are outside the usual range.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         return 0, 2**16 - 1
@@ -118,19 +118,19 @@ def _range_of(image: Image.Image, low: float, high: float) -> tuple[float, float
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What a look at every image of a data set found."""
+    """What opening every image of a data set has shown."""
 
     count: int = 0
     turned: int = 0
-    """Those that their EXIF turns."""
+    """Turned upright by their EXIF."""
     transparent: int = 0
-    """Those that show the background."""
+    """Laid over the background."""
     scaled: int = 0
-    """Those of more than 8 bits."""
+    """Scaled from more than 8 bits."""
     values: tuple[float, float] | None = None
     """The least and the greatest value in train's images of more than 8 bits."""
     range: tuple[float, float] | None = None
-    """The values of black and white that these are scaled by, where they are the same for all."""
+    """The values of black and white in their scaling, if they are the same for all."""
 
     def in_words(self) -> str:
         """For the summary."""
@@ -139,7 +139,7 @@ class ImageFacts:
         return f"{self.count:,} decoded; {said or 'none turned, transparent or scaled'}"
 
     def warnings(self) -> list[str]:
-        """Images that use little of their range look black, or all the same."""
+        """Images that use little of their range look black, or all alike."""
         if self.values is None or self.range is None:
             return []
         used = abs((self.values[1] - self.values[0]) / (self.range[1] - self.range[0]))
@@ -153,10 +153,10 @@ class ImageFacts:
 
 
 def inspect_images(splits: dict[str, Dataset], settings: ImageSettings, quiet: bool) -> ImageFacts:
-    """Decodes every image once, with all cores.
+    """Opens every image once, on all cores.
 
     Raises:
-        UserError: the first that cannot be used.
+        UserError: for the first that cannot be used.
     """
 
     def one(place: tuple[str, int]) -> tuple[str, Opened]:
@@ -185,10 +185,10 @@ def inspect_images(splits: dict[str, Dataset], settings: ImageSettings, quiet: b
 
 
 def image_content(row: dict[str, Any], where: str) -> bytes:
-    """A row's image, encoded, after a look at it that costs far less than decoding.
+    """A row's image, still encoded, after a check that costs far less than decoding.
 
     Raises:
-        UserError: if it is no image; what is cut off may pass.
+        UserError: if it is not an image; a truncated one may pass.
     """
     with _named(row, where):
         encoded = encoded_bytes(row["image"])

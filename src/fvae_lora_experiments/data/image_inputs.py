@@ -22,8 +22,8 @@ class Images(torch.utils.data.Dataset[dict[str, Any]]):
         split: its name, for messages.
         processor: the model's image processor, which resizes and normalises.
         mode: Pillow's colour mode, "RGB" or "L".
-        settings: say how images are opened.
-        augment: what happens to an image before the processor sees it; None for validation and test.
+        settings: how images are opened.
+        augment: changes an image before the processor gets it; None for validation and test.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ def process(processor: Any, image: Image.Image) -> torch.Tensor:
 
 
 def augmentation(settings: ImageSettings, size: tuple[int, int]) -> Transform | None:
-    """The recipe's augmentations, one after the other; `size` is (height, width) of what the model takes."""
+    """The recipe's augmentations, one after the other; `size` is the model's (height, width)."""
     steps: dict[str, Transform] = {
         "random_resized_crop": lambda image: random_resized_crop(image, size, settings.min_crop),
         "horizontal_flip": random_flip,

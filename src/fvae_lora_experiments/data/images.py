@@ -1,4 +1,4 @@
-"""Labelled images by name: a local folder or table, a data set on the hub, or the digits that ship with scikit-learn.
+"""Data sets of labelled images: a local folder or table, a name on the hub, or the digits that scikit-learn ships.
 
 Whatever the source, a split has two columns: `image` (a file's path or its bytes, not decoded) and `label`; and
 `group`, if the recipe asks for groups.
@@ -35,13 +35,13 @@ from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import DataSettings
 
 IMAGE_COLUMNS = ("image", "img", "file_name", "filename", "file", "filepath", "path", "image_path")
-"""What the column of images, or of their files, may be called; `file_name` is the hub's in `metadata.csv`."""
+"""What the column of images, or of their files, may be called; `file_name` is the hub's for `metadata.csv`."""
 
 ENCODED = Image(decode=False)
 
 LAYOUTS = (
     "a folder for each class with its images, also below train/ and test/; "
-    "a table of images, or of their paths (image or file_name) and labels, as metadata.csv"
+    "a table of images, or of their paths (image or file_name) and labels, such as metadata.csv"
 )
 
 
@@ -50,12 +50,12 @@ def open_images(name: str, settings: DataSettings, notes: Notes | None = None) -
 
     Args:
         name: a folder, a table, a name on the hub or one of `BUILT_IN`.
-        settings: with which it is opened.
-        notes: gets what is left out, and where the splits come from.
+        settings: of the recipe.
+        notes: gets where the splits come from, and what is left out.
 
     Raises:
-        UserError: no such data set; a split that is empty; one class only; labels that differ between splits; rows
-            without a label or a group.
+        UserError: no such data set; an empty split; only one class; labels that differ between splits; rows without
+            a label or a group.
     """
     notes = Notes() if notes is None else notes
     read = partial(_read_local, settings)
@@ -79,7 +79,7 @@ def _digits() -> dict[str, Dataset]:
 
 
 BUILT_IN: dict[str, Callable[[], dict[str, Dataset]]] = {"sklearn-digits": _digits}
-"""Data sets that need neither a network nor a folder."""
+"""Data sets that come with an installed library."""
 
 
 PUBLISHED_LAYOUTS: tuple[Callable[[Path], dict[str, Dataset] | None], ...] = (
@@ -87,13 +87,13 @@ PUBLISHED_LAYOUTS: tuple[Callable[[Path], dict[str, Dataset] | None], ...] = (
     read_celeba,
     read_spuco_animals,
 )
-"""Readers of data sets in the layout that they were published in; each gives None for other folders."""
+"""Readers of data sets in the layout in which they were published; each returns None for other folders."""
 
 
 def _read_local(settings: DataSettings, place: Path, notes: Notes) -> dict[str, Dataset]:
     """A published layout, tables with images or paths in them, or a folder of images for each class.
 
-    A lone folder of images is a class only if no table says more.
+    If all images are of one class, a table that says more is preferred.
     """
     tables = partial(_read_tables, settings, place)
     if place.is_file():
@@ -111,24 +111,24 @@ def _read_local(settings: DataSettings, place: Path, notes: Notes) -> dict[str, 
             return splits
         lone = lone or splits
     if lone is None:
-        raise UserError(f"dataset {place}: {_why_not_understood(place)}; understood are: {LAYOUTS}")
+        raise UserError(f"dataset {place}: {_why_not_understood(place)}; readable layouts: {LAYOUTS}")
     return lone
 
 
 def _why_not_understood(folder: Path) -> str:
     images = [file for file in visible_files(folder, Notes()) if has_suffix(file, readable_suffixes())]
     if not images:
-        return f"no images in it; it has {describe_contents(folder)}"
-    return f"{len(images)} images, but neither folders nor a table that say their classes"
+        return f"no images; it has {describe_contents(folder)}"
+    return f"{len(images)} images, but neither folders nor a table give their classes"
 
 
 def _read_tables(
     settings: DataSettings, place: Path, notes: Notes, suffixes: Sequence[str] = tuple(READERS)
 ) -> dict[str, Dataset]:
-    """The splits in tables; those of a lone table by the folders that its paths lie in, if they are named after splits.
+    """The splits in tables; a single table is split by the folders in its paths, if these are named after splits.
 
     Raises:
-        UserError: paths of which some lie in such folders, of several splits, and some do not.
+        UserError: some paths lie in folders of several splits, and others do not.
     """
     splits = read_tables(place, notes, suffixes, readable_suffixes(), partial(_with_image_files, settings))
     if list(splits) != ["train"]:
@@ -140,7 +140,7 @@ def _read_tables(
         return splits
     if None in found:
         row = found.index(None) + 1
-        raise UserError(f"dataset {place}: row {row}: its image lies in no split's folder, and those of other rows do")
+        raise UserError(f"dataset {place}: row {row}: its image is not in a split's folder, but others are")
     notes.sources = {split: f"{notes.sources['train']}, paths below {split}'s folder" for split in found if split}
     return {split: rows.select([i for i, own in enumerate(found) if own == split]) for split in notes.sources}
 
@@ -151,10 +151,10 @@ def _split_of_path(image: Path, root: Path) -> str | None:
 
 
 def _with_image_files(settings: DataSettings, table: Path, rows: Dataset) -> Dataset:
-    """A table's rows, where they name files with these as images; paths are relative to the table's folder.
+    """A table's rows, with images in place of the paths of their files, which are relative to the table's folder.
 
     Raises:
-        UserError: a file that is not there.
+        UserError: a file that does not exist.
     """
     wanted = [settings.image_column] if settings.image_column else IMAGE_COLUMNS
     column = next((name for name in wanted if name in rows.column_names), None)
@@ -169,7 +169,7 @@ def _with_image_files(settings: DataSettings, table: Path, rows: Dataset) -> Dat
 
 
 def _read_class_folders(folder: Path, notes: Notes) -> dict[str, Dataset]:
-    """A folder for each class, below those of the splits if there are any; none where images are not laid out so."""
+    """Folders of classes, inside those of splits if there are any; no splits if images are laid out otherwise."""
     seen = Notes()
     files = visible_files(folder, seen)
     images = [file for file in files if has_suffix(file, readable_suffixes())]
@@ -183,7 +183,7 @@ def _read_class_folders(folder: Path, notes: Notes) -> dict[str, Dataset]:
         used.update(mine)
         notes.sources[split] = f"{part.relative_to(folder)}/" if part != folder else "a folder for each class"
         for name in sorted(set(_subfolders(part)) - set(class_names(splits[split]))):
-            notes.warnings.append(f"{name}: no image in this folder, so no class")
+            notes.warnings.append(f"{name}: no images in this folder, so it is not a class")
     for file in files:
         if file not in used:
             notes.leave_out(*_reason_left_out(file, folder, list(parts.values())))
@@ -192,10 +192,10 @@ def _read_class_folders(folder: Path, notes: Notes) -> dict[str, Dataset]:
 
 
 def _split_folders(folder: Path, images: Sequence[Path]) -> dict[str, Path]:
-    """The folder of each split, in which the classes' lie; none if the images lie otherwise.
+    """The folder of each split, which holds those of the classes; none if the images are laid out otherwise.
 
-    A folder that holds nothing but one other is looked through. One called `train` that holds images, and no classes'
-    folders, is a class if there are others beside it.
+    A folder that holds only one other folder is passed through. One called `train` that holds images and no folders is
+    a class if there are others beside it.
 
     Raises:
         UserError: two folders for one split.
@@ -220,18 +220,18 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _reason_left_out(file: Path, folder: Path, parts: Sequence[Path]) -> tuple[str, str]:
-    """Why a file is left out, and what it is called in the summary."""
+    """Why a file is left out, and its name in the summary."""
     kind = file.suffix.lower() or file.name
     if not has_suffix(file, readable_suffixes()):
         return "not an image that can be read", kind
     if any(file.is_relative_to(part) for part in parts):
-        return "in no class's folder", kind
+        return "not in a class's folder", kind
     top = file.relative_to(folder).parts[0]
-    return "in no split's folder", kind if top == file.name else f"{top}/"
+    return "not in a split's folder", kind if top == file.name else f"{top}/"
 
 
 def _rows(folder: Path, images: Sequence[Path]) -> Dataset:
-    """Images by the first folder, below `folder`, that they lie in."""
+    """Images labelled by the topmost folder, below `folder`, that they lie in."""
     names = [image.relative_to(folder).parts[0] for image in images]
     features = Features({"image": Image(), "label": ClassLabel(names=sorted(set(names)))})
     return Dataset.from_dict({"image": [str(image) for image in images], "label": names}, features=features)

@@ -17,7 +17,7 @@ from fvae_lora_experiments.schema import DataSettings
 
 
 def drop_unlabelled(splits: Mapping[str, Dataset], settings: DataSettings, notes: Notes) -> dict[str, Dataset]:
-    """The splits but those of which no label is known: some benchmarks keep the labels of their test split."""
+    """Without the splits that have no label at all: some benchmarks keep those of their test split to themselves."""
     names = _certain_names(splits, settings)
     unlabelled = [
         split
@@ -30,7 +30,7 @@ def drop_unlabelled(splits: Mapping[str, Dataset], settings: DataSettings, notes
 
 
 def _certain_names(splits: Mapping[str, Dataset], settings: DataSettings) -> set[str]:
-    """Labels that are names whatever they look like: the recipe's classes, and -1 beside +1."""
+    """Labels that are names although they look like missing values: the recipe's classes, and -1 beside +1."""
     names = {value_key(name) for name in settings.classes or []}
     labels = splits["train"]["label"] if not class_names(splits["train"]) else []
     occurring = {value_key(label) for label in labels if isinstance(label, str | int | float)}
@@ -40,20 +40,20 @@ def _certain_names(splits: Mapping[str, Dataset], settings: DataSettings) -> set
 def with_classes(
     name: str, splits: Mapping[str, Dataset], settings: DataSettings, for_numbers: str = ""
 ) -> dict[str, Dataset]:
-    """The splits with one set of classes: the recipe's, or those that train declares, or those that occur in train.
+    """The splits with the same classes: the recipe's, or those that train declares, or those that occur in train.
 
-    Labels are compared as values: 1, 1.0 and "1" are the same, and blanks around a name do not count. A split may lack
+    Labels are compared by value: 1, 1.0 and "1" are the same, and blanks around a name do not count. A split may lack
     a class. Groups, if the recipe asks for them, are numbered, too.
 
     Args:
-        name: the data set's.
+        name: the data set's name.
         splits: the official splits.
-        settings: with which it was opened.
-        for_numbers: the recipe's setting for labels that are numbers, if the task has one, for messages.
+        settings: with which the data set was opened.
+        for_numbers: the recipe's setting for a regression, if the task has one, for messages.
 
     Raises:
-        UserError: a row without a label or group, or with a label outside the set; labels that are measured and not
-            chosen; one class only; a class that a split declares and the set lacks.
+        UserError: a row without a label or group, or with another label; labels that look like measurements; only one
+            class; a class that only validation or test declares.
     """
     certain = _certain_names(splits, settings)
     check_values(name, splits, settings, "label", partial(_no_name, "label", certain))
@@ -63,7 +63,7 @@ def with_classes(
         _refuse_continuous(name, splits["train"], for_numbers)
     allowed = settings.classes or names_in(splits["train"], "label")
     if len(allowed) < 2:
-        raise UserError(f"dataset {name}: split train has one class only: {allowed[0]}")
+        raise UserError(f"dataset {name}: split train has only one class: {allowed[0]}")
     keys = {value_key(label) for label in allowed}
     for split, rows in splits.items():
         declared = class_names(rows)
@@ -83,18 +83,18 @@ def _no_name(column: str, certain: Container[str], value: Any) -> str | None:
     if is_missing(value, certain):
         if value is None or value == "":
             return f"no {column}"
-        return f"no {column}: {value!r} says that there is none" + (
-            "; data.classes can name it as a class" if column == "label" else ""
+        return f"no {column}: {value!r} stands for a missing value" + (
+            "; data.classes can make it a class" if column == "label" else ""
         )
     return None if isinstance(value, str | int | float) else f"{column} is {value!r:.40}; expected a name or a number"
 
 
 def _refuse_continuous(name: str, train: Dataset, for_numbers: str) -> None:
-    """Measured numbers are no classes: fractions, and so many of them that few occur twice."""
+    """Measurements are not classes: there are fractions among them, and few of them occur twice."""
     labels = [label for label in train["label"] if isinstance(label, float)]
     fractions = [label for label in labels if not label.is_integer()]
     if fractions and 2 * len(set(labels)) > len(labels):
-        hint = f"; {for_numbers} is for numbers" if for_numbers else ", and this task tells classes apart"
+        hint = f"; {for_numbers} is for numbers" if for_numbers else ", and this task is a classification"
         raise UserError(
             f"dataset {name}: split train has {len(set(labels))} labels such as {fractions[0]:g} in {len(labels)} "
             f"rows: these are numbers, not classes{hint}"
@@ -110,10 +110,10 @@ def with_numbers(name: str, splits: Mapping[str, Dataset], settings: DataSetting
     """The splits with labels that are finite numbers, for a regression.
 
     Raises:
-        UserError: a label that is none; groups, of which each has an accuracy.
+        UserError: a label that is not a finite number; groups, which are scored by accuracy.
     """
     if settings.group_column is not None:
-        raise UserError("data.group_column: a regression has no accuracy of a group")
+        raise UserError("data.group_column: groups are scored by accuracy, which a regression does not have")
     check_values(name, splits, settings, "label", _no_number)
     return {split: _with_numbers(rows) for split, rows in splits.items()}
 

@@ -1,16 +1,16 @@
-"""Questions with options: instruction rows as commonsense_170k has them, and plain multiple-choice rows.
+"""Data sets of multiple-choice questions, as the instructions of commonsense_170k or as plain questions.
 
 An instruction row is `{"instruction", "input", "output", "answer"}`; its instruction ends with the answers to choose
-from, `Answer format: answer1/answer2/answer3`, one of which is `answer` and stands in `output`. A multiple-choice row
-is `{"question", "choices", "answer"}` with the number of the right choice, from 0; it is put into the words in which
-commonsense_170k asks its science questions. Either way a question becomes
+from, `Answer format: answer1/answer2/answer3`, one of which is `answer` and stands in `output`. A plain row is
+`{"question", "choices", "answer"}` with the number of the right choice, from 0; it is worded as commonsense_170k words
+its science questions. Either way a question becomes
 
-    set           the test set that it belongs to; empty in train and validation
-    instruction   what is asked, with its options
+    set           its test set; empty in train and validation
+    instruction   the question with its options
     input         more of it, or empty
-    options       the options' labels: answer1, answer2, ...
-    answers       for each of them the whole text that gives it: "the correct answer is answer1", ...
-    answer        the number of the right one
+    options       the names of its options: answer1, answer2, ...
+    answers       for each option the whole text of that answer: "the correct answer is answer1", ...
+    answer        the number of the right option
     where         its file and line or row, for messages
 """
 
@@ -56,7 +56,7 @@ TEST_SETS = {
     "obqa": "obqa",
     "openbookqa": "obqa",
 }
-"""The field's test sets, by the names that files have (lower case)."""
+"""The customary test sets, by their names in file names (lower case)."""
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 FEATURES = Features(
@@ -75,7 +75,7 @@ KNOWN_FORMATS = "answer1/answer2/..., solution1/..., option1/..., ending1/... an
 _ANSWER_FORMAT = re.compile(r"Answer format:\s*(\S+)\s*\Z")
 
 Rows = Iterable[tuple[str, Any]]
-"""Rows as they were read, each after the words that say where it stands."""
+"""Rows as they were read, each after where it stands, for messages."""
 
 
 def open_questions(
@@ -83,20 +83,20 @@ def open_questions(
 ) -> dict[str, Dataset]:
     """The official splits of a data set of questions: `train`, and `validation` and `test` where they exist.
 
-    A file is the training data. In a folder the path of a file says what is in it: `ARC-Easy.test.jsonl.gz`,
+    A single file is training data. In a folder, the path of a file says what it holds: `ARC-Easy.test.jsonl.gz`,
     `piqa/test.json`, `commonsense_170k.json`, `test-00000-of-00001.parquet`. Without the name of a split it is
-    training data, unless it is named after a test set of the field. All training data are put together, and so are
-    the test sets, one after the other in `test`. On the hub a split may have the name of a test set.
+    training data, unless it is named after one of `TEST_SETS`. All training data are joined; the test sets follow one
+    another in `test`. A split on the hub may be named after a test set.
 
     Args:
         name: a file, a folder, or a name on the hub.
-        config: which configuration of a data set on the hub.
-        test_sets: the test sets that are wanted, in this order; None is all that are there.
-        notes: gets what is left out, and where the splits come from.
+        config: the configuration of a data set on the hub.
+        test_sets: the test sets to use, in this order; None for all.
+        notes: gets where the splits come from, and what is left out.
 
     Raises:
-        UserError: no such data; files of which the split cannot be told; a row that cannot be used; a test set that is
-            not there.
+        UserError: no such data; files whose split is unclear; a row that cannot be used; a test set that does not
+            exist.
     """
     place = Path(name) if is_local(name) else local_copy(name, config)
     notes = Notes() if notes is None else notes
@@ -158,13 +158,13 @@ def _from_disk(path: Path, notes: Notes) -> Iterator[tuple[str, str, Rows]]:
 
 
 def _part_of_file(folder: Path, file: Path) -> tuple[str | None, str]:
-    """The split, if it is told, and the test set that a file's path speaks of; its name counts before its folders'."""
+    """The split, if there is one, and the test set in a file's path; its name takes precedence over its folders'."""
     inside = file.relative_to(folder)
     parents = [parent.name for parent in inside.parents if parent.name]
     named_splits = splits_of_file(inside.name)
     if len(named_splits) > 1:
         raise UserError(
-            f"dataset {folder}: {inside}: its name speaks of {' and of '.join(sorted(named_splits))}; rename it"
+            f"dataset {folder}: {inside}: its name gives several splits ({', '.join(sorted(named_splits))}); rename it"
         )
     sets = [TEST_SETS[word] for word in map(str.lower, [*_name_parts(inside.name), *parents]) if word in TEST_SETS]
     split = next(filter(None, [*named_splits, *map(split_of_folder, parents)]), "test" if sets else None)
@@ -180,7 +180,7 @@ def _part_of_file(folder: Path, file: Path) -> tuple[str | None, str]:
 
 
 def _name_parts(name: str) -> list[str]:
-    """What a test set's name may be: `ARC-Easy.test.jsonl.gz` has ARC-Easy, `piqa_test.json` piqa."""
+    """Parts that may be a test set's name: `ARC-Easy.test.jsonl.gz` has ARC-Easy, `piqa_test.json` piqa."""
     return [*name.split("."), *re.split(r"[._]", stem(name)), stem(name).split("-")[0]]
 
 
@@ -212,10 +212,10 @@ def _read(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def question(row: Any, where: str) -> dict[str, Any]:
-    """A row of either format as the question that it is, without its `set`.
+    """The question in a row of either format, without its `set`.
 
     Raises:
-        UserError: a key that is missing or has a value that cannot be used; an unknown answer format.
+        UserError: a key that is missing or has an unusable value; an unknown answer format.
     """
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: expected keys and values (instruction, output, answer), got {row!r:.40}")
@@ -230,10 +230,10 @@ def _instruction(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         said = f"answer format {found.group(1)!r:.60} is not known" if found else "the instruction has no answer format"
         raise UserError(f"{where}: {said}; allowed at its end is `Answer format: ...` with {KNOWN_FORMATS}")
     if answer not in options:
-        raise UserError(f"{where}: answer {answer!r:.60} is none of {', '.join(options)}")
+        raise UserError(f"{where}: answer {answer!r:.60} is not one of {', '.join(options)}")
     more = row.get("input") or ""
     if not isinstance(more, str):
-        raise UserError(f"{where}: input: expected a text, got {more!r:.40}")
+        raise UserError(f"{where}: input: expected text, got {more!r:.40}")
     before, named, after = output.rpartition(answer)
     if not named:
         raise UserError(f"{where}: output {output!r:.60} does not name the answer {answer}")
@@ -255,7 +255,7 @@ def _is_known(options: list[str]) -> bool:
 def _multiple_choice(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     asked, choices, answer = _text(row, "question", where), row["choices"], row.get("answer")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
-        raise UserError(f"{where}: choices: expected two texts or more, none of them empty, got {choices!r:.60}")
+        raise UserError(f"{where}: choices: expected at least two non-empty texts, got {choices!r:.60}")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise UserError(f"{where}: answer: expected a choice's number, 0 to {len(choices) - 1}, got {answer!r:.40}")
     options = [f"answer{n}" for n in range(1, len(choices) + 1)]
@@ -276,5 +276,5 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
         raise UserError(f"{where}: no {key}; its keys are {', '.join(map(str, row))[:80] or 'none'}")
     value = row[key]
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: {key}: expected a text that is not empty, got {value!r:.40}")
+        raise UserError(f"{where}: {key}: expected a non-empty text, got {value!r:.40}")
     return value

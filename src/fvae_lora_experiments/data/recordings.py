@@ -1,4 +1,4 @@
-"""Recordings and what is said in them: tables, or a data set on the hub, with the columns `audio` and `text`."""
+"""Data sets of recordings and what is said in them: columns `audio` and `text`, in tables or on the hub."""
 
 from functools import partial
 from pathlib import Path
@@ -17,17 +17,17 @@ from fvae_lora_experiments.schema import DataSettings
 
 COLUMNS = ["audio", "text"]
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".sph")
-"""Suffixes of the files that tables name."""
+"""Suffixes of the sound files that tables may name."""
 
 
 def open_recordings(name: str, settings: DataSettings, notes: Notes | None = None) -> dict[str, Dataset]:
-    """The official splits of a data set: rows of `audio`, `text` and `where` they are, for messages.
+    """The official splits of a data set: `audio`, `text`, and for messages `where` each row is.
 
     Args:
         name: a folder of tables, a table, or a name on the hub. Paths in a folder's tables are relative to it. Sounds
             are not decoded: each is a path or bytes.
-        settings: with which it is opened.
-        notes: gets what is left out.
+        settings: of the recipe.
+        notes: gets where the splits come from, and what is left out.
 
     Raises:
         UserError: no such data set, one without these columns, or a row without text.

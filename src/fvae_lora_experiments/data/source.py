@@ -22,13 +22,13 @@ LocalReader = Callable[[Path, Notes], dict[str, Dataset]]
 
 
 def official_splits(name: str, settings: DataSettings, read: LocalReader, notes: Notes) -> dict[str, Dataset]:
-    """The official splits of a data set with all their columns, by their usual names, `train` among them.
+    """The official splits of a data set with all of their columns: `train`, and `validation` and `test` if it has them.
 
     Args:
         name: a local folder or file, or a name on the hub.
-        settings: its `config` says which configuration on the hub.
-        read: gives the splits of a local folder or file.
-        notes: gets what is worth telling of them.
+        settings: its `config` chooses the configuration on the hub.
+        read: reads the splits of a local folder or file.
+        notes: gets where the splits come from, and what is left out.
 
     Raises:
         UserError: no such data set, or one without a train split.
@@ -36,7 +36,7 @@ def official_splits(name: str, settings: DataSettings, read: LocalReader, notes:
     place = local_path(name, settings.config)
     splits = read(place, notes) if place else _from_hub(name, settings.config, notes)
     if "train" not in splits:
-        there = ", ".join(splits) or (f"nothing that is understood: {describe_contents(place)}" if place else "nothing")
+        there = ", ".join(splits) or (describe_contents(place) if place else "nothing")
         raise UserError(f"dataset {name}: no train split; it has {there}")
     return splits
 
@@ -49,7 +49,7 @@ def _from_hub(name: str, config: str | None, notes: Notes) -> dict[str, Dataset]
 
 
 def row_locations(name: str, settings: DataSettings, split: str, count: int) -> list[str]:
-    """Where each of the `count` rows of an official split is, for messages: its table, if it has one, and its number.
+    """Where each of the `count` rows of an official split is, for messages: its table, if there is one, and its number.
 
     Rows are counted from 1.
     """
@@ -61,7 +61,7 @@ def row_locations(name: str, settings: DataSettings, split: str, count: int) -> 
 
 
 def local_path(name: str, config: str | None) -> Path | None:
-    """The folder or file of the data set on this machine; None if it has to come from the hub."""
+    """The folder or file of the data set on this machine; None if it must come from the hub."""
     if is_local(name):
         if not Path(name).exists():
             raise UserError(f"dataset {name}: no such folder or file")

@@ -1,4 +1,4 @@
-"""What training would see of a data set: one look at all of it, before any time is spent on training."""
+"""The summary of a data set as training would see it, before any time is spent on training."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 MOST_SHOWN = 12
-"""Classes, beyond which they are shortened."""
+"""How many classes or groups are listed; a longer list is shortened."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was found. All names are relative to the data set."""
+    """What was found. All paths are relative to the data set."""
 
     name: str
     task: str
@@ -39,18 +39,18 @@ class Summary:
     sources: dict[str, str]
     """Where each split comes from, in words."""
     counts: dict[str, dict[str, dict[str, int]]]
-    """Rows: by `class` and `group`, where there are any, by its name and by split."""
+    """Rows of each `class` and `group`, if there are any: by their names and by split."""
     left_out: dict[str, dict[str, int]]
-    """Why something is not used, to what it is and how often that occurs."""
+    """For each reason why something is not used, what it is and how often."""
     also_in_train: dict[str, int]
-    """Rows of validation and test whose content stands in train, too, before validation was drawn from it."""
+    """Rows of validation and test whose content is also in train, as it was before validation was drawn from it."""
     images: ImageFacts | None = None
     cut: dict[str, int] = field(default_factory=dict)
-    """Rows that are too long, where the tokenizer is known, by split."""
+    """Rows too long for the model, by split, if the tokenizer is known."""
     warnings: list[str] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
-        """What a record keeps beside the splits."""
+        """What a record keeps in addition to the splits."""
         kept = asdict(self)
         return {key: kept[key] for key in ("counts", "left_out", "also_in_train", "images", "warnings")}
 
@@ -58,12 +58,12 @@ class Summary:
 def summarise(
     task: Task, official: dict[str, Dataset], identity: Identity, notes: Notes, quiet: bool = True
 ) -> Summary:
-    """Looks at all of a data set.
+    """Summarises a data set after looking at all of it.
 
     Args:
-        task: what it is for.
-        official: its official splits, as the task opened them.
-        identity: of these.
+        task: the task to train.
+        official: the official splits, as the task opened them.
+        identity: their identity.
         notes: what was noticed when they were opened.
         quiet: no progress bar.
 
@@ -96,7 +96,7 @@ def summarise(
 
 
 def _counts(splits: Splits, column: str) -> dict[str, dict[str, int]]:
-    """Rows by name and by split; none where the column holds no single names."""
+    """Rows by name and by split; none unless each row has one name."""
     names = class_names(splits.train, column)
     if not names or not isinstance(splits.train[0][column], int):
         return {}
@@ -129,11 +129,11 @@ def _warnings(counts: Mapping[str, Mapping[str, Mapping[str, int]]], also_in_tra
                 yield f"no row in {split} of {what} {', '.join(absent[:5])}{more}"
     for split, count in also_in_train.items():
         if count:
-            yield f"{count} {'row' if count == 1 else 'rows'} of {split} in train, too"
+            yield f"{count} {'row' if count == 1 else 'rows'} of {split} also in train"
 
 
 def print_summary(summary: Summary, console: Console) -> None:
-    """Prints a summary, 80 columns wide at most."""
+    """Prints a summary, at most 80 columns wide."""
 
     def line(text: str, style: str = "") -> None:
         console.print(Text(text, style), width=min(WIDTH, console.width), highlight=False)
@@ -154,13 +154,13 @@ def print_summary(summary: Summary, console: Console) -> None:
     if summary.cut:
         line(f"Rows cut: {', '.join(f'{count:,} of {split}' for split, count in summary.cut.items())}")
     shared = [f"{count:,} of {summary.rows[split]:,} {split} rows" for split, count in summary.also_in_train.items()]
-    line(f"In train, too: {', '.join(shared)}")
+    line(f"Also in train: {', '.join(shared)}")
     for warning in summary.warnings:
         line(f"Warning: {warning}", "yellow")
 
 
 def _most_common(kinds: Mapping[str, int]) -> dict[str, int]:
-    """The commonest; what else there is together."""
+    """The most common kinds, and the sum of the others."""
     shown = dict(list(kinds.items())[:6])
     rest = sum(kinds.values()) - sum(shown.values())
     return shown | ({"others": rest} if rest else {})

@@ -1,4 +1,4 @@
-"""Tables: which files of a folder they are, of which split, and the rows in them.
+"""Tables: which files in a folder they are, which split each belongs to, and the rows in them.
 
 - The tables are those of the topmost folder in which any belongs to a split; tables elsewhere are left out.
 - Only parts of one table, whose names differ in their numbers, and the files in a split's folder are joined.
@@ -39,7 +39,7 @@ READERS: dict[str, Callable[..., Any]] = {
     ".tsv": partial(_CSV, sep="\t"),
     ".json": _JSON,
 }
-"""What reads a table, by its file's suffix in lower case. Where a split has several the first is used."""
+"""How a table is read, by its suffix in lower case. Where a split has several formats, the first of these is used."""
 
 
 def read_tables(
@@ -49,17 +49,17 @@ def read_tables(
     beside: Collection[str] = (),
     prepare: Callable[[Path, Dataset], Dataset] = lambda _, rows: rows,
 ) -> dict[str, Dataset]:
-    """The splits that a table holds, or those in a folder and below it; none where there is no table.
+    """The splits in a table, or in a folder and below it; none where there is no table.
 
     Args:
         place: the file or folder.
-        notes: gets where the splits come from and what is left out.
-        suffixes: of the tables that are looked for.
-        beside: suffixes of files that the rows of tables name.
-        prepare: what is done to each file's rows before they are joined with others.
+        notes: gets where the splits come from, and what is left out.
+        suffixes: of the tables to look for.
+        beside: suffixes of files that rows may name, which are not left out.
+        prepare: changes the rows of each file before they are joined.
 
     Raises:
-        UserError: a file that cannot be read, or files of a split that do not fit each other.
+        UserError: a file that cannot be read, or files of one split with different columns.
     """
     found = _table_files(place, suffixes, notes)
     splits = {split: _joined(place, files, prepare) for split, files in found.items()}
@@ -109,7 +109,7 @@ def _read(file: Path) -> Dataset:
 
 
 def _check_json_rows(file: Path) -> None:
-    """Refuses what is not a row; the reader of tables would not say which line it is, or only stumble over it later."""
+    """Refuses what is not a row; the library would not say on which line it is, or fail over it much later."""
     for where, row in read_json_rows(file):
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected keys and values, got {row!r:.40}")
@@ -119,22 +119,22 @@ def _check_json_rows(file: Path) -> None:
 class _Table:
     file: Path
     home: Path
-    """The folder in which it, or the folder of its split, lies."""
+    """The folder that holds it, or that holds its split's folder."""
     split: str | None
     entry: str
-    """What is in that folder: the file's name, or that of the split's folder."""
+    """Its name in there: the file's, or that of its split's folder."""
 
 
 def find_tables(folder: Path, suffixes: Sequence[str], notes: Notes) -> dict[str, list[Path]]:
     """The files of each split, in order; none where there is no table.
 
     Args:
-        folder: the data set's.
-        suffixes: those of tables, in lower case. Where a split has several formats the first of them is used.
+        folder: the data set's folder.
+        suffixes: those of tables, in lower case. Where a split has several formats, the first of these is used.
         notes: gets what is left out, and where each split comes from.
 
     Raises:
-        UserError: two files or folders for one split; a path that speaks of two; tables of which no split is known.
+        UserError: two files or folders for one split; a path that gives two splits; tables whose split is unknown.
     """
     files = visible_files(folder, notes)
     tables = [
@@ -154,7 +154,7 @@ def find_tables(folder: Path, suffixes: Sequence[str], notes: Notes) -> dict[str
     chosen = [table for table in named or tables if table.home == first[0]]
     for table in tables:
         if table.home != first[0] or (named and not table.split):
-            where = "of no split" if table.home == first[0] else "in a folder that is no split's"
+            where = "not of a split" if table.home == first[0] else "not in a split's folder"
             notes.leave_out(where, str(table.file.relative_to(folder)))
     refuse_duplicate_folders(folder, [table.file for table in chosen])
     by_split: dict[str, list[_Table]] = {}
@@ -192,8 +192,10 @@ def _refuse_ambiguous_split(folder: Path, table: _Table) -> None:
         inside.name
     )
     if len(named_splits) > 1:
-        both = " and of ".join(sorted(named_splits))
-        raise UserError(f"dataset {folder}: {table.file.relative_to(folder)}: its path speaks of {both}; rename it")
+        several = ", ".join(sorted(named_splits))
+        raise UserError(
+            f"dataset {folder}: {table.file.relative_to(folder)}: its path gives several splits ({several}); rename it"
+        )
 
 
 def _of_preferred_format(
@@ -207,7 +209,7 @@ def _of_preferred_format(
 
 
 def _refuse_separate_tables(folder: Path, split: str, tables: Sequence[_Table]) -> None:
-    """Several files are parts of one table, or lie in one folder of their split."""
+    """Several files of a split must be parts of one table, or lie in the folder of the split."""
     kinds: dict[str, str] = {}
     for table in tables:
         is_file = table.entry == table.file.name
