@@ -22,7 +22,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor, default_data_collator
 
-from fvae_lora_experiments.data.images import Images, augmentation, open_image, process
+from fvae_lora_experiments.data.image_decoding import open_image
+from fvae_lora_experiments.data.image_inputs import Images, augmentation, process
 from fvae_lora_experiments.schema import ImageSettings
 
 BATCH = 32

@@ -47,7 +47,7 @@ def is_training_only(name: str) -> bool:
         name: Its name in a model or in a checkpoint.
 
     Returns:
-        False for parameters of anything else.
+        True for what training alone needs; False for all else, parameters of other modules included.
     """
     return ".fvae_lora_vae." in name and any(part in name.rpartition(".")[2] for part in TRAINING_ONLY)
 

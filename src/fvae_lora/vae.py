@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .config import FVAELoraConfig
 
 LOGVAR_RANGE = (-20.0, 20.0)
+"""Log-variances are clamped to it: standard deviations from 4.5e-5 to 2.2e4."""
 
 
 class FVAE(nn.Module):

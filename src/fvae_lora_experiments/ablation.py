@@ -8,8 +8,7 @@ import math
 
 from torch import nn
 
-LEAST_LOGVAR = -20.0
-"""The least that the method allows: a standard deviation of 4.5e-5."""
+from fvae_lora import LOGVAR_RANGE
 
 
 def ablate(model: nn.Module, noise: bool, start: str) -> None:
@@ -17,13 +16,13 @@ def ablate(model: nn.Module, noise: bool, start: str) -> None:
 
     Args:
         model: the adapted model.
-        noise: False holds z1's standard deviation at nothing.
+        noise: False holds z1's standard deviation at the least that the method allows.
         start: "lora" begins with B at zero and z1's mean at random; "method" leaves both as they are.
     """
     for name, parameter in model.named_parameters():
         part = name.rpartition(".")[2]
         if not noise and part in ("encoder1_logvar_weight", "encoder1_logvar_bias"):
-            nn.init.constant_(parameter, LEAST_LOGVAR if part.endswith("bias") else 0)
+            nn.init.constant_(parameter, LOGVAR_RANGE[0] if part.endswith("bias") else 0)
             parameter.requires_grad_(False)
         if start == "lora":
             if ".fvae_lora_B." in name:

@@ -7,9 +7,10 @@ from pathlib import Path
 from datasets import Image
 
 from fvae_lora_experiments.data.files import Notes
-from fvae_lora_experiments.data.image_source import BUILT_IN, IMAGE_COLUMNS
-from fvae_lora_experiments.data.source import official_splits, place_of, read_tables
+from fvae_lora_experiments.data.images import BUILT_IN, IMAGE_COLUMNS
+from fvae_lora_experiments.data.source import local_path, official_splits
 from fvae_lora_experiments.data.summary import Summary, summarise
+from fvae_lora_experiments.data.tables import read_tables
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import DataSettings, Recipe
 from fvae_lora_experiments.sweep.plan import Planned
@@ -65,7 +66,7 @@ def task_of(data: str) -> str:
     """
     if data in BUILT_IN:
         return "image"
-    place = place_of(data, None)
+    place = local_path(data, None)
     if Path(data).is_dir() and {"TRAIN", "TEST"} <= {p.name.upper() for p in Path(data).iterdir()}:
         sounds = (file for file in Path(data).glob("*/*/*/*") if file.suffix.lower() == ".phn")
         if next(sounds, None):

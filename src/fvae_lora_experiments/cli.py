@@ -445,7 +445,7 @@ def recipes_default(context: typer.Context) -> None:
 @recipes.command("list", cls=Command)
 def list_recipes() -> None:
     """The shipped recipes, the methods, and the models and data that need neither a folder nor a network."""
-    from fvae_lora_experiments.data.image_source import BUILT_IN as DATASETS
+    from fvae_lora_experiments.data.images import BUILT_IN as DATASETS
     from fvae_lora_experiments.methods import METHODS
     from fvae_lora_experiments.recipe import shipped
     from fvae_lora_experiments.tasks.image import BUILT_IN as MODELS

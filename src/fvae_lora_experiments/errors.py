@@ -11,3 +11,8 @@ class RunError(Exception):
 
 class DivergenceError(RunError):
     """A number of the run was none any more: the same recipe would end there again."""
+
+
+def first_line(error: object) -> str:
+    """The first line of what an error, or a program, says."""
+    return str(error).strip().partition("\n")[0]

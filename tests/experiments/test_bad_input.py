@@ -82,7 +82,7 @@ def test_one_class(train: Cli, data: Path) -> None:
     for part in ("train", "test"):
         for name in ("red", "green"):
             shutil.rmtree(data / part / name)
-    assert_refused(train(data), "split train has one class only: blue")
+    assert_refused(train(data), "split train has only one class: blue")
 
 
 def test_labels_that_differ_between_splits(train: Cli, data: Path, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_an_empty_split(train: Cli, data: Path) -> None:
 
 def test_an_empty_folder(train: Cli, tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
-    assert_refused(train(tmp_path / "nothing"), "no images in it; it has nothing; understood are: ")
+    assert_refused(train(tmp_path / "nothing"), "no images; it has nothing; readable layouts: ")
 
 
 def test_no_train_split(train: Cli, data: Path) -> None:

@@ -51,11 +51,11 @@ blue 3 1 2
 green 3 1 2
 red 3 1 0
 Left out, not an image that can be read: .txt (1)
-Left out, in no split's folder: old/ (4)
+Left out, not in a split's folder: old/ (4)
 Images: 16 decoded; none turned, transparent or scaled
-In train, too: 0 of 3 validation rows, 1 of 4 test rows
+Also in train: 0 of 3 validation rows, 1 of 4 test rows
 Warning: no row in test of class red
-Warning: 1 row of test in train, too"""
+Warning: 1 row of test also in train"""
 
 
 def words(text: str) -> str:
@@ -100,11 +100,14 @@ def test_train_begins_with_the_summary_and_records_it(cli: Cli, small: list[str]
     assert "Left out" not in silent
     for name in ("loud", "silent"):
         kept = json.loads((tmp_path / name / "run.json").read_text())["dataset"]
-        assert kept["left_out"] == {"in no split's folder": {"old/": 4}, "not an image that can be read": {".txt": 1}}
+        assert kept["left_out"] == {
+            "not in a split's folder": {"old/": 4},
+            "not an image that can be read": {".txt": 1},
+        }
         assert kept["counts"]["class"]["red"] == {"train": 3, "validation": 1, "test": 0}
         assert kept["also_in_train"] == {"validation": 0, "test": 1}
         assert kept["images"]["count"] == 16
-        assert kept["warnings"] == ["no row in test of class red", "1 row of test in train, too"]
+        assert kept["warnings"] == ["no row in test of class red", "1 row of test also in train"]
 
 
 def test_compare_begins_with_the_summary_of_each_data_set_once(
@@ -164,7 +167,7 @@ def test_questions_and_recordings_are_summarised_too(cli: Cli, tmp_path: Path, m
     write(tmp_path / "questions" / "test.jsonl", questions(4))
     code, out, err = cli("check", "questions")
     assert code == 0, err
-    assert "In train, too: 0 of 2 validation rows, 4 of 4 test rows" in out
+    assert "Also in train: 0 of 2 validation rows, 4 of 4 test rows" in out
     write(tmp_path / "recordings" / "train.jsonl", recordings(20))
     code, _, err = cli("check", "recordings")
     assert code == 2
@@ -190,5 +193,5 @@ def test_an_image_that_was_decoded_is_not_decoded_again(
     make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = look(make_recipe())
-    monkeypatch.setattr("fvae_lora_experiments.tasks.image.look_at_all", None)
+    monkeypatch.setattr("fvae_lora_experiments.tasks.image.inspect_images", None)
     assert look(make_recipe()).facts() == first.facts()

@@ -429,16 +429,16 @@ PLAIN = {"question": "Is it so?", "choices": ["yes", "no"], "answer": 0}
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (json.dumps(GOOD)[:50], "train.jsonl, line 2: not whole JSON"),
+        (json.dumps(GOOD)[:50], "train.jsonl, line 2: not JSON"),
         ("[1]", "train.jsonl, line 2: expected keys and values"),
         (json.dumps({"instruction": GOOD["instruction"]}), "train.jsonl, line 2: no output; its keys are instruction"),
         (
             json.dumps(GOOD | {"instruction": " "}),
-            "train.jsonl, line 2: instruction: expected a text that is not empty",
+            "train.jsonl, line 2: instruction: expected a non-empty text",
         ),
-        (json.dumps(GOOD | {"answer": 1}), "train.jsonl, line 2: answer: expected a text that is not empty, got 1"),
-        (json.dumps(GOOD | {"input": 7}), "train.jsonl, line 2: input: expected a text, got 7"),
-        (json.dumps(GOOD | {"answer": "maybe"}), "train.jsonl, line 2: answer 'maybe' is none of true, false"),
+        (json.dumps(GOOD | {"answer": 1}), "train.jsonl, line 2: answer: expected a non-empty text, got 1"),
+        (json.dumps(GOOD | {"input": 7}), "train.jsonl, line 2: input: expected text, got 7"),
+        (json.dumps(GOOD | {"answer": "maybe"}), "train.jsonl, line 2: answer 'maybe' is not one of true, false"),
         (json.dumps(GOOD | {"output": "yes"}), "train.jsonl, line 2: output 'yes' does not name the answer true"),
         (
             json.dumps(GOOD | {"instruction": "Is it?"}),
@@ -449,8 +449,11 @@ PLAIN = {"question": "Is it so?", "choices": ["yes", "no"], "answer": 0}
             "line 2: answer format 'A/B' is not known; allowed at its end is `Answer format: ...` with answer1/answer2",
         ),
         (json.dumps(PLAIN | {"answer": 2}), "train.jsonl, line 2: answer: expected a choice's number, 0 to 1, got 2"),
-        (json.dumps(PLAIN | {"choices": ["yes", ""]}), "train.jsonl, line 2: choices: expected two texts or more"),
-        (json.dumps(PLAIN | {"question": ""}), "train.jsonl, line 2: question: expected a text that is not empty"),
+        (
+            json.dumps(PLAIN | {"choices": ["yes", ""]}),
+            "train.jsonl, line 2: choices: expected at least two non-empty texts",
+        ),
+        (json.dumps(PLAIN | {"question": ""}), "train.jsonl, line 2: question: expected a non-empty text"),
         (json.dumps({"choices": ["a", "b"]}), "train.jsonl, line 2: no question; its keys are choices"),
         (
             json.dumps(GOOD | {"instruction": "so " * 3000 + GOOD["instruction"]}),
@@ -469,11 +472,11 @@ def test_files_that_cannot_be_read(refused: Callable[..., str], tmp_path: Path) 
     data = tmp_path / "data"
     data.mkdir()
     for name, content, says in (
-        ("train.json", b'[{"instruction": "a"},\n {"instr', "train.json, line 2: not whole JSON"),
+        ("train.json", b'[{"instruction": "a"},\n {"instr', "train.json, line 2: not JSON"),
         ("train.json", b"", "train is empty"),
         ("train.jsonl.gz", gzip.compress(json.dumps(GOOD).encode())[:-9], "train.jsonl.gz: cannot be read"),
         ("train.jsonl.gz", b"no gzip", "train.jsonl.gz: cannot be read"),
-        ("train.jsonl", b"\xff\xfe", "train.jsonl: cannot be read"),
+        ("train.jsonl", b"\xff\xfe", "train.jsonl, line 1: not JSON: 'utf-8' codec"),
         ("train.parquet", b"PAR1", "train.parquet: cannot be read"),
         ("piqa.jsonl", json.dumps(GOOD).encode(), "no training data; it has test set piqa"),
     ):

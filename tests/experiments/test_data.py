@@ -16,7 +16,8 @@ from PIL import Image
 
 from colours import write_pictures
 from fvae_lora_experiments.data import fingerprint, open_images, split
-from fvae_lora_experiments.data.images import image_content, random_resized_crop
+from fvae_lora_experiments.data.image_decoding import image_content
+from fvae_lora_experiments.data.image_inputs import random_resized_crop
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import DataSettings, Recipe
 from fvae_lora_experiments.tasks.image import ImageTask, load_image_classifier

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fvae_lora_experiments.data import fingerprint, open_images
-from fvae_lora_experiments.data.images import image_content
+from fvae_lora_experiments.data.image_decoding import image_content
 from fvae_lora_experiments.schema import DataSettings
 from hub import CLASSES, MODEL, SMALL, Hub, command_line
 

@@ -16,9 +16,9 @@ from PIL import Image
 from colours import write_pictures
 from fvae_lora_experiments.data import fingerprint, open_images, split
 from fvae_lora_experiments.data.files import Notes, split_of_folder, splits_of_file
-from fvae_lora_experiments.data.images import image_content
+from fvae_lora_experiments.data.hub import usual_splits
+from fvae_lora_experiments.data.image_decoding import image_content
 from fvae_lora_experiments.data.published.timit import open_timit
-from fvae_lora_experiments.data.source import hub_splits
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import DataSettings
 from layouts import DEFAULT, TASKS, lay_out, open_as_text, png, texts, write
@@ -63,7 +63,7 @@ def test_names_say_the_split(task: str, tmp_path: Path, files: dict[str, int], f
         ({"a": 6, "b": 4}, ["a.", "b.", "which is train, validation or test?"]),
         ({"train": 6, "val/x": 4, "valid/x": 4}, ["val/ and valid/ are both validation"]),
         ({"Train/x": 6, "train/x": 4}, ["Train/ and train/ are both train"]),
-        ({"train_test": 6, "dev": 4}, ["speaks of test and of train"]),
+        ({"train_test": 6, "dev": 4}, ["gives several splits (test, train)"]),
     ],
     ids=lambda value: ",".join(value),
 )
@@ -81,7 +81,7 @@ def test_files_that_are_not_used_are_noted(task: str, tmp_path: Path) -> None:
     TASKS[task][2](str(tmp_path), notes=notes)
     suffix = TASKS[task][0]
     assert notes.left_out["not a table"] == {".docx": 1}
-    assert notes.left_out["hidden, or left by a program"] == {f".hidden{suffix}": 1}
+    assert notes.left_out["hidden or system files"] == {f".hidden{suffix}": 1}
     assert notes.sources == {"train": f"Train{suffix}", "test": f"test{suffix}"}
 
 
@@ -92,9 +92,9 @@ def test_files_that_are_not_used_are_noted(task: str, tmp_path: Path) -> None:
         (
             {"train": 6, "test": 4, "old/train/part": 2, "extra": 2},
             {"train": 6, "test": 4},
-            {"in a folder that is no split's": ["old/train/part"], "of no split": ["extra"]},
+            {"not in a split's folder": ["old/train/part"], "not of a split": ["extra"]},
         ),
-        ({"all": 6, "below/more": 2}, {"train": 6}, {"in a folder that is no split's": ["below/more"]}),
+        ({"all": 6, "below/more": 2}, {"train": 6}, {"not in a split's folder": ["below/more"]}),
     ],
 )
 def test_tables_are_those_of_the_topmost_folder(
@@ -125,7 +125,7 @@ def test_train_and_test_of_timit_in_two_folders_each_and_hidden_copies(tmp_path:
     shutil.copy(sound, sound.with_name(f"._{sound.name}"))
     notes = Notes()
     assert sizes(open_timit(str(tmp_path), notes)) == whole
-    assert notes.left_out["hidden, or left by a program"] == {"._*": 1}
+    assert notes.left_out["hidden or system files"] == {"._*": 1}
     train = next(p for p in tmp_path.iterdir() if p.name.upper() == "TRAIN")
     (tmp_path / ("train" if train.name != "train" else "Train")).mkdir()
     with pytest.raises(UserError, match="are both TRAIN"):
@@ -152,12 +152,12 @@ def test_a_folder_is_a_split_by_its_whole_name_and_a_file_by_a_word(name: str, f
 
 
 def test_of_several_splits_on_the_hub_for_one_the_most_usual_is_used() -> None:
-    assert hub_splits(["train", "eval", "validation", "test", "extra"]) == {
+    assert usual_splits(["train", "eval", "validation", "test", "extra"]) == {
         "train": "train",
         "validation": "validation",
         "test": "test",
     }
-    assert hub_splits(["Train", "eval"]) == {"Train": "train", "eval": "validation"}
+    assert usual_splits(["Train", "eval"]) == {"Train": "train", "eval": "validation"}
 
 
 # Single files, and tables of several formats.
@@ -243,12 +243,12 @@ def test_what_is_no_data_is_left_out_of_folders_of_images_and_noted(data: Path) 
     notes = Notes()
     assert fingerprint(open_images(str(data), DEFAULT, notes), image_content) == before
     assert notes.left_out == {
-        "hidden, or left by a program": {"__MACOSX": 1, ".ipynb_checkpoints": 2, "._*": 2},
-        "in no split's folder": {"old/": 12},
-        "in no class's folder": {".png": 1},
+        "hidden or system files": {"__MACOSX": 1, ".ipynb_checkpoints": 2, "._*": 2},
+        "not in a split's folder": {"old/": 12},
+        "not in a class's folder": {".png": 1},
         "not an image that can be read": {".txt": 1, ".cr2": 1},
     }
-    assert notes.warnings == ["purple: no image in this folder, so no class"]
+    assert notes.warnings == ["purple: no images in this folder, so it is not a class"]
 
 
 def test_eval_is_validation_and_two_folders_for_it_are_refused(data: Path) -> None:
@@ -297,13 +297,13 @@ def test_images_that_pillow_cannot_read_are_counted(data: Path) -> None:
 def test_images_in_one_flat_folder_are_refused_with_what_is_understood(tmp_path: Path) -> None:
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(png())
-    with pytest.raises(UserError, match="3 images, but neither folders nor a table that say their classes; understood"):
+    with pytest.raises(UserError, match="3 images, but neither folders nor a table give their classes; readable"):
         open_images(str(tmp_path), DEFAULT)
     for part in ("train", "test"):
         (tmp_path / part).mkdir()
         (tmp_path / "0.png").rename(tmp_path / part / "0.png")
         (tmp_path / "1.png").rename(tmp_path / "0.png") if part == "train" else None
-    with pytest.raises(UserError, match="neither folders nor a table that say their classes"):
+    with pytest.raises(UserError, match="neither folders nor a table give their classes"):
         open_images(str(tmp_path), DEFAULT)
 
 
@@ -336,7 +336,7 @@ def test_a_lone_table_whose_paths_lie_in_folders_of_splits_is_these_splits(tmp_p
         assert {Path(row["image"]["path"]).parent.name for row in opened["test"]} == {"Test"}
     (tmp_path / "9.png").write_bytes(png())
     write(tmp_path / "labels.csv", [*rows, {"image": "9.png", "label": "a"}])
-    with pytest.raises(UserError, match="row 9: its image lies in no split's folder, and those of other rows do"):
+    with pytest.raises(UserError, match="row 9: its image is not in a split's folder, but others are"):
         open_images(str(tmp_path), DEFAULT)
 
 
@@ -397,7 +397,7 @@ def test_a_text_that_says_missing_is_no_label(tmp_path: Path, text: str) -> None
     rows = texts(6)
     rows[3]["label"] = text
     write(tmp_path / "train.csv", rows)
-    with pytest.raises(UserError, match=r"train\.csv, row 4: no label: .* says that there is none"):
+    with pytest.raises(UserError, match=r"train\.csv, row 4: no label: .* stands for a missing value"):
         open_as_text(str(tmp_path))
 
 
@@ -448,7 +448,7 @@ def test_a_class_of_one_row_is_named_where_a_split_is_drawn(tmp_path: Path) -> N
     with pytest.raises(UserError) as caught:
         split(opened, DEFAULT, 1)
     assert str(caught.value) == (
-        "dataset: no test split, and none can be taken from train: 1 row of class odd is there; "
+        "dataset: no test split, and none can be taken from train: class odd has 1 row; "
         "each needs 2, or 3 where validation and test are both drawn"
     )
 
@@ -478,5 +478,5 @@ def test_a_cache_that_cannot_be_used_is_to_blame_and_not_the_data(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home" / "datasets")
     write(tmp_path / "train.csv", texts(6))
     for open_it in (partial(open_as_text, str(tmp_path)), partial(open_as_text, "owner/name")):
-        with pytest.raises(UserError, match=rf"^cache folder {tmp_path}/home/datasets: .*; HF_HOME says where"):
+        with pytest.raises(UserError, match=rf"^cache folder {tmp_path}/home/datasets: .*; HF_HOME sets where"):
             open_it()

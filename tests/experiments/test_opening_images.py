@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 from PIL import ExifTags, Image
 
-from fvae_lora_experiments.data.images import ImageFacts, look_at, look_at_all, open_image
+from fvae_lora_experiments.data.image_decoding import ImageFacts, inspect_image, inspect_images, open_image
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.recipe import load_recipe
 from fvae_lora_experiments.schema import ImageSettings, Recipe
@@ -75,7 +75,7 @@ def test_images_are_turned_upright(orientation: int) -> None:
     pixels[:4, :8] = 255
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    found, what = look_at(row(Image.fromarray(pixels), "png", exif=exif), "here", ImageSettings())
+    found, what = inspect_image(row(Image.fromarray(pixels), "png", exif=exif), "here", ImageSettings())
     bright = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1), 8: (1, 0)}[orientation]
     assert found.size == ((16, 8) if orientation < 5 else (8, 16))
     y, x = (place * (side - 1) for place, side in zip(bright, reversed(found.size), strict=True))
@@ -104,7 +104,7 @@ def test_what_is_transparent_shows_the_background(mode: str, background: str | N
 def test_an_opaque_image_is_the_same_with_and_without_alpha() -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 3), "uint8")
     plain = Image.fromarray(pixels)
-    found, what = look_at(row(plain.convert("RGBA"), "png"), "", ImageSettings())
+    found, what = inspect_image(row(plain.convert("RGBA"), "png"), "", ImageSettings())
     assert np.array_equal(np.asarray(found.convert("RGB")), pixels)
     assert not what.transparent
 
@@ -118,12 +118,12 @@ def test_what_was_done_is_counted_and_a_range_that_train_hardly_uses_is_a_warnin
         "train": Dataset.from_dict({"image": [narrow, turned, logo("RGBA")["image"]]}),
         "test": Dataset.from_dict({"image": [row(Image.fromarray((RAMP * 65535).astype("uint16")))["image"]]}),
     }
-    facts = look_at_all(splits, ImageSettings(), quiet=True)
+    facts = inspect_images(splits, ImageSettings(), quiet=True)
     assert facts == ImageFacts(4, turned=1, transparent=1, scaled=2, values=(0, 4095), range=(0, 65535))
     assert facts.warnings() == [
         "images of more than 8 bits use 6.2% of their range in train; image.range=[0,4095] uses all of it"
     ]
-    assert look_at_all(splits, ImageSettings(range=(0, 4095)), quiet=True).warnings() == []
+    assert inspect_images(splits, ImageSettings(range=(0, 4095)), quiet=True).warnings() == []
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ import timit_corpus
 from arguments import assert_refused
 from by_hand import adapted
 from fvae_lora import elbo_loss
-from fvae_lora_experiments.data.audio import read_sound
+from fvae_lora_experiments.data.audio_decoding import read_sound
 from fvae_lora_experiments.data.published.timit import (
     CORE_TEST_SPEAKERS,
     DEVELOPMENT_SPEAKERS,
@@ -344,7 +344,7 @@ def too_short(sound: Path) -> None:
     ("spoil", "says"),
     [
         (no_labels, "SX37.PHN: missing"),
-        (labels("0 10 h#\n10 20 xx\n"), "SX37.PHN, line 2: 'xx' is none of TIMIT's 61 phones"),
+        (labels("0 10 h#\n10 20 xx\n"), "SX37.PHN, line 2: 'xx' is not one of TIMIT's 61 phones"),
         (labels("0 10 h#\n10 aa\n"), "SX37.PHN, line 2: expected first sample, end and phone, got '10 aa'"),
         (labels("0 10 h#\n10 9999999 aa\n"), "SX37.PHN, line 2: 10 to 9999999 is not within"),
         (labels("10 20 h#\n0 10 aa\n"), "SX37.PHN, line 2: 0 to 10 is not within"),

@@ -488,12 +488,12 @@ def with_groups(train: Sequence[str | None], test: Sequence[str | None]) -> Call
                 for file in folder.iterdir()
             ],
             ["text.metrics=[pearson]", "data.group_column=score"],
-            "data.group_column: a regression has no accuracy of a group",
+            "data.group_column: groups are scored by accuracy, which a regression does not have",
         ),
         (
             lambda _: None,
             ["data.group_column=label"],
-            "dataset {}: data.group_column: label is the label column already",
+            "dataset {}: data.group_column: label is already the label column",
         ),
         (lambda _: None, ["text.metrics=[rouge]"], "text.metrics.0: input should be 'accuracy'"),
         (lambda _: None, ["text.max_length=41"], "text.max_length: model {model} reads 40 tokens at most, got 41"),

@@ -2,7 +2,7 @@
 
 from fvae_lora_experiments.data.fingerprint import fingerprint
 from fvae_lora_experiments.data.groups import accuracies, group_counts
-from fvae_lora_experiments.data.image_source import open_images
+from fvae_lora_experiments.data.images import open_images
 from fvae_lora_experiments.data.published.spurious import unlike_published
 from fvae_lora_experiments.data.splits import Splits, split
 

@@ -1,67 +1,95 @@
-"""Columns whose values are names: classes and groups."""
+"""The columns of a data set that a run uses, and checks of every value in them."""
 
-import math
-import re
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from datasets import ClassLabel, Dataset, List
+from datasets import ClassLabel, Dataset
 
-MISSING_TEXTS = frozenset(
-    {"", "#N/A", "#NA", "-NaN", "-nan", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
-)
-"""Texts that stand for no value, as pandas has them; of labels and groups alone, for a text may say anything."""
-
-_WHOLE = re.compile(r"([+-]?(?:0|[1-9]\d*))(?:\.0*)?")
+from fvae_lora_experiments.data.files import Notes
+from fvae_lora_experiments.data.source import row_locations
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.schema import DataSettings
 
 
-def class_names(rows: Dataset, column: str = "label") -> list[str]:
-    """Names of the classes of a column, or of its lists of classes, in the order of their numbers; none without."""
-    feature = rows.features.get(column)
-    feature = feature.feature if isinstance(feature, List) else feature
-    return list(feature.names) if isinstance(feature, ClassLabel) else []
-
-
-def names_in(rows: Dataset, column: str) -> list[str]:
-    """Names in a column: those declared, or else the values that occur, in their order, each once."""
-    if declared := class_names(rows, column):
-        return declared
-    names: dict[str, str] = {}
-    for value in sorted(set(rows[column]), key=_order):
-        names.setdefault(value_key(value), str(value).strip())
-    return list(names.values())
-
-
-def _order(value: Any) -> tuple[str, Any]:
-    return type(value).__name__, value.strip() if isinstance(value, str) else value
-
-
-def value_key(value: Any) -> str:
-    """The same for values that are the same label: 1, 1.0, "1" and " +1 "; blanks around a name do not count."""
-    text = str(value).strip()
-    whole = _WHOLE.fullmatch(text)
-    return str(int(whole[1])) if whole else text
-
-
-def missing(value: Any, names: Container[str] = ()) -> bool:
-    """Whether a value of such a column says that there is none.
+def select_columns(
+    name: str,
+    splits: Mapping[str, Dataset],
+    settings: DataSettings,
+    inputs: Mapping[str, tuple[str, Sequence[str]]],
+    notes: Notes,
+) -> dict[str, Dataset]:
+    """The splits with their inputs, their `label`, and their `group` if the recipe asks for groups; no other column.
 
     Args:
-        value: the value.
-        names: keys of values that are names for certain, whatever they look like: see `value_key`.
+        name: the data set's name, for messages.
+        splits: the official splits.
+        settings: says which columns are the label and the group.
+        inputs: for the new name of each input, the recipe's key that chooses its column, and the names that this may
+            have, of which the first that is found is used.
+        notes: gets the columns that are not used.
+
+    Raises:
+        UserError: an empty split, a column that is missing, or one that would be two things.
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return True
-    if isinstance(value, str):
-        return value.strip() in MISSING_TEXTS and value_key(value) not in names
-    return value == -1 and "-1" not in names
+    return {split: _select_columns(name, split, rows, settings, inputs, notes) for split, rows in splits.items()}
 
 
-def as_classes(rows: Dataset, column: str, names: Sequence[str]) -> Dataset:
-    """`rows` with the column's values as the numbers of their names in `names`."""
-    feature, own = ClassLabel(names=list(names)), class_names(rows, column)
-    if rows.features[column] == feature:
-        return rows
-    numbers = {value_key(name): number for number, name in enumerate(names)}
-    numbered = [numbers[value_key(own[value] if own else value)] for value in rows[column]]
-    return rows.remove_columns(column).add_column(column, numbered).cast_column(column, feature)
+def _select_columns(
+    name: str,
+    split: str,
+    rows: Dataset,
+    settings: DataSettings,
+    inputs: Mapping[str, tuple[str, Sequence[str]]],
+    notes: Notes,
+) -> Dataset:
+    if not len(rows):
+        raise UserError(f"dataset {name}: split {split} is empty")
+    others = {column: feature for column, feature in rows.features.items() if column != settings.group_column}
+    typed = [column for column, feature in others.items() if isinstance(feature, ClassLabel)]
+    labels = [settings.label_column] if settings.label_column else [*typed, "label", "labels"]
+    wanted = dict(inputs) | {"label": ("data.label_column", labels)}
+    if settings.group_column is not None:
+        wanted["group"] = ("data.group_column", [settings.group_column])
+    columns: dict[str, str] = {}
+    for what, (key, candidates) in wanted.items():
+        found = next((c for c in candidates if c in rows.column_names), None)
+        if found is None:
+            raise UserError(
+                f"dataset {name}: no {what} column in split {split}; set {key} to one of {', '.join(rows.column_names)}"
+            )
+        if found in columns:
+            raise UserError(f"dataset {name}: {key}: {found} is already the {columns[found]} column")
+        columns[found] = what
+    for unused in set(rows.column_names) - columns.keys():
+        notes.leave_out("unused column", unused, len(rows))
+    return rows.select_columns(list(columns)).rename_columns(columns)
+
+
+def check_values(
+    name: str, splits: Mapping[str, Dataset], settings: DataSettings, column: str, wrong: Callable[[Any], str | None]
+) -> None:
+    """Checks every value of a column.
+
+    Args:
+        name: the data set's name.
+        splits: the official splits, with all of their rows in order.
+        settings: with which the data set was opened.
+        column: the column to check.
+        wrong: says what is wrong with a value; None if nothing is.
+
+    Raises:
+        UserError: for the first wrong value; names its file and row.
+    """
+    for split, rows in splits.items():
+        for index, value in enumerate(rows[column]):
+            if reason := wrong(value):
+                raise UserError(f"{row_locations(name, settings, split, len(rows))[index]}: {reason}")
+
+
+def check_texts(name: str, splits: Mapping[str, Dataset], settings: DataSettings, column: str) -> None:
+    """Raises `UserError` if a value of a column is not text or is blank, see `check_values`."""
+
+    def wrong(value: Any) -> str | None:
+        return None if isinstance(value, str) and value.strip() else f"{column} is {value!r}; expected some text"
+
+    check_values(name, splits, settings, column, wrong)

@@ -1,15 +1,15 @@
-"""Groups: rows that share a class and a spurious attribute, say, and how well each of them is predicted."""
+"""Groups: rows that share a class and, say, a spurious attribute; and how well each group is predicted."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from datasets import Dataset
 
-from fvae_lora_experiments.data.columns import as_classes, class_names, names_in
+from fvae_lora_experiments.data.classes import as_classes, class_names, names_in
 from fvae_lora_experiments.errors import UserError
 
 NAMEABLE = ("int", "uint", "string", "large_string", "bool")
-"""What the types of values that can stand for groups begin with."""
+"""Types of values that can name groups, by how they begin."""
 
 
 def group_scores(
@@ -21,7 +21,7 @@ def group_scores(
         correct: whether each row was predicted right, (rows,).
         groups: the number of each row's group, (rows,); every group has a row.
         names: the groups' names, in the order of their numbers.
-        weights: how much each row counts in the average, (rows,), the same within a group; None is all the same.
+        weights: how much each row counts in the average, (rows,), the same within a group; None weights all alike.
     """
     by_group = [float(correct[groups == number].mean()) for number in range(len(names))]
     average, worst = float(np.average(correct, weights=weights)), min(by_group)
@@ -50,16 +50,16 @@ def group_counts(rows: Dataset) -> dict[str, int]:
     return dict(zip(names, counts, strict=True))
 
 
-def with_groups(dataset: str, splits: dict[str, Dataset]) -> dict[str, Dataset]:
+def number_groups(dataset: str, splits: dict[str, Dataset]) -> dict[str, Dataset]:
     """The splits with numbered groups, the same in all of them.
 
     Args:
         dataset: its name, for messages.
-        splits: with a column `group` of numbers, strings or classes, in every row one. A number without a name is
-            called by its digits.
+        splits: with a column `group` of integers, strings or classes, without missing values. An integer is named by
+            its digits.
 
     Raises:
-        UserError: a column of something else.
+        UserError: a column of another type.
     """
     for split, rows in splits.items():
         feature = rows.features["group"]
@@ -70,7 +70,7 @@ def with_groups(dataset: str, splits: dict[str, Dataset]) -> dict[str, Dataset]:
 
 
 def refuse_empty_groups(rows: Dataset, split: str) -> None:
-    """Raises `UserError` if a group has no row in the split of that name, or if the rows have no groups at all."""
+    """Raises `UserError` if a group has no row in this split, or if there are no groups at all."""
     if not class_names(rows, "group"):
         raise UserError("data.group_column: this task's data have no groups")
     empty = [name for name, count in group_counts(rows).items() if not count]
@@ -79,7 +79,7 @@ def refuse_empty_groups(rows: Dataset, split: str) -> None:
 
 
 def weighted_as(train: Dataset, rows: Dataset) -> Dataset:
-    """`rows` with a column `weight`, by which each group counts as much as it does in `train`."""
+    """`rows` with a column `weight`, by which each group counts as much as in `train`."""
     here, there = group_counts(rows), group_counts(train)
     weights = np.array([there[name] / here[name] for name in here])
     return rows.add_column("weight", weights[rows["group"][:]].tolist())

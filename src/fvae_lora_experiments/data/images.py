@@ -1,297 +1,237 @@
-"""From encoded images to the tensors that a model takes; augmentation for the training split alone.
+"""Data sets of labelled images: a local folder or table, a name on the hub, or the digits that scikit-learn ships.
 
-One rule opens every image, in training, evaluation and prediction: upright as its EXIF says, over a background where it
-is transparent, and with 8 bits, to which more are scaled.
+Whatever the source, a split has two columns: `image` (a file's path or its bytes, not decoded) and `label`; and
+`group`, if the recipe asks for groups.
 """
 
-import contextlib
-import functools
-import io
-import math
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from datasets import Dataset
-from PIL import ExifTags, Image, ImageOps, features
-from tqdm.auto import tqdm
+from datasets import ClassLabel, Dataset, Features, Image, Value
 
+from fvae_lora_experiments.data.classes import class_names
+from fvae_lora_experiments.data.columns import select_columns
+from fvae_lora_experiments.data.encoded import cell_of
+from fvae_lora_experiments.data.files import (
+    Notes,
+    describe_contents,
+    enumerate_names,
+    has_suffix,
+    is_hidden,
+    refuse_duplicate_split,
+    split_of_folder,
+    visible_files,
+)
+from fvae_lora_experiments.data.image_decoding import readable_suffixes
+from fvae_lora_experiments.data.labels import drop_unlabelled, with_classes
+from fvae_lora_experiments.data.published.celeba import read_celeba
+from fvae_lora_experiments.data.published.spuco_animals import read_spuco_animals
+from fvae_lora_experiments.data.published.waterbirds import read_waterbirds
+from fvae_lora_experiments.data.source import official_splits
+from fvae_lora_experiments.data.tables import READERS, read_tables
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.schema import ImageSettings
+from fvae_lora_experiments.schema import DataSettings
 
-Transform = Callable[[Image.Image], Image.Image]
+IMAGE_COLUMNS = ("image", "img", "file_name", "filename", "file", "filepath", "path", "image_path")
+"""What the column of images, or of their files, may be called; `file_name` is the hub's for `metadata.csv`."""
 
-AS_THEY_ARE = ImageSettings()
-WIDE = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
-"""Pillow's modes of more than 8 bits."""
+ENCODED = Image(decode=False)
 
-SUFFIXES = (
-    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm",
-    ".tif", ".tiff", ".webp",
-)  # fmt: skip
-"""Of images, in lower case."""
+LAYOUTS = (
+    "a folder for each class with its images, also below train/ and test/; "
+    "a table of images, or of their paths (image or file_name) and labels, such as metadata.csv"
+)
 
 
-@functools.cache
-def readable_suffixes() -> tuple[str, ...]:
-    """Those of `SUFFIXES` that Pillow can read here."""
-    known = Image.registered_extensions()
-    return tuple(s for s in SUFFIXES if known.get(s) in Image.OPEN and (s != ".avif" or features.check("avif")))
-
-
-@dataclass(frozen=True)
-class Opened:
-    """What was done to an image so that it can be used."""
-
-    turned: bool
-    transparent: bool
-    values: tuple[float, float] | None = None
-    """The least and the greatest value of one with more than 8 bits, before these were scaled."""
-    range: tuple[float, float] | None = None
-    """The values of black and white that these were scaled by."""
-
-
-class Images(torch.utils.data.Dataset[dict[str, Any]]):
-    """A split as a model takes it: `pixel_values` (channels, height, width) and `labels`.
+def open_images(name: str, settings: DataSettings, notes: Notes | None = None) -> dict[str, Dataset]:
+    """The official splits of a data set, by their usual names: `train`, and `validation` and `test` where they exist.
 
     Args:
-        rows: the split, images not decoded.
-        split: its name, for messages.
-        processor: the model's image processor, which resizes and normalises.
-        mode: Pillow's colour mode, "RGB" or "L".
-        settings: say how images are opened.
-        augment: what happens to an image before the processor sees it; None for validation and test.
-    """
-
-    def __init__(
-        self,
-        rows: Dataset,
-        split: str,
-        processor: Any,
-        mode: str,
-        settings: ImageSettings = AS_THEY_ARE,
-        augment: Transform | None = None,
-    ):
-        self.rows, self.split, self.processor, self.mode = rows, split, processor, mode
-        self.settings, self.augment = settings, augment
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        image = open_image(row, f"the run's {self.split} split, row {index + 1}", self.settings).convert(self.mode)
-        if self.augment is not None:
-            image = self.augment(image)
-        return {"pixel_values": process(self.processor, image), "labels": row["label"]}
-
-
-def process(processor: Any, image: Image.Image) -> torch.Tensor:
-    """`image` resized and normalised by the model's own processor: (channels, height, width)."""
-    pixels: torch.Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
-    return pixels
-
-
-def open_image(row: dict[str, Any], where: str, settings: ImageSettings = AS_THEY_ARE) -> Image.Image:
-    """Decodes a row's image, see `look_at`."""
-    return look_at(row, where, settings)[0]
-
-
-def look_at(row: dict[str, Any], where: str, settings: ImageSettings) -> tuple[Image.Image, Opened]:
-    """A row's image as it is used, and what was done to it.
-
-    Args:
-        row: has the `image`.
-        where: it is, for messages; a file's name is better, if it has one.
-        settings: `range` and `background`.
+        name: a folder, a table, a name on the hub or one of `BUILT_IN`.
+        settings: of the recipe.
+        notes: gets where the splits come from, and what is left out.
 
     Raises:
-        UserError: if it is no image or is cut off, or has values of which nobody says what is black and white.
+        UserError: no such data set; an empty split; only one class; labels that differ between splits; rows without
+            a label or a group.
     """
-    with _named(row, where):
-        found: Image.Image = Image.open(io.BytesIO(_encoded(row)))
-        found.load()
-        turned = found.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-        image = ImageOps.exif_transpose(found) if turned else found
-        transparent = _is_transparent(image)
-        if transparent:
-            below = Image.new("RGBA", image.size, settings.background)
-            below.alpha_composite(image.convert("RGBA"))
-            image = below.convert("RGB")
-        if image.mode not in WIDE:
-            return image, Opened(turned, transparent)
-        pixels = np.asarray(image)
-    low, high = float(pixels.min()), float(pixels.max())
-    try:
-        black, white = settings.range or _range_of(found, low, high)
-    except ValueError as error:
-        named = row["image"]["path"] or where
-        raise UserError(f"{named}: {error}; image.range=[BLACK,WHITE] says which values these are") from error
-    scaled = np.clip((pixels.astype(np.float64) - black) / (white - black), 0, 1)
-    opened = Opened(turned, transparent, (low, high), (black, white))
-    return Image.fromarray((scaled * 255).round().astype(np.uint8)), opened
+    notes = Notes() if notes is None else notes
+    read = partial(_read_local, settings)
+    splits = BUILT_IN[name]() if name in BUILT_IN else official_splits(name, settings, read, notes)
+    typed = [column for column, feature in splits["train"].features.items() if isinstance(feature, Image)]
+    images = [settings.image_column] if settings.image_column else [*typed, *IMAGE_COLUMNS]
+    splits = select_columns(name, splits, settings, {"image": ("data.image_column", images)}, notes)
+    splits = {split: rows.cast_column("image", Image(decode=False)) for split, rows in splits.items()}
+    return with_classes(name, drop_unlabelled(splits, settings, notes), settings)
 
 
-def _is_transparent(image: Image.Image) -> bool:
-    """Whether something can be seen through some pixel."""
-    may_be = image.getbands()[-1] in ("A", "a") or "transparency" in image.info
-    of_palette = image.palette is not None and image.palette.mode.endswith("A")
-    if image.mode in WIDE or not (may_be or of_palette):
-        return False
-    return int(np.asarray(image.convert("RGBA"))[..., 3].min()) < 255
+def _digits() -> dict[str, Dataset]:
+    from PIL import Image as Pil
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = [Pil.fromarray((image * 255 / 16).round().astype("uint8")) for image in digits.images]
+    labels = ClassLabel(names=[str(digit) for digit in digits.target_names])
+    features = Features({"image": Image(), "label": labels})
+    return {"train": Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)}
 
 
-def _range_of(image: Image.Image, low: float, high: float) -> tuple[float, float]:
-    """The values of black and white that an image's type says.
+BUILT_IN: dict[str, Callable[[], dict[str, Dataset]]] = {"sklearn-digits": _digits}
+"""Data sets that come with an installed library."""
+
+
+PUBLISHED_LAYOUTS: tuple[Callable[[Path], dict[str, Dataset] | None], ...] = (
+    read_waterbirds,
+    read_celeba,
+    read_spuco_animals,
+)
+"""Readers of data sets in the layout in which they were published; each returns None for other folders."""
+
+
+def _read_local(settings: DataSettings, place: Path, notes: Notes) -> dict[str, Dataset]:
+    """A published layout, tables with images or paths in them, or a folder of images for each class.
+
+    If all images are of one class, a table that says more is preferred.
+    """
+    tables = partial(_read_tables, settings, place)
+    if place.is_file():
+        return tables(notes)
+    for read in PUBLISHED_LAYOUTS:
+        if (published := read(place)) is not None:
+            return published
+    lone = None
+    for layout in (partial(tables, suffixes=[".parquet"]), partial(_read_class_folders, place), tables):
+        own = Notes()
+        if not (splits := layout(own)):
+            continue
+        if layout is tables or any(len(class_names(rows)) != 1 for rows in splits.values()):
+            notes.add(own)
+            return splits
+        lone = lone or splits
+    if lone is None:
+        raise UserError(f"dataset {place}: {_why_not_understood(place)}; readable layouts: {LAYOUTS}")
+    return lone
+
+
+def _why_not_understood(folder: Path) -> str:
+    images = [file for file in visible_files(folder, Notes()) if has_suffix(file, readable_suffixes())]
+    if not images:
+        return f"no images; it has {describe_contents(folder)}"
+    return f"{len(images)} images, but neither folders nor a table give their classes"
+
+
+def _read_tables(
+    settings: DataSettings, place: Path, notes: Notes, suffixes: Sequence[str] = tuple(READERS)
+) -> dict[str, Dataset]:
+    """The splits in tables; a single table is split by the folders in its paths, if these are named after splits.
 
     Raises:
-        ValueError: the type does not say, and the values are not of the usual range.
+        UserError: some paths lie in folders of several splits, and others do not.
     """
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        return 0, 2**16 - 1
-    usual = 1 if image.mode == "F" else 255  # NaN is not within
-    if not (low >= 0 and high <= usual):
-        kind = "fractions" if image.mode == "F" else "32 bit numbers"
-        raise ValueError(f"its pixels are {kind} from {low:g} to {high:g}, not within 0 to {usual}")
-    return 0, usual
+    splits = read_tables(place, notes, suffixes, readable_suffixes(), partial(_with_image_files, settings))
+    if list(splits) != ["train"]:
+        return splits
+    root, rows = place if place.is_dir() else place.parent, splits["train"]
+    files = next((column for column, feature in rows.features.items() if feature == ENCODED), None)
+    found = [_split_of_path(Path(image["path"]), root) for image in rows[files]] if files else []
+    if len(set(found) - {None}) < 2:
+        return splits
+    if None in found:
+        row = found.index(None) + 1
+        raise UserError(f"dataset {place}: row {row}: its image is not in a split's folder, but others are")
+    notes.sources = {split: f"{notes.sources['train']}, paths below {split}'s folder" for split in found if split}
+    return {split: rows.select([i for i, own in enumerate(found) if own == split]) for split in notes.sources}
 
 
-@dataclass(frozen=True)
-class ImageFacts:
-    """What a look at every image of a data set found."""
-
-    count: int = 0
-    turned: int = 0
-    """Those that their EXIF turns."""
-    transparent: int = 0
-    """Those that show the background."""
-    scaled: int = 0
-    """Those of more than 8 bits."""
-    values: tuple[float, float] | None = None
-    """The least and the greatest value in train's images of more than 8 bits."""
-    range: tuple[float, float] | None = None
-    """The values of black and white that these are scaled by, where they are the same for all."""
-
-    def in_words(self) -> str:
-        """For the summary."""
-        done = {"turned upright": self.turned, "over the background": self.transparent, "scaled to 8 bits": self.scaled}
-        said = ", ".join(f"{count:,} {what}" for what, count in done.items() if count)
-        return f"{self.count:,} decoded; {said or 'none turned, transparent or scaled'}"
-
-    def warnings(self) -> list[str]:
-        """Images that use little of their range look black, or all the same."""
-        if self.values is None or self.range is None:
-            return []
-        used = abs((self.values[1] - self.values[0]) / (self.range[1] - self.range[0]))
-        if used >= 1 / 8:
-            return []
-        low, high = (f"{value:g}" for value in self.values)
-        return [
-            f"images of more than 8 bits use {100 * used:.2g}% of their range in train; "
-            f"image.range=[{low},{high}] uses all of it"
-        ]
+def _split_of_path(image: Path, root: Path) -> str | None:
+    inside = image.relative_to(root).parts[:-1] if image.is_relative_to(root) else ()
+    return next(filter(None, map(split_of_folder, inside)), None)
 
 
-def look_at_all(splits: dict[str, Dataset], settings: ImageSettings, quiet: bool) -> ImageFacts:
-    """Decodes every image once, with all cores.
+def _with_image_files(settings: DataSettings, table: Path, rows: Dataset) -> Dataset:
+    """A table's rows, with images in place of the paths of their files, which are relative to the table's folder.
 
     Raises:
-        UserError: the first that cannot be used.
+        UserError: a file that does not exist.
     """
-
-    def one(place: tuple[str, int]) -> tuple[str, Opened]:
-        split, index = place
-        return split, look_at(splits[split][index], f"split {split}, row {index + 1}", settings)[1]
-
-    places = [(split, index) for split, rows in splits.items() for index in range(len(rows))]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        try:
-            decoded = pool.map(one, places)
-            found = list(tqdm(decoded, total=len(places), desc="decoding images", disable=quiet or None, leave=False))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    wide = [opened for split, opened in found if split == "train" and opened.values]
-    ranges = {opened.range for opened in wide}
-    values = [value for opened in wide for value in opened.values or ()]
-    return ImageFacts(
-        count=len(found),
-        turned=sum(opened.turned for _, opened in found),
-        transparent=sum(opened.transparent for _, opened in found),
-        scaled=sum(opened.values is not None for _, opened in found),
-        values=(min(values), max(values)) if values else None,
-        range=ranges.pop() if len(ranges) == 1 else None,
-    )
+    wanted = [settings.image_column] if settings.image_column else IMAGE_COLUMNS
+    column = next((name for name in wanted if name in rows.column_names), None)
+    if column is None or rows.features[column] not in (Value("string"), Value("large_string")):
+        return rows
+    images: list[dict[str, Any]] = []
+    for number, path in enumerate(rows[column], 1):
+        if path is None or not (table.parent / path).is_file():
+            raise UserError(f"{table}, row {number}: no image {path}")
+        images.append(cell_of(table.parent / path))
+    return rows.remove_columns(column).add_column(column, images).cast_column(column, ENCODED)
 
 
-def image_content(row: dict[str, Any], where: str) -> bytes:
-    """A row's image, encoded, after a look at it that costs far less than decoding.
+def _read_class_folders(folder: Path, notes: Notes) -> dict[str, Dataset]:
+    """Folders of classes, inside those of splits if there are any; no splits if images are laid out otherwise."""
+    seen = Notes()
+    files = visible_files(folder, seen)
+    images = [file for file in files if has_suffix(file, readable_suffixes())]
+    parts = _split_folders(folder, images)
+    if not parts:
+        return {}
+    splits, used = {}, set()
+    for split, part in parts.items():
+        mine = [image for image in images if image.is_relative_to(part) and image.parent != part]
+        splits[split] = _rows(part, mine)
+        used.update(mine)
+        notes.sources[split] = f"{part.relative_to(folder)}/" if part != folder else "a folder for each class"
+        for name in sorted(set(_subfolders(part)) - set(class_names(splits[split]))):
+            notes.warnings.append(f"{name}: no images in this folder, so it is not a class")
+    for file in files:
+        if file not in used:
+            notes.leave_out(*_reason_left_out(file, folder, list(parts.values())))
+    notes.add(seen)
+    return splits
+
+
+def _split_folders(folder: Path, images: Sequence[Path]) -> dict[str, Path]:
+    """The folder of each split, which holds those of the classes; none if the images are laid out otherwise.
+
+    A folder that holds only one other folder is passed through. One called `train` that holds images and no folders is
+    a class if there are others beside it.
 
     Raises:
-        UserError: if it is no image; what is cut off may pass.
+        UserError: two folders for one split.
     """
-    with _named(row, where):
-        encoded = _encoded(row)
-        Image.open(io.BytesIO(encoded)).verify()
-    return encoded
+    inside = [image.relative_to(folder).parts for image in images]
+    tops, nested = ({parts[0] for parts in inside if len(parts) > depth} for depth in (1, 2))
+    of_split = {name: split for name in _subfolders(folder) if (split := split_of_folder(name))}
+    if nested & of_split.keys():
+        for split in of_split.values():
+            if len(same := [f"{name}/" for name, other in of_split.items() if other == split]) > 1:
+                refuse_duplicate_split(folder, split, enumerate_names(same))
+        return {split: folder / name for name, split in of_split.items()}
+    if len(tops & of_split.keys()) > 1 or tops <= of_split.keys():
+        return {}
+    if len(tops) == 1 and all(len(parts) > 2 for parts in inside):
+        return _split_folders(folder / tops.pop(), images)
+    return {"train": folder}
 
 
-def _encoded(row: dict[str, Any]) -> bytes:
-    image = row["image"]
-    return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name))
 
 
-@contextlib.contextmanager
-def _named(row: dict[str, Any], where: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-        named = row["image"] and row["image"]["path"]
-        raise UserError(f"{named or where}: not a readable image") from error
+def _reason_left_out(file: Path, folder: Path, parts: Sequence[Path]) -> tuple[str, str]:
+    """Why a file is left out, and its name in the summary."""
+    kind = file.suffix.lower() or file.name
+    if not has_suffix(file, readable_suffixes()):
+        return "not an image that can be read", kind
+    if any(file.is_relative_to(part) for part in parts):
+        return "not in a class's folder", kind
+    top = file.relative_to(folder).parts[0]
+    return "not in a split's folder", kind if top == file.name else f"{top}/"
 
 
-def augmentation(settings: ImageSettings, size: tuple[int, int]) -> Transform | None:
-    """The recipe's augmentations, one after the other; `size` is (height, width) of what the model takes."""
-    steps: dict[str, Transform] = {
-        "random_resized_crop": lambda image: random_resized_crop(image, size, settings.min_crop),
-        "horizontal_flip": random_flip,
-    }
-    chosen = [steps[name] for name in settings.augmentation]
-    if not chosen:
-        return None
-
-    def augment(image: Image.Image) -> Image.Image:
-        for step in chosen:
-            image = step(image)
-        return image
-
-    return augment
-
-
-def random_resized_crop(image: Image.Image, size: tuple[int, int], min_share: float) -> Image.Image:
-    """A random box of `min_share` to all of the area and of aspect ratio 3/4 to 4/3, resized to `size`.
-
-    A box that does not fit is drawn again, ten times at most; then the whole image is taken. Randomness comes from
-    torch's global generator, which checkpoints save and data workers seed.
-    """
-    box = (0.0, 0.0, float(image.width), float(image.height))
-    for _ in range(10):
-        share, ratio, x, y = torch.rand(4, dtype=torch.float64).tolist()
-        area = image.width * image.height * (min_share + (1 - min_share) * share)
-        aspect = math.exp((2 * ratio - 1) * math.log(4 / 3))
-        width, height = math.sqrt(area * aspect), math.sqrt(area / aspect)
-        if width <= image.width and height <= image.height:
-            left, top = x * (image.width - width), y * (image.height - height)
-            box = (left, top, left + width, top + height)
-            break
-    return image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box)
-
-
-def random_flip(image: Image.Image) -> Image.Image:
-    """The image, mirrored left to right half of the time."""
-    return ImageOps.mirror(image) if torch.rand(()).item() < 0.5 else image
+def _rows(folder: Path, images: Sequence[Path]) -> Dataset:
+    """Images labelled by the topmost folder, below `folder`, that they lie in."""
+    names = [image.relative_to(folder).parts[0] for image in images]
+    features = Features({"image": Image(), "label": ClassLabel(names=sorted(set(names)))})
+    return Dataset.from_dict({"image": [str(image) for image in images], "label": names}, features=features)

@@ -1,47 +1,45 @@
-"""Questions with options: instruction rows as commonsense_170k has them, and plain multiple-choice rows.
+"""Data sets of multiple-choice questions, as the instructions of commonsense_170k or as plain questions.
 
 An instruction row is `{"instruction", "input", "output", "answer"}`; its instruction ends with the answers to choose
-from, `Answer format: answer1/answer2/answer3`, one of which is `answer` and stands in `output`. A multiple-choice row
-is `{"question", "choices", "answer"}` with the number of the right choice, from 0; it is put into the words in which
-commonsense_170k asks its science questions. Either way a question becomes
+from, `Answer format: answer1/answer2/answer3`, one of which is `answer` and stands in `output`. A plain row is
+`{"question", "choices", "answer"}` with the number of the right choice, from 0; it is worded as commonsense_170k words
+its science questions. Either way a question becomes
 
-    set           the test set that it belongs to; empty in train and validation
-    instruction   what is asked, with its options
+    set           its test set; empty in train and validation
+    instruction   the question with its options
     input         more of it, or empty
-    options       the options' labels: answer1, answer2, ...
-    answers       for each of them the whole text that gives it: "the correct answer is answer1", ...
-    answer        the number of the right one
+    options       the names of its options: answer1, answer2, ...
+    answers       for each option the whole text of that answer: "the correct answer is answer1", ...
+    answer        the number of the right option
     where         its file and line or row, for messages
 """
 
-import gzip
-import json
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow.parquet
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from fvae_lora_experiments.data.files import (
-    BESIDE,
     DESCRIPTIONS,
+    FILLER_WORDS,
     SPLIT_NAMES,
     Notes,
+    enumerate_names,
     has_suffix,
-    listed,
-    refuse_two_folders,
+    refuse_duplicate_folders,
     split_of_folder,
     splits_of_file,
     stem,
     visible_files,
     words,
 )
-from fvae_lora_experiments.data.source import copy_of, hub_splits, not_found, refuse_unusable_cache
-from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.data.hub import fetch, usual_splits
+from fvae_lora_experiments.data.json_rows import read_json_rows
+from fvae_lora_experiments.data.source import local_copy
+from fvae_lora_experiments.errors import UserError, first_line
 from fvae_lora_experiments.places import is_local
 
 TEST_SETS = {
@@ -58,7 +56,7 @@ TEST_SETS = {
     "obqa": "obqa",
     "openbookqa": "obqa",
 }
-"""The field's test sets, by the names that files have (lower case)."""
+"""The customary test sets, by their names in file names (lower case)."""
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 FEATURES = Features(
@@ -72,12 +70,12 @@ FEATURES = Features(
         "where": Value("string"),
     }
 )
-KINDS = ("answer", "solution", "option", "ending")
+ANSWER_WORDS = ("answer", "solution", "option", "ending")
 KNOWN_FORMATS = "answer1/answer2/..., solution1/..., option1/..., ending1/... and true/false"
 _ANSWER_FORMAT = re.compile(r"Answer format:\s*(\S+)\s*\Z")
 
 Rows = Iterable[tuple[str, Any]]
-"""Rows as they were read, each after the words that say where it stands."""
+"""Rows as they were read, each after where it stands, for messages."""
 
 
 def open_questions(
@@ -85,22 +83,22 @@ def open_questions(
 ) -> dict[str, Dataset]:
     """The official splits of a data set of questions: `train`, and `validation` and `test` where they exist.
 
-    A file is the training data. In a folder the path of a file says what is in it: `ARC-Easy.test.jsonl.gz`,
+    A single file is training data. In a folder, the path of a file says what it holds: `ARC-Easy.test.jsonl.gz`,
     `piqa/test.json`, `commonsense_170k.json`, `test-00000-of-00001.parquet`. Without the name of a split it is
-    training data, unless it is named after a test set of the field. All training data are put together, and so are
-    the test sets, one after the other in `test`. On the hub a split may have the name of a test set.
+    training data, unless it is named after one of `TEST_SETS`. All training data are joined; the test sets follow one
+    another in `test`. A split on the hub may be named after a test set.
 
     Args:
         name: a file, a folder, or a name on the hub.
-        config: which configuration of a data set on the hub.
-        test_sets: the test sets that are wanted, in this order; None is all that are there.
-        notes: gets what is left out, and where the splits come from.
+        config: the configuration of a data set on the hub.
+        test_sets: the test sets to use, in this order; None for all.
+        notes: gets where the splits come from, and what is left out.
 
     Raises:
-        UserError: no such data; files of which the split cannot be told; a row that cannot be used; a test set that is
-            not there.
+        UserError: no such data; files whose split is unclear; a row that cannot be used; a test set that does not
+            exist.
     """
-    place = Path(name) if is_local(name) else copy_of(name, config)
+    place = Path(name) if is_local(name) else local_copy(name, config)
     notes = Notes() if notes is None else notes
     tables = _from_disk(place, notes) if place else _from_hub(name, config, notes)
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -115,7 +113,7 @@ def open_questions(
     if "train" not in splits:
         raise UserError(f"dataset {name}: no training data; it has {', '.join(map(_title, parts)) or 'nothing'}")
     tests = {test_set: rows for (split, test_set), rows in parts.items() if split == "test"}
-    wanted = tests if test_sets is None else [TEST_SETS.get(wish.lower(), wish) for wish in test_sets]
+    wanted = tests if test_sets is None else [TEST_SETS.get(test_set.lower(), test_set) for test_set in test_sets]
     for test_set in wanted:
         if test_set not in tests:
             raise UserError(f"dataset {name}: no test set {test_set}; it has {', '.join(tests) or 'none'}")
@@ -141,96 +139,83 @@ def _from_disk(path: Path, notes: Notes) -> Iterator[tuple[str, str, Rows]]:
         ]
         for file in set(visible_files(path, Notes())) - set(files):
             notes.leave_out("not a table", file.suffix.lower() or file.name)
-        refuse_two_folders(path, files)
-        found = [(file, *_place(path, file)) for file in files]
+        refuse_duplicate_folders(path, files)
+        found = [(file, *_part_of_file(path, file)) for file in files]
         unnamed = {re.sub(r"\d+", "", stem(file.name)): file.name for file, split, _ in found if split is None}
         if len(unnamed) > 1:
+            shown = enumerate_names(list(unnamed.values()))
             raise UserError(
-                f"dataset {path}: {listed(list(unnamed.values()))}: which is train, validation or test? Say so in "
-                "their names, or put them into a folder train"
+                f"dataset {path}: {shown}: which is train, validation or test? Say so in their names, or put them into "
+                "a folder train"
             )
         for split in ("train", "validation", "test"):
             if of_split := [str(f.relative_to(path)) for f, its, _ in found if (its or "train") == split]:
-                notes.sources[split] = listed(of_split, of="files")
+                notes.sources[split] = enumerate_names(of_split, of="files")
         for file, its, test_set in found:
             yield its or "train", test_set, _read(file)
     else:
         raise UserError(f"dataset {path}: no such file or folder")
 
 
-def _place(folder: Path, file: Path) -> tuple[str | None, str]:
-    """The split, if it is told, and the test set that a file's path speaks of; its name counts before its folders'."""
+def _part_of_file(folder: Path, file: Path) -> tuple[str | None, str]:
+    """The split, if there is one, and the test set in a file's path; its name takes precedence over its folders'."""
     inside = file.relative_to(folder)
     parents = [parent.name for parent in inside.parents if parent.name]
-    spoken = splits_of_file(inside.name)
-    if len(spoken) > 1:
-        raise UserError(f"dataset {folder}: {inside}: its name speaks of {' and of '.join(sorted(spoken))}; rename it")
-    sets = [TEST_SETS[word] for word in map(str.lower, [*_pieces(inside.name), *parents]) if word in TEST_SETS]
-    split = next(filter(None, [*spoken, *map(split_of_folder, parents)]), "test" if sets else None)
+    named_splits = splits_of_file(inside.name)
+    if len(named_splits) > 1:
+        raise UserError(
+            f"dataset {folder}: {inside}: its name gives several splits ({', '.join(sorted(named_splits))}); rename it"
+        )
+    sets = [TEST_SETS[word] for word in map(str.lower, [*_name_parts(inside.name), *parents]) if word in TEST_SETS]
+    split = next(filter(None, [*named_splits, *map(split_of_folder, parents)]), "test" if sets else None)
     if split != "test":
         return split, ""
     own = inside.name.partition(".")[0]
-    rest = [piece for piece in re.split(r"[-_]", own) if not BESIDE.union(SPLIT_NAMES, ["of"]).issuperset(words(piece))]
+    rest = [
+        piece
+        for piece in re.split(r"[-_]", own)
+        if not FILLER_WORDS.union(SPLIT_NAMES, ["of"]).issuperset(words(piece))
+    ]
     return split, next(iter(sets), ("-".join(rest) or "test") if splits_of_file(own) else own)
 
 
-def _pieces(name: str) -> list[str]:
-    """What a test set's name may be: `ARC-Easy.test.jsonl.gz` has ARC-Easy, `piqa_test.json` piqa."""
+def _name_parts(name: str) -> list[str]:
+    """Parts that may be a test set's name: `ARC-Easy.test.jsonl.gz` has ARC-Easy, `piqa_test.json` piqa."""
     return [*name.split("."), *re.split(r"[._]", stem(name)), stem(name).split("-")[0]]
 
 
 def _from_hub(name: str, config: str | None, notes: Notes) -> Iterator[tuple[str, str, Rows]]:
-    refuse_unusable_cache()
-    try:
-        found = datasets.load_dataset(name, config)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise not_found(name, error) from error
-    used = hub_splits([split for split in found if split.lower() not in TEST_SETS])
-    for split, rows in found.items():
-        numbered = ((f"dataset {name}, split {split}, row {n}", row) for n, row in enumerate(rows, 1))
-        if split.lower() in TEST_SETS:
-            yield "test", TEST_SETS[split.lower()], numbered
-        elif split in used:
-            notes.sources[used[split]] = f"split {split} on the hub"
-            yield used[split], "test" if used[split] == "test" else "", numbered
-        else:
-            notes.leave_out("a split that is not used", split)
+    fetched = fetch(name, config, _parts_on_hub, notes)
+    for own, (split, test_set) in _parts_on_hub(fetched).items():
+        if own.lower() not in TEST_SETS:
+            notes.sources[split] = f"split {own} on the hub"
+        yield split, test_set, ((f"dataset {name}, split {own}, row {n}", row) for n, row in enumerate(fetched[own], 1))
+
+
+def _parts_on_hub(names: Collection[str]) -> dict[str, tuple[str, str]]:
+    """The split and test set that each split on the hub is, by its name there; without those that are not used."""
+    usual = usual_splits([name for name in names if name.lower() not in TEST_SETS])
+    parts = {name: (split, "test" if split == "test" else "") for name, split in usual.items()}
+    parts |= {name: ("test", TEST_SETS[name.lower()]) for name in names if name.lower() in TEST_SETS}
+    return {name: parts[name] for name in names if name in parts}
 
 
 def _read(file: Path) -> Iterator[tuple[str, Any]]:
-    """A file's rows: parquet, a JSON list, or JSON row by row on lines, the latter two perhaps packed by gzip."""
+    if file.suffix.lower() != ".parquet":
+        yield from read_json_rows(file)
+        return
     try:
-        if file.suffix.lower() == ".parquet":
-            rows = pyarrow.parquet.read_table(file).to_pylist()
-        else:
-            text = (gzip.decompress(file.read_bytes()) if file.suffix.lower() == ".gz" else file.read_bytes()).decode(
-                "utf-8"
-            )
-            if not text.lstrip().startswith("["):
-                yield from _lines(file, text)
-                return
-            rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}, line {error.lineno}: not whole JSON: {error.msg}") from error
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"{file}: cannot be read: {str(error).partition(chr(10))[0]}") from error
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read: {first_line(error)}") from error
     yield from ((f"{file}, row {n}", row) for n, row in enumerate(rows, 1))
 
 
-def _lines(file: Path, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"{file}, line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}, line {number}: not whole JSON: {error.msg}") from error
-
-
 def question(row: Any, where: str) -> dict[str, Any]:
-    """A row of either format as the question that it is, without its `set`.
+    """The question in a row of either format, without its `set`.
 
     Raises:
-        UserError: a key that is missing or has a value that cannot be used; an unknown answer format.
+        UserError: a key that is missing or has an unusable value; an unknown answer format.
     """
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: expected keys and values (instruction, output, answer), got {row!r:.40}")
@@ -245,10 +230,10 @@ def _instruction(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         said = f"answer format {found.group(1)!r:.60} is not known" if found else "the instruction has no answer format"
         raise UserError(f"{where}: {said}; allowed at its end is `Answer format: ...` with {KNOWN_FORMATS}")
     if answer not in options:
-        raise UserError(f"{where}: answer {answer!r:.60} is none of {', '.join(options)}")
+        raise UserError(f"{where}: answer {answer!r:.60} is not one of {', '.join(options)}")
     more = row.get("input") or ""
     if not isinstance(more, str):
-        raise UserError(f"{where}: input: expected a text, got {more!r:.40}")
+        raise UserError(f"{where}: input: expected text, got {more!r:.40}")
     before, named, after = output.rpartition(answer)
     if not named:
         raise UserError(f"{where}: output {output!r:.60} does not name the answer {answer}")
@@ -263,20 +248,20 @@ def _instruction(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _is_known(options: list[str]) -> bool:
-    numbered = any(options == [f"{kind}{n}" for n in range(1, len(options) + 1)] for kind in KINDS)
+    numbered = any(options == [f"{kind}{n}" for n in range(1, len(options) + 1)] for kind in ANSWER_WORDS)
     return len(options) > 1 and (numbered or options == ["true", "false"])
 
 
 def _multiple_choice(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     asked, choices, answer = _text(row, "question", where), row["choices"], row.get("answer")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
-        raise UserError(f"{where}: choices: expected two texts or more, none of them empty, got {choices!r:.60}")
+        raise UserError(f"{where}: choices: expected at least two non-empty texts, got {choices!r:.60}")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise UserError(f"{where}: answer: expected a choice's number, 0 to {len(choices) - 1}, got {answer!r:.40}")
     options = [f"answer{n}" for n in range(1, len(choices) + 1)]
-    listed = " ".join(f"Answer{n}: {choice}" for n, choice in enumerate(choices, 1))
+    numbered = " ".join(f"Answer{n}: {choice}" for n, choice in enumerate(choices, 1))
     return {
-        "instruction": f"Please choose the correct answer to the question: {asked}\n\n{listed}\n\n"
+        "instruction": f"Please choose the correct answer to the question: {asked}\n\n{numbered}\n\n"
         f"Answer format: {'/'.join(options)}",
         "input": "",
         "options": options,
@@ -291,5 +276,5 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
         raise UserError(f"{where}: no {key}; its keys are {', '.join(map(str, row))[:80] or 'none'}")
     value = row[key]
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: {key}: expected a text that is not empty, got {value!r:.40}")
+        raise UserError(f"{where}: {key}: expected a non-empty text, got {value!r:.40}")
     return value

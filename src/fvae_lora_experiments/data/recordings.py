@@ -1,4 +1,4 @@
-"""Recordings and what is said in them: tables, or a data set on the hub, with the columns `audio` and `text`."""
+"""Data sets of recordings and what is said in them: columns `audio` and `text`, in tables or on the hub."""
 
 from functools import partial
 from pathlib import Path
@@ -6,37 +6,40 @@ from typing import Any
 
 from datasets import Audio, Dataset, Features, Value
 
-from fvae_lora_experiments.data.audio import SOUND, sound_content
+from fvae_lora_experiments.data.audio_decoding import SOUND, sound_content
+from fvae_lora_experiments.data.columns import check_texts
+from fvae_lora_experiments.data.encoded import cell_of
 from fvae_lora_experiments.data.files import Notes
-from fvae_lora_experiments.data.source import official_splits, place_of, places, read_tables, refuse_values
+from fvae_lora_experiments.data.source import local_path, official_splits, row_locations
+from fvae_lora_experiments.data.tables import read_tables
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import DataSettings
 
 COLUMNS = ["audio", "text"]
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".sph")
-"""Suffixes of the files that tables name."""
+"""Suffixes of the sound files that tables may name."""
 
 
 def open_recordings(name: str, settings: DataSettings, notes: Notes | None = None) -> dict[str, Dataset]:
-    """The official splits of a data set: rows of `audio`, `text` and `where` they are, for messages.
+    """The official splits of a data set: `audio`, `text`, and for messages `where` each row is.
 
     Args:
         name: a folder of tables, a table, or a name on the hub. Paths in a folder's tables are relative to it. Sounds
             are not decoded: each is a path or bytes.
-        settings: with which it is opened.
-        notes: gets what is left out.
+        settings: of the recipe.
+        notes: gets where the splits come from, and what is left out.
 
     Raises:
         UserError: no such data set, one without these columns, or a row without text.
     """
     read = partial(read_tables, beside=SOUNDS)
     splits = official_splits(name, settings, read, Notes() if notes is None else notes)
-    place = place_of(name, settings.config) or Path()
+    place = local_path(name, settings.config) or Path()
     folder = place.parent if place.is_file() else place
     splits = {split: _columns(name, folder, split, rows) for split, rows in splits.items()}
-    refuse_values(name, splits, settings, "text", _no_text)
+    check_texts(name, splits, settings, "text")
     return {
-        split: rows.add_column("where", _where(rows, places(name, settings, split, len(rows))))
+        split: rows.add_column("where", _where(rows, row_locations(name, settings, split, len(rows))))
         for split, rows in splits.items()
     }
 
@@ -65,11 +68,7 @@ def _columns(name: str, folder: Path, split: str, rows: Dataset) -> Dataset:
 
 
 def _sound(folder: Path, path: Any) -> dict[str, Any]:
-    return {"bytes": None, "path": None if path is None else str(folder / str(path))}
-
-
-def _no_text(text: Any) -> str | None:
-    return None if isinstance(text, str) and text.strip() else f"text is {text!r}; expected what is said"
+    return cell_of(None if path is None else folder / str(path))
 
 
 def recording_content(row: dict[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""Protocols: which rows train, which select the epoch, which are the test."""
+"""Protocols: which rows a run trains on, which select the epoch, and which are the test."""
 
 from dataclasses import dataclass, replace
 
@@ -6,7 +6,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 from sklearn.model_selection import train_test_split
 
-from fvae_lora_experiments.data.columns import class_names
+from fvae_lora_experiments.data.classes import class_names
 from fvae_lora_experiments.data.groups import refuse_empty_groups, weighted_as
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import DataSettings
@@ -14,7 +14,7 @@ from fvae_lora_experiments.schema import DataSettings
 
 @dataclass(frozen=True)
 class Splits:
-    """The three splits of a run, and where those that the data set lacks were taken from."""
+    """The three splits of a run, and where validation and test come from."""
 
     train: Dataset
     validation: Dataset
@@ -24,7 +24,7 @@ class Splits:
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes, in the order of their numbers; none where the data have no classes."""
+        """Names of the classes, in the order of their numbers; empty without classes."""
         return class_names(self.train)
 
     @property
@@ -39,7 +39,7 @@ class Splits:
 
 
 def split(official: dict[str, Dataset], settings: DataSettings, seed: int) -> Splits:
-    """The splits of a run under `settings.protocol`; `reference` alone depends on the run's `seed`.
+    """The splits of a run by `settings.protocol`, of which only `reference` depends on the run's `seed`.
 
     Raises:
         UserError: if a split cannot be taken from another because a class has too few rows; if a group is empty.
@@ -80,7 +80,7 @@ def _clean(parts: dict[str, Dataset], settings: DataSettings, _: int) -> Splits:
 
 
 def _stratified(rows: Dataset, share: float, seed: int, refusal: str) -> tuple[Dataset, Dataset]:
-    """What is left of `rows` and the `share` (a fraction, or a number of rows) that is taken away."""
+    """The remaining `rows`, and the `share` of them (a fraction, or a number of rows) that is taken out."""
     strata = _strata(rows)
     if strata is not None:
         _refuse_single_rows(rows, strata, refusal)
@@ -96,19 +96,19 @@ def _stratified(rows: Dataset, share: float, seed: int, refusal: str) -> tuple[D
 
 
 def _refuse_single_rows(rows: Dataset, strata: np.ndarray, refusal: str) -> None:
-    """A class of which there is one row cannot be in both parts."""
+    """A class with one row cannot be in both parts."""
     _, first, counts = np.unique(strata, return_index=True, return_counts=True)
     single = [rows[index] for index in first[counts < 2].tolist()]
     if single:
         columns = {"class": "label", "group": "group"}
         names = [f"{what} {class_names(rows, c)[single[0][c]]}" for what, c in columns.items() if c in single[0]]
-        others = f", as of {len(single) - 1} more" if len(single) > 1 else ""
+        others = f", as do {len(single) - 1} more" if len(single) > 1 else ""
         needed = "each needs 2, or 3 where validation and test are both drawn"
-        raise UserError(f"dataset: {refusal}: 1 row of {', '.join(names)} is there{others}; {needed}")
+        raise UserError(f"dataset: {refusal}: {', '.join(names)} has 1 row{others}; {needed}")
 
 
 def _strata(rows: Dataset) -> np.ndarray | None:
-    """A number (rows,) for each class, or for each class and group; none where the rows have neither."""
+    """The stratum of each row, (rows,): its class, or its class and group; None if the rows have neither."""
     strata = None
     for column in ("label", "group"):
         if isinstance(feature := rows.features.get(column), ClassLabel):  # and not lists of them

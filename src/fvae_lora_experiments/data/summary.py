@@ -1,4 +1,4 @@
-"""What training would see of a data set: one look at all of it, before any time is spent on training."""
+"""The summary of a data set as training would see it, before any time is spent on training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from fvae_lora_experiments.data.columns import class_names
+from fvae_lora_experiments.data.classes import class_names
 from fvae_lora_experiments.data.files import Notes
 
 if TYPE_CHECKING:
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fvae_lora_experiments.data.fingerprint import Identity
-    from fvae_lora_experiments.data.images import ImageFacts
+    from fvae_lora_experiments.data.image_decoding import ImageFacts
     from fvae_lora_experiments.data.splits import Splits
     from fvae_lora_experiments.tasks import Task
 
 WIDTH = 80
-SHOWN = 12
-"""Classes, beyond which they are shortened."""
+MOST_SHOWN = 12
+"""How many classes or groups are listed; a longer list is shortened."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was found. All names are relative to the data set."""
+    """What was found. All paths are relative to the data set."""
 
     name: str
     task: str
@@ -39,18 +39,18 @@ class Summary:
     sources: dict[str, str]
     """Where each split comes from, in words."""
     counts: dict[str, dict[str, dict[str, int]]]
-    """Rows: by `class` and `group`, where there are any, by its name and by split."""
+    """Rows of each `class` and `group`, if there are any: by their names and by split."""
     left_out: dict[str, dict[str, int]]
-    """Why something is not used, to what it is and how often that occurs."""
+    """For each reason why something is not used, what it is and how often."""
     also_in_train: dict[str, int]
-    """Rows of validation and test whose content stands in train, too, before validation was drawn from it."""
+    """Rows of validation and test whose content is also in train, as it was before validation was drawn from it."""
     images: ImageFacts | None = None
     cut: dict[str, int] = field(default_factory=dict)
-    """Rows that are too long, where the tokenizer is known, by split."""
+    """Rows too long for the model, by split, if the tokenizer is known."""
     warnings: list[str] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
-        """What a record keeps beside the splits."""
+        """What a record keeps in addition to the splits."""
         kept = asdict(self)
         return {key: kept[key] for key in ("counts", "left_out", "also_in_train", "images", "warnings")}
 
@@ -58,12 +58,12 @@ class Summary:
 def summarise(
     task: Task, official: dict[str, Dataset], identity: Identity, notes: Notes, quiet: bool = True
 ) -> Summary:
-    """Looks at all of a data set.
+    """Summarises a data set after looking at all of it.
 
     Args:
-        task: what it is for.
-        official: its official splits, as the task opened them.
-        identity: of these.
+        task: the task to train.
+        official: the official splits, as the task opened them.
+        identity: their identity.
         notes: what was noticed when they were opened.
         quiet: no progress bar.
 
@@ -71,8 +71,8 @@ def summarise(
         UserError: rows that cannot be used, or splits that cannot be drawn.
     """
     images = task.look_at_images(official, identity.fingerprint, quiet)
-    told = {name: rows.add_column("content", identity.contents[name]) for name, rows in official.items()}
-    splits = task.split(told)
+    hashed = {name: rows.add_column("content", identity.contents[name]) for name, rows in official.items()}
+    splits = task.split(hashed)
     contents = {name: rows["content"][:] for name, rows in splits.by_name.items()}
     train = set(contents["train"])
     seen = train.union(contents["validation"] if "of train" in splits.validation_from else [])
@@ -96,7 +96,7 @@ def summarise(
 
 
 def _counts(splits: Splits, column: str) -> dict[str, dict[str, int]]:
-    """Rows by name and by split; none where the column holds no single names."""
+    """Rows by name and by split; none unless each row has one name."""
     names = class_names(splits.train, column)
     if not names or not isinstance(splits.train[0][column], int):
         return {}
@@ -107,7 +107,7 @@ def _counts(splits: Splits, column: str) -> dict[str, dict[str, int]]:
 
 
 def _sources(splits: Splits, notes: Notes) -> dict[str, str]:
-    def whole(text: str) -> str:
+    def describe(text: str) -> str:
         official = re.fullmatch(r"the official (\w+) split", text)
         own = official and notes.sources.get(official[1])
         return f"{text}, {own}" if own else text
@@ -116,8 +116,8 @@ def _sources(splits: Splits, notes: Notes) -> dict[str, str]:
     train = notes.sources.get("train", "the data set")
     return {
         "train": f"{train}, without the rows drawn from it" if drawn else train,
-        "validation": whole(splits.validation_from),
-        "test": whole(splits.test_from),
+        "validation": describe(splits.validation_from),
+        "test": describe(splits.test_from),
     }
 
 
@@ -129,11 +129,11 @@ def _warnings(counts: Mapping[str, Mapping[str, Mapping[str, int]]], also_in_tra
                 yield f"no row in {split} of {what} {', '.join(absent[:5])}{more}"
     for split, count in also_in_train.items():
         if count:
-            yield f"{count} {'row' if count == 1 else 'rows'} of {split} in train, too"
+            yield f"{count} {'row' if count == 1 else 'rows'} of {split} also in train"
 
 
 def print_summary(summary: Summary, console: Console) -> None:
-    """Prints a summary, 80 columns wide at most."""
+    """Prints a summary, at most 80 columns wide."""
 
     def line(text: str, style: str = "") -> None:
         console.print(Text(text, style), width=min(WIDTH, console.width), highlight=False)
@@ -144,9 +144,9 @@ def print_summary(summary: Summary, console: Console) -> None:
         table.add_row(split, f"{count:,}", Text(summary.sources[split]))
     console.print(table, width=min(WIDTH, console.width), highlight=False)
     for what, rows in summary.counts.items():
-        console.print(_of_each(what, rows), width=min(WIDTH, console.width), highlight=False)
+        console.print(_counts_table(what, rows), width=min(WIDTH, console.width), highlight=False)
     for why, kinds in summary.left_out.items():
-        line(f"Left out, {why}: {', '.join(f'{kind} ({count:,})' for kind, count in _first(kinds).items())}")
+        line(f"Left out, {why}: {', '.join(f'{kind} ({count:,})' for kind, count in _most_common(kinds).items())}")
     if not summary.left_out:
         line("Left out: nothing")
     if summary.images:
@@ -154,22 +154,22 @@ def print_summary(summary: Summary, console: Console) -> None:
     if summary.cut:
         line(f"Rows cut: {', '.join(f'{count:,} of {split}' for split, count in summary.cut.items())}")
     shared = [f"{count:,} of {summary.rows[split]:,} {split} rows" for split, count in summary.also_in_train.items()]
-    line(f"In train, too: {', '.join(shared)}")
+    line(f"Also in train: {', '.join(shared)}")
     for warning in summary.warnings:
         line(f"Warning: {warning}", "yellow")
 
 
-def _first(kinds: Mapping[str, int]) -> dict[str, int]:
-    """The commonest; what else there is together."""
+def _most_common(kinds: Mapping[str, int]) -> dict[str, int]:
+    """The most common kinds, and the sum of the others."""
     shown = dict(list(kinds.items())[:6])
     rest = sum(kinds.values()) - sum(shown.values())
     return shown | ({"others": rest} if rest else {})
 
 
-def _of_each(what: str, rows: Mapping[str, Mapping[str, int]]) -> Table:
+def _counts_table(what: str, rows: Mapping[str, Mapping[str, int]]) -> Table:
     splits = list(next(iter(rows.values())))
     table = _table([what, *splits], set(splits))
-    shown = list(rows.items()) if len(rows) <= SHOWN else list(rows.items())[: SHOWN - 2]
+    shown = list(rows.items()) if len(rows) <= MOST_SHOWN else list(rows.items())[: MOST_SHOWN - 2]
     for name, of in shown:
         table.add_row(Text(name), *(f"{of[split]:,}" for split in splits))
     if rest := list(rows.values())[len(shown) :]:

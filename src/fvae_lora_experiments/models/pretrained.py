@@ -13,7 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, find_adapter_config_file, has_file
 
-from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.errors import UserError, first_line
 from fvae_lora_experiments.models.heads import head_modules
 from fvae_lora_experiments.places import is_local
 
@@ -55,7 +55,7 @@ def _reason(error: Exception, role: str) -> str:
 
 def in_one_line(error: Exception) -> str:
     """The first line of what an error says, after its kind where that is no sentence."""
-    line = str(error).strip().partition("\n")[0].rstrip(":")
+    line = first_line(error).rstrip(":")
     is_sentence = isinstance(error, ImportError | OSError | ValueError | RuntimeError) and " " in line
     return line if is_sentence else ": ".join(filter(None, (type(error).__name__, line)))
 

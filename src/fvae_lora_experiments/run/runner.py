@@ -31,7 +31,7 @@ from transformers import (
 from fvae_lora_experiments.data import Splits, fingerprint, group_counts, unlike_published
 from fvae_lora_experiments.data.files import Notes
 from fvae_lora_experiments.data.summary import print_summary, summarise
-from fvae_lora_experiments.errors import DivergenceError, RunError, UserError
+from fvae_lora_experiments.errors import DivergenceError, RunError, UserError, first_line
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.models.heads import head_modules
 from fvae_lora_experiments.models.pretrained import load_adapter, loading
@@ -421,7 +421,7 @@ def _in_one_line(error: Exception, recipe: Recipe, path: Path) -> str:
         text = error.strerror + (f": {error.filename}" if error.filename else "")
     elif "inline_container" in text or "PytorchStreamWriter" in text:  # how torch.save says that it could not write
         text = f"a checkpoint could not be written; {shutil.disk_usage(path).free / 1e6:.1f} MB are free on its disk"
-    line = text.strip().partition("\n")[0] or type(error).__name__
+    line = first_line(text) or type(error).__name__
     return without_places(line, path, Path(recipe.dataset), Path(recipe.model))
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from fvae_lora_experiments.errors import RunError, UserError
+from fvae_lora_experiments.errors import RunError, UserError, first_line
 from fvae_lora_experiments.run.folder import RunFolder, write_atomically
 from fvae_lora_experiments.sweep.launcher import Ended, News, ending, refuse_folders_in_use
 from fvae_lora_experiments.sweep.plan import Planned
@@ -186,7 +186,7 @@ class SlurmLauncher:
                 jobs = executor.map_array(do_job, *zip(*work, strict=True), [self.processes] * len(work))
         except submitit.core.utils.FailedJobError as error:  # of sbatch
             shutil.rmtree(folder)
-            raise UserError(f"--launcher slurm: {_first_line(str(error))}") from error
+            raise UserError(f"--launcher slurm: {first_line(error)}") from error
         return [job.job_id for job in jobs]
 
     def _tidy(self) -> None:
@@ -247,9 +247,5 @@ def _longest_array() -> int:
 def _call(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
     if done.returncode:
-        raise UserError(f"--launcher slurm: {_first_line(done.stderr) or f'{command[0]} failed'}")
+        raise UserError(f"--launcher slurm: {first_line(done.stderr) or f'{command[0]} failed'}")
     return done.stdout
-
-
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fvae_lora_experiments.data.files import Notes
-    from fvae_lora_experiments.data.images import ImageFacts
+    from fvae_lora_experiments.data.image_decoding import ImageFacts
     from fvae_lora_experiments.schema import Recipe
 
 TASKS = {

@@ -17,7 +17,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 
 from fvae_lora_experiments.data import Splits, accuracies, open_images
 from fvae_lora_experiments.data.files import Notes
-from fvae_lora_experiments.data.images import ImageFacts, Images, augmentation, image_content, look_at_all, process
+from fvae_lora_experiments.data.image_decoding import ImageFacts, image_content, inspect_images
+from fvae_lora_experiments.data.image_inputs import Images, augmentation, process
 from fvae_lora_experiments.models.classifiers import load_classifier
 from fvae_lora_experiments.models.pretrained import load, loading
 from fvae_lora_experiments.run.folder import write_atomically
@@ -31,7 +32,7 @@ class ImageTask(Task):
     """Images and their classes; judged by accuracy or by that of the worst group, a fraction."""
 
     def open_source(self, notes: Notes | None = None) -> dict[str, Dataset]:
-        """As `data.image_source.open_images`."""
+        """As `data.images.open_images`."""
         return open_images(self.recipe.dataset, self.recipe.data, notes)
 
     def content(self, row: dict[str, Any], where: str) -> bytes:
@@ -46,7 +47,7 @@ class ImageTask(Task):
         file = Path(datasets.config.HF_DATASETS_CACHE) / "fvae-lora" / "images" / f"{key}.json"
         with suppress(OSError, ValueError, TypeError):
             return ImageFacts(**json.loads(file.read_text(encoding="utf-8")))
-        facts = look_at_all(official, settings, quiet)
+        facts = inspect_images(official, settings, quiet)
         with suppress(OSError):  # it is found again, then
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, json.dumps(asdict(facts)))

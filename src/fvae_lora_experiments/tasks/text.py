@@ -19,7 +19,7 @@ from transformers import (
 
 from fvae_lora_experiments.data import Splits, accuracies
 from fvae_lora_experiments.data.files import Notes
-from fvae_lora_experiments.data.text import Texts, open_texts, text_content
+from fvae_lora_experiments.data.texts import Texts, open_texts, text_content
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.models.classifiers import load_classifier
 from fvae_lora_experiments.models.heads import head_modules
@@ -79,7 +79,7 @@ class TextTask(Task):
         return tokenizer
 
     def open_source(self, notes: Notes | None = None) -> dict[str, Dataset]:
-        """As `data.text.open_texts`.
+        """As `data.texts.open_texts`.
 
         Raises:
             UserError: also where F1 is asked for and there are more than two classes.

@@ -13,7 +13,7 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, PreTrainedMod
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
 from fvae_lora_experiments.data import Splits
-from fvae_lora_experiments.data.audio import read_sound
+from fvae_lora_experiments.data.audio_decoding import read_sound
 from fvae_lora_experiments.data.files import Notes
 from fvae_lora_experiments.data.recordings import open_recordings, recording_content
 from fvae_lora_experiments.errors import UserError

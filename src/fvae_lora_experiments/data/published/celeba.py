@@ -1,4 +1,4 @@
-"""CelebA as published: aligned faces, a file of attributes and one of partitions; here, who is blond by gender.
+"""CelebA as published: aligned faces, a file of attributes and one of partitions; here, blond or not by gender.
 
 The text files of the authors and the CSV files of later copies are read; they lie in the folder or one below it.
 """
@@ -19,7 +19,7 @@ def read_celeba(folder: Path) -> dict[str, Dataset] | None:
     """The splits of CelebA with `image`, `label` and `group` (2 blond + male); None if `folder` is not laid out so.
 
     Raises:
-        UserError: files that do not fit each other, an image that is missing, a bad value; names the file and its line.
+        UserError: files that contradict each other, a missing image, a bad value; names the file and its line.
     """
     attributes, partitions = (_file(folder, stem) for stem in ("list_attr_celeba", "list_eval_partition"))
     if attributes is None or partitions is None:

@@ -1,4 +1,4 @@
-"""Text files that describe images, a line for each."""
+"""Text files that describe images, one on each line."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ def integer(text: str | None, allowed: Sequence[int], where: str, what: str) -> 
     """`text` as one of the integers `allowed`.
 
     Raises:
-        UserError: names `where` it is and `what` it says.
+        UserError: it is another; names `where` it stands and `what` it is.
     """
     if text is None or text.strip() not in map(str, allowed):
         raise UserError(f"{where}: {what} is {text!r}; allowed are {', '.join(map(str, allowed))}")

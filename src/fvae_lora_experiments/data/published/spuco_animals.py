@@ -13,7 +13,7 @@ HALVES = ("spuco_birds", "spuco_dogs")
 def read_spuco_animals(folder: Path) -> dict[str, Dataset] | None:
     """The splits of SpuCo Animals with `image`, `label` and `group`; None if `folder` is not laid out so.
 
-    An image lies in `spuco_birds/train/landbirds/water`, say.
+    An image lies in, for example, `spuco_birds/train/landbirds/water`.
     """
     if not all((folder / half).is_dir() for half in HALVES):
         return None

@@ -1,4 +1,4 @@
-"""Data sets with spurious correlations as they were published: their classes and groups, and how many rows of each.
+"""Published data sets with spurious correlations: their classes and groups, and how many rows each group has.
 
 Rows per group and split of Waterbirds and CelebA are those of Sagawa et al., "Distributionally robust neural networks
 for group shifts" (2020), of SpuCo Animals those of its package.
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Image
 
-from fvae_lora_experiments.data.columns import class_names
+from fvae_lora_experiments.data.classes import class_names
 from fvae_lora_experiments.data.groups import group_counts
 
 SPLITS = ("train", "validation", "test")
-"""In the order of the numbers by which metadata files call them."""
+"""In the order of their numbers in metadata files."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ SPUCO_ANIMALS = Published(
 
 
 def unlike_published(splits: dict[str, Dataset]) -> str | None:
-    """How a copy of a published data set, known by the names of its groups, differs in its counts; None if it does not.
+    """How a copy of a published data set, recognised by its groups, differs in its counts; None if it does not.
 
     Args:
         splits: the official splits, as they were opened.

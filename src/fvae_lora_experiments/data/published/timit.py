@@ -1,8 +1,8 @@
-"""TIMIT from the folder as it is distributed: TRAIN and TEST, dialect, speaker, and a .WAV and a .PHN per sentence.
+"""TIMIT as it is distributed: TRAIN and TEST, dialect, speaker, and a .WAV and a .PHN file for each sentence.
 
 The customary experiment: without the SA sentences, which every speaker reads; trained on TRAIN; selected on 50 speakers
 of TEST (400 sentences); tested on the core test set, 24 other speakers (192 sentences). The 61 phones of the labels are
-folded to 39, glottal stops left out (Lee and Hon 1989), before training as well as for the score.
+folded to 39, without glottal stops (Lee and Hon 1989), both for training and for the score.
 """
 
 from pathlib import Path
@@ -10,8 +10,9 @@ from pathlib import Path
 import soundfile
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from fvae_lora_experiments.data.audio import SOUND
-from fvae_lora_experiments.data.files import Notes, listed, refuse_two_for_one, visible_files
+from fvae_lora_experiments.data.audio_decoding import SOUND
+from fvae_lora_experiments.data.encoded import cell_of
+from fvae_lora_experiments.data.files import Notes, enumerate_names, refuse_duplicate_split, visible_files
 from fvae_lora_experiments.errors import UserError
 
 _KEPT = [
@@ -27,7 +28,7 @@ _MERGED = {
 FOLDED: dict[str, str | None] = (
     {phone: phone for phone in _KEPT} | _MERGED | dict.fromkeys(_SILENCES, "sil") | {"q": None}
 )
-"""Each of the 61 phones to one of the 39; None is left out."""
+"""Which of the 39 each of the 61 phones becomes; None is left out."""
 
 PHONES = sorted({phone for phone in FOLDED.values() if phone is not None})
 """The 39, silence among them."""
@@ -56,7 +57,7 @@ def open_timit(name: str, notes: Notes | None = None) -> dict[str, Dataset]:
     """`train`, `validation` and `test`: rows of `audio`, `label` (its phones), `speaker` and `where`: the sound's file.
 
     Args:
-        name: the folder that holds TRAIN and TEST; upper and lower case are the same, in all names below it.
+        name: the folder that holds TRAIN and TEST; the case of names does not matter.
         notes: gets what is left out.
 
     Raises:
@@ -84,7 +85,7 @@ def _sentences(folder: Path, half: str, notes: Notes) -> list[Path]:
     if not halves:
         raise UserError(f"dataset {folder}: no {half} folder; expected TRAIN and TEST there, as TIMIT is distributed")
     if len(halves) > 1:
-        refuse_two_for_one(folder, half, listed([f"{p.name}/" for p in halves]))
+        refuse_duplicate_split(folder, half, enumerate_names([f"{p.name}/" for p in halves]))
     notes.sources["train" if half == "TRAIN" else "test"] = f"{halves[0].name}/"
     sounds = []
     for file in visible_files(halves[0], notes):
@@ -104,7 +105,7 @@ def _speaker(file: Path) -> str:
 
 def _rows(files: list[Path]) -> Dataset:
     columns = {
-        "audio": [{"bytes": None, "path": str(file)} for file in files],
+        "audio": [cell_of(file) for file in files],
         "label": [read_phones(file) for file in files],
         "speaker": [_speaker(file) for file in files],
         "where": [str(file) for file in files],
@@ -113,14 +114,14 @@ def _rows(files: list[Path]) -> Dataset:
 
 
 def read_phones(sound: Path) -> list[str]:
-    """The phones of a sentence, folded, as its .PHN file has them: lines of first sample, end, and phone.
+    """The folded phones of a sentence, from its .PHN file: lines of first sample, end, and phone.
 
     Args:
         sound: the .WAV file beside it.
 
     Raises:
-        UserError: no such file; a line that is not of this form; a phone that is none of the 61; times that are in no
-            order, or beyond the sound; a sentence without phones.
+        UserError: no such file; a line of another form; a phone that is not one of the 61; times out of order, or
+            beyond the end of the sound; a sentence without phones.
     """
     file = next((path for path in (sound.with_suffix(".PHN"), sound.with_suffix(".phn")) if path.is_file()), None)
     if file is None:
@@ -137,7 +138,7 @@ def read_phones(sound: Path) -> list[str]:
             case _:
                 raise UserError(f"{file}, line {number}: expected first sample, end and phone, got {line!r}")
         if phone not in FOLDED:
-            raise UserError(f"{file}, line {number}: {phone!r} is none of TIMIT's {len(FOLDED)} phones")
+            raise UserError(f"{file}, line {number}: {phone!r} is not one of TIMIT's {len(FOLDED)} phones")
         if not last <= int(begin) <= int(end) <= samples:
             problem = f"{begin} to {end} is not within {last} to {samples}, the rest of {sound.name}"
             raise UserError(f"{file}, line {number}: {problem}")

@@ -17,7 +17,7 @@ def read_waterbirds(folder: Path) -> dict[str, Dataset] | None:
     """The splits of Waterbirds with `image`, `label` and `group` (2 y + place); None if `folder` is not laid out so.
 
     Raises:
-        UserError: an image that is missing, or a bad value; names the file and its line.
+        UserError: a missing image, or a bad value; names the file and its line.
     """
     file = folder / "metadata.csv"
     if not file.is_file() or not set(COLUMNS) <= set(next(csv.reader(table_lines(file)), [])):

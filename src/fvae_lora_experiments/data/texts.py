@@ -1,30 +1,24 @@
-"""Labelled texts, or pairs of them: from tables to the tokens that a model takes."""
+"""Data sets of labelled texts, or of pairs of them; and their tokens."""
 
 import logging
-from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from fvae_lora_experiments.data.columns import check_texts, select_columns
 from fvae_lora_experiments.data.files import Notes
-from fvae_lora_experiments.data.source import (
-    official_splits,
-    own_columns,
-    read_tables,
-    refuse_values,
-    with_classes,
-    with_numbers,
-    without_hidden,
-)
+from fvae_lora_experiments.data.labels import drop_unlabelled, with_classes, with_numbers
+from fvae_lora_experiments.data.source import official_splits
+from fvae_lora_experiments.data.tables import read_tables
 from fvae_lora_experiments.schema import DataSettings, TextSettings
 
 COLUMNS = ("text", "text_pair")
-"""What the columns of a text and of its other half are called, whatever they were called in the data set."""
+"""The columns of a text and of its other half, whatever the data set calls them."""
 
 FOR_NUMBERS = "text.metrics=[pearson]"
-"""The recipe's setting for labels that are numbers."""
+"""The recipe's setting for a regression."""
 
 log = logging.getLogger(__name__)
 
@@ -36,20 +30,16 @@ def open_texts(name: str, data: DataSettings, text: TextSettings, notes: Notes |
     number; and a `group`, if the recipe asks for groups. `notes` gets what is left out.
 
     Raises:
-        UserError: no such data set or column; a row without text or with a label that is none of the allowed.
+        UserError: no such data set or column; a row without text or with a label that is not allowed.
     """
     notes = Notes() if notes is None else notes
     splits = official_splits(name, data, read_tables, notes)
     names = [[column] for column in text.columns or []] or [["sentence", "text"]]
     inputs = {what: ("text.columns", candidates) for what, candidates in zip(COLUMNS, names, strict=False)}
-    splits = without_hidden(own_columns(name, splits, data, inputs, notes), data, notes)
+    splits = drop_unlabelled(select_columns(name, splits, data, inputs, notes), data, notes)
     for column in inputs:
-        refuse_values(name, splits, data, column, partial(_no_text, column))
+        check_texts(name, splits, data, column)
     return with_numbers(name, splits, data) if text.is_regression else with_classes(name, splits, data, FOR_NUMBERS)
-
-
-def _no_text(column: str, value: Any) -> str | None:
-    return None if isinstance(value, str) and value.strip() else f"{column} is {value!r}; expected some text"
 
 
 def text_columns(rows: Dataset) -> list[str]:
@@ -63,15 +53,15 @@ def text_content(row: dict[str, Any], where: str) -> bytes:
 
 
 class Texts(torch.utils.data.Dataset[dict[str, Any]]):
-    """A split as tokens: `input_ids`, what else the tokenizer gives, each a list that is not padded, and `labels`.
+    """A split as tokens: `input_ids` and what else the tokenizer gives, as lists without padding, and `labels`.
 
-    `truncated` is how many rows were cut; a log line says so, if there are any.
+    `truncated` is how many rows were cut; if any were, it is logged.
 
     Args:
         rows: the split.
         split: its name, for the log.
         tokenizer: the model's.
-        max_length: tokens that a row is cut at.
+        max_length: how many tokens a row may have; the rest is cut.
     """
 
     def __init__(self, rows: Dataset, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int):

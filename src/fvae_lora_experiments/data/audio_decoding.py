@@ -1,7 +1,6 @@
-"""From encoded sound to samples at a model's rate."""
+"""Sound files to samples at a model's rate."""
 
 import io
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +8,11 @@ import soundfile
 import soxr
 from datasets import Value
 
+from fvae_lora_experiments.data.encoded import encoded_bytes
 from fvae_lora_experiments.errors import UserError
 
 SOUND = {"bytes": Value("binary"), "path": Value("string")}
-"""The feature of a sound that is not decoded; datasets' own cannot be made of paths without torchcodec."""
+"""The feature of a sound that is not decoded; datasets' own needs torchcodec to be made from paths."""
 
 
 def read_sound(row: dict[str, Any], rate: int) -> np.ndarray:
@@ -21,41 +21,35 @@ def read_sound(row: dict[str, Any], rate: int) -> np.ndarray:
     Args:
         row: has `audio`, a file's path or its bytes, in any format that libsndfile reads (RIFF, NIST sphere, FLAC ...),
             and `where` it is, for messages.
-        rate: samples per second that are wanted.
+        rate: samples per second to resample to.
 
     Returns:
         (samples,) of float32, 1 being full scale.
 
     Raises:
-        UserError: not readable, or without a single sample.
+        UserError: a sound that cannot be read, or has no samples.
     """
     samples, found = _decoded(row)
     return soxr.resample(samples.mean(axis=1), found, rate)
 
 
 def sound_content(row: dict[str, Any]) -> bytes:
-    """A row's sound, encoded, after decoding it once.
+    """A row's sound, still encoded, after decoding it once to check it.
 
     Raises:
         UserError: as `read_sound`.
     """
     _decoded(row)
-    return _encoded(row)
+    return encoded_bytes(row["audio"])
 
 
 def _decoded(row: dict[str, Any]) -> tuple[np.ndarray, int]:
-    """Samples, (samples, channels), and how many there are in a second."""
+    """Samples, (samples, channels), and their rate per second."""
     try:
-        samples, rate = soundfile.read(io.BytesIO(_encoded(row)), dtype="float32", always_2d=True)
+        samples, rate = soundfile.read(io.BytesIO(encoded_bytes(row["audio"])), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
         cause = getattr(error, "error_string", None) or getattr(error, "strerror", None) or "no sound in this row"
         raise UserError(f"{row['where']}: not a readable sound file: {cause}") from error
     if not len(samples):
-        raise UserError(f"{row['where']}: a sound file without a single sample")
+        raise UserError(f"{row['where']}: the sound file has no samples")
     return samples, rate
-
-
-def _encoded(row: dict[str, Any]) -> bytes:
-    audio = row["audio"]
-    encoded: bytes = audio["bytes"] if audio["bytes"] is not None else Path(audio["path"]).read_bytes()
-    return encoded
