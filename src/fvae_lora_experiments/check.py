@@ -13,7 +13,6 @@ from fvae_lora_experiments.data.summary import Summary, summarise
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import DataSettings, Recipe
 from fvae_lora_experiments.sweep.plan import Planned
-from fvae_lora_experiments.tasks import load_task
 
 RECIPES = {
     "image": "image/default",
@@ -35,6 +34,8 @@ def look(recipe: Recipe, with_model: bool = True) -> Summary:
     Raises:
         UserError: data that training would refuse.
     """
+    from fvae_lora_experiments.tasks import load_task
+
     task, notes = load_task(recipe), Notes()
     official = task.open_source(notes)
     summary = summarise(task, official, task.identify(official), notes)

@@ -4,6 +4,8 @@ One rule opens every image, in training, evaluation and prediction: upright as i
 is transparent, and with 8 bits, to which more are scaled.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import io
@@ -13,16 +15,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from PIL import ExifTags, Image, ImageOps, features
 from tqdm.auto import tqdm
 
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import ImageSettings
+
+if TYPE_CHECKING:
+    import torch
 
 Transform = Callable[[Image.Image], Image.Image]
 
@@ -56,7 +60,7 @@ class Opened:
     """The values of black and white that these were scaled by."""
 
 
-class Images(torch.utils.data.Dataset[dict[str, Any]]):
+class Images:
     """A split as a model takes it: `pixel_values` (channels, height, width) and `labels`.
 
     Args:
@@ -279,6 +283,8 @@ def random_resized_crop(image: Image.Image, size: tuple[int, int], min_share: fl
     A box that does not fit is drawn again, ten times at most; then the whole image is taken. Randomness comes from
     torch's global generator, which checkpoints save and data workers seed.
     """
+    import torch
+
     box = (0.0, 0.0, float(image.width), float(image.height))
     for _ in range(10):
         share, ratio, x, y = torch.rand(4, dtype=torch.float64).tolist()
@@ -294,4 +300,6 @@ def random_resized_crop(image: Image.Image, size: tuple[int, int], min_share: fl
 
 def random_flip(image: Image.Image) -> Image.Image:
     """The image, mirrored left to right half of the time."""
+    import torch
+
     return ImageOps.mirror(image) if torch.rand(()).item() < 0.5 else image

@@ -1,12 +1,12 @@
 """Labelled texts, or pairs of them: from tables to the tokens that a model takes."""
 
+from __future__ import annotations
+
 import logging
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from fvae_lora_experiments.data.files import Notes
 from fvae_lora_experiments.data.source import (
@@ -19,6 +19,9 @@ from fvae_lora_experiments.data.source import (
     without_hidden,
 )
 from fvae_lora_experiments.schema import DataSettings, TextSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 COLUMNS = ("text", "text_pair")
 """What the columns of a text and of its other half are called, whatever they were called in the data set."""
@@ -62,7 +65,7 @@ def text_content(row: dict[str, Any], where: str) -> bytes:
     return "\0".join(row[column] for column in COLUMNS if column in row).encode()
 
 
-class Texts(torch.utils.data.Dataset[dict[str, Any]]):
+class Texts:
     """A split as tokens: `input_ids`, what else the tokenizer gives, each a list that is not padded, and `labels`.
 
     `truncated` is how many rows were cut; a log line says so, if there are any.
