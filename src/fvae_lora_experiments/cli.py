@@ -306,6 +306,71 @@ def evaluate(
         console.print(f"{name:<{width}}{value:.6f}  recorded {record.metrics.test[name]:.6f}", highlight=False)
 
 
+class OnError(StrEnum):
+    """What happens where a row cannot be used."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+@app.command(cls=Command)
+def predict(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Images or recordings, folders of them, tables (CSV, TSV, JSON lines, JSON, parquet), or -: standard "
+            "input, of which each line is a text, the path of a file, or keys and values in JSON.",
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write, .csv or .jsonl (default: CSV on standard output).")
+    ] = None,
+    model: Model = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="The column that is read (default: as in training); for a pair of texts given twice."),
+    ] = None,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Each class's probability, too.")] = False,
+    draws: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="FVAE-LoRA: draw z1 so often, for the entropy of the mean prediction and, as mutual_information, the "
+            "part of it that the draws make.",
+        ),
+    ] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows at once (default: as in training).")] = None,
+    on_error: Annotated[
+        OnError, typer.Option(help="A row that cannot be used ends it, or is left out and told of.")
+    ] = OnError.stop,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last row of the file --out.")] = False,
+) -> None:
+    """Predicts what a finished run was trained for, one line for each row: its file, its number, and what it is."""
+    from fvae_lora_experiments.predict.output import Output
+    from fvae_lora_experiments.predict.request import check_request
+    from fvae_lora_experiments.predict.rows import begun, read_rows
+    from fvae_lora_experiments.predict.wanted import wanted_by
+    from fvae_lora_experiments.run.finished import usable_run
+
+    recipe, _ = usable_run(run, model)
+    output = Output(out, resume)
+    check_request(recipe, output, probabilities, draws)
+    rows = begun(read_rows(inputs, wanted_by(recipe, column or [])))
+    use_one_gpu()
+
+    from fvae_lora_experiments.predict.predict import predict as predict_rows
+    from fvae_lora_experiments.predict.trained import load_run
+
+    silence_libraries()
+    signals.unwind()
+    done, left_out = predict_rows(load_run(run, model), rows, output, probabilities, draws, batch_size, on_error.value)
+    if out is not None:
+        skipped = f", {left_out} left out" if left_out else ""
+        console.print(f"{out}: {done} rows predicted{skipped}", highlight=False)
+
+
 @app.command(cls=Command)
 def check(
     what: Annotated[str, typer.Argument(metavar="DATA|RECIPE", help="A data set as for --dataset, or a recipe.")],

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.places import located
+from fvae_lora_experiments.places import is_local, located
 from fvae_lora_experiments.recipe import check_recipe
 from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.run.record import Record
@@ -55,3 +55,19 @@ def is_complete(path: Path, recipe: Recipe) -> bool:
     """
     record = RunFolder(path).read_for(recipe)
     return record is not None and record.state == "complete"
+
+
+def usable_run(path: Path, model: str | None = None) -> tuple[Recipe, Record]:
+    """The recipe and the record of a finished run whose adapter is there, to be used on other data than its own.
+
+    Raises:
+        UserError: no such run, a point of a grid, or no folder of its base model.
+    """
+    recipe, record = finished_run(path, model)
+    if recipe.purpose == "selection":
+        raise UserError(f"{path}: a point of a grid, which only chooses settings; give a run of the results")
+    if not RunFolder(path).adapter.is_dir():
+        raise UserError(f"{path}: its adapter is not there, which is what would predict")
+    if is_local(recipe.model) and not Path(recipe.model).is_dir():
+        raise UserError(f"model {recipe.model}: no such folder; --model says where it is")
+    return recipe, record

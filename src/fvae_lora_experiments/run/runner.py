@@ -320,7 +320,7 @@ def _score(
 ) -> tuple[dict[str, float], int, nn.Module]:
     """Scores on the test split's `rows` of `base` with what `adapter/` holds, the cost of a batch, and that model."""
     recipe = task.recipe
-    model = _with_adapter(base, folder.adapter, recipe.train.cache_frozen)
+    model = with_adapter(base, folder.adapter, recipe.train.cache_frozen)
     with scorer(model, recipe, quiet) as trainer:
         if recipe.train.cache_frozen:
             rows = use_cached_states(model, {"test": rows}, task, record, trainer.args.device, quiet)["test"]
@@ -332,7 +332,12 @@ def _batch(task: Task, rows: Any, size: int) -> dict[str, Any]:
     return collate(task, [rows[i] for i in range(min(size, len(rows)))])
 
 
-def _with_adapter(base: PreTrainedModel, adapter: Path, is_trainable: bool) -> nn.Module:
+def with_adapter(base: PreTrainedModel, adapter: Path, is_trainable: bool = False) -> nn.Module:
+    """`base` with what a run has trained: its adapter, or every parameter.
+
+    Raises:
+        UserError: nothing in the folder `adapter` that can be loaded.
+    """
     if (adapter / "adapter_config.json").exists():
         return load_adapter(base, adapter, is_trainable)
     with loading(str(adapter), "as the model that was trained"):
