@@ -368,7 +368,7 @@ def predict(
     done, left_out = predict_rows(load_run(run, model), rows, output, probabilities, draws, batch_size, on_error.value)
     if out is not None:
         skipped = f", {left_out} left out" if left_out else ""
-        console.print(f"{out}: {done} rows predicted{skipped}", highlight=False)
+        console.print(f"{out}: {done} rows predicted{skipped}", highlight=False, soft_wrap=True)
 
 
 @app.command(cls=Command)

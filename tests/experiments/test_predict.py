@@ -45,8 +45,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of LoRA on pairs of texts."""
     place = tmp_path_factory.mktemp("texts")
     rows = [(label, text) for label in (0, 1) for text in sentences(label, 12, 0)]
-    table = "".join(f"{json.dumps({'said': text, 'of': 'a film', 'label': ['dull', 'fine'][l]})}\n" for l, text in rows)
-    (place / "train.jsonl").write_text(table)
+    tree = [{"said": text, "of": "a film", "label": ["dull", "fine"][label]} for label, text in rows]
+    (place / "train.jsonl").write_text("\n".join(map(json.dumps, tree)))
     recipe = {
         "task": "text",
         "method": "lora",
@@ -81,7 +81,8 @@ def test_images_of_a_folder_are_predicted_as_in_the_test_of_the_run(cli: Cli, im
     items = trained.task.datasets(splits, trained.model, trained.processor)["test"]
     with torch.no_grad():
         of_test = trained.model(pixel_values=items[3]["pixel_values"][None]).logits.softmax(-1)
-    row = next(row for row in rows if row["input"] == splits.test[3]["image"]["path"])
+    path = Path(splits.test[3]["image"]["path"]).resolve()
+    row = next(row for row in rows if Path(row["input"]).resolve() == path)
     found = [float(row[f"probability_{name}"]) for name in trained.classes]
     assert found == pytest.approx(of_test[0].tolist(), abs=1e-5)
 
@@ -102,10 +103,9 @@ def test_tables_of_images_say_what_the_files_do(
     elif suffix == ".parquet":
         pq.write_table(pa.table({"image": [{"bytes": f.read_bytes(), "path": f.name} for f in files]}), place)
     elif suffix in (".csv", ".tsv"):
-        cell = {".csv": ",", ".tsv": "\t"}[suffix]
-        Path(place).write_text(
-            "\n".join([cell.join(row_) for row_ in [("file_name", "n"), *((p, "1") for p in paths)]])
-        )
+        between = {".csv": ",", ".tsv": "\t"}[suffix]
+        lines = [("file_name", "n"), *((path, "1") for path in paths)]
+        Path(place).write_text("\n".join(map(between.join, lines)))
     else:
         text = json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows))
         Path(place).write_text(text)
@@ -129,9 +129,8 @@ def test_texts_are_read_from_the_columns_of_training_or_those_that_are_named(
     assert {row["label"] for row in table(out)} <= {"dull", "fine"}
     renamed = "\n".join(json.dumps({"a": row["said"], "b": row["of"]}) for row in rows)
     (tmp_path / "renamed.jsonl").write_text(renamed)
-    code, again, _ = cli(
-        "predict", texts, tmp_path / "renamed.jsonl", "--column", "a", "--column", "b", "--probabilities"
-    )
+    columns = ("--column", "a", "--column", "b")
+    code, again, _ = cli("predict", texts, tmp_path / "renamed.jsonl", *columns, "--probabilities", exactly=True)
     assert again == out.replace("new.jsonl", "renamed.jsonl")
     say(monkeypatch, "\n".join(map(json.dumps, rows)))
     assert cli("predict", texts, "-", "--probabilities")[1] == out.replace(str(tmp_path / "new.jsonl"), "-")
@@ -177,14 +176,18 @@ def test_what_was_stopped_goes_on_and_ends_in_the_same_file(
     assert (code, err) == (2, f"fvae-lora: --out {out}: exists already; --resume goes on where it ends\n")
     for kept in (0, 10, len(whole) // 2, len(whole) - 1):
         out.write_bytes(whole[:kept])
-        code, said, err = cli("predict", images, pictures / "test", "--out", out, "--resume")
+        code, _, err = cli("predict", images, pictures / "test", "--out", out, "--resume")
         assert (code, err) == (0, "")
         assert out.read_bytes() == whole
     assert "0 rows predicted" in cli("predict", images, pictures / "test", "--out", out, "--resume")[1]
     code, _, err = cli("predict", images, pictures / "train", "--out", out, "--resume")
     assert code == 2
-    assert "is none of these inputs'" in err
+    assert "is not among these inputs" in err
     assert out.read_bytes() == whole
+    other = tmp_path / f"other.{suffix}"
+    other.write_text("what somebody wrote")
+    assert cli("predict", images, pictures / "test", "--out", other, "--resume")[0] == 2
+    assert other.read_text() == "what somebody wrote"
     if suffix == "csv":
         code, _, err = cli("predict", images, pictures / "test", "--out", out, "--resume", "--probabilities")
         assert code == 2

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,71 +39,71 @@ class Output:
         self.is_csv = file is None or file.suffix.lower() == ".csv"
         self.columns: Sequence[str] = ()
         self.stream: TextIO = sys.stdout
-
-    def not_done(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """The rows that come after the last one in the file; all where there is none.
-
-        Raises:
-            UserError: a file of something else; its last row is none of `rows`.
-        """
-        last = self._last_key() if self.resume and self.file is not None and self.file.exists() else None
-        if last is None:
-            yield from rows
-            return
-        for row in rows:
-            if row.key == last:
-                break
-        else:
-            raise UserError(f"--out {self.file}: its last row, {' '.join(last).strip()}, is none of these inputs'")
-        yield from rows
-
-    def _last_key(self) -> tuple[str, str] | None:
-        """What the last whole line is of; the rest of one that was cut off is taken away."""
-        assert self.file is not None
-        with self.file.open("rb+") as lines:
-            first = last = b""
-            whole = 0
-            for line in lines:
-                if line.endswith(b"\n"):
-                    first, last, whole = first or line, line, whole + len(line)
-            lines.truncate(whole)
-        if not first or (self.is_csv and first == last):
-            return None
-        try:
-            text = last.decode()
-            if self.is_csv:
-                header = next(csv.reader([first.decode()]))
-                values: Mapping[str, Any] = dict(zip(header, next(csv.reader([text])), strict=True))
-            else:
-                values = json.loads(text)
-            number = values["row"]
-            return str(values["input"]), "" if number is None else str(number)
-        except (ValueError, KeyError, TypeError, csv.Error) as error:
-            raise UserError(f"--out {self.file}: not a file of predictions, so nothing to go on with") from error
+        self.last: tuple[str, str] | None = None
 
     def open(self, columns: Sequence[str]) -> None:
-        """Begins to write, or goes on.
+        """Begins to write, or goes on; then a last line that was cut off is taken away.
 
         Args:
             columns: what a row of a table holds beside its place.
 
         Raises:
-            UserError: the file that is gone on with has other columns.
+            UserError: the file that is gone on with holds no predictions, or has other columns.
         """
         self.columns = (*PLACE, *columns)
-        header = _line(self.columns)
-        begun = False
+        header = _line(self.columns) if self.is_csv else ""
         if self.file is not None:
+            if self.resume and self.file.exists():
+                self._find_end(header)
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            begun = self.file.exists() and self.file.stat().st_size > 0
-            if begun and self.is_csv:
-                with self.file.open(encoding="utf-8", newline="") as there:
-                    if there.readline() != header:
-                        raise UserError(f"--out {self.file}: has other columns than {header.strip()}")
             self.stream = self.file.open("a", encoding="utf-8", newline="")
-        if self.is_csv and not begun:
+        if self.is_csv and (self.file is None or not self.file.stat().st_size):
             self.stream.write(header)
-            self.stream.flush()
+            self.flush()
+
+    def _find_end(self, header: str) -> None:
+        """Finds the last row of the file, and cuts off what follows its last whole line."""
+        assert self.file is not None
+        first = last = b""
+        whole = 0
+        with self.file.open("rb") as lines:
+            for line in lines:
+                first, last = first or line, line if line.endswith(b"\n") else last
+                whole += len(line) if line.endswith(b"\n") else 0
+        begins = header or '{"input": '
+        if self.is_csv and whole and first != header.encode():
+            raise UserError(f"--out {self.file}: has other columns than {header.strip()}")
+        if not (first.startswith(begins.encode()) or begins.encode().startswith(first)):
+            raise UserError(f"--out {self.file}: not a file of predictions, so nothing to go on with")
+        if whole and not (self.is_csv and last == first):
+            self.last = self._key(last.decode())
+        os.truncate(self.file, whole)
+
+    def _key(self, line: str) -> tuple[str, str]:
+        """The input and the row that a line is about."""
+        try:
+            if self.is_csv:
+                name, number, *_ = next(csv.reader([line]))
+                return name, number
+            values = json.loads(line)
+            return values["input"], "" if values["row"] is None else str(values["row"])
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            raise UserError(f"--out {self.file}: not a file of predictions, so nothing to go on with") from error
+
+    def not_done(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """The rows that come after the last one in the file; all where there is none.
+
+        Raises:
+            UserError: that one is not among `rows`.
+        """
+        if self.last is not None:
+            for row in rows:
+                if row.key == self.last:
+                    break
+            else:
+                name = " row ".join(filter(None, self.last))
+                raise UserError(f"--out {self.file}: its last row, {name}, is not among these inputs")
+        yield from rows
 
     def write(self, row: Row, prediction: Mapping[str, Any]) -> None:
         """Writes a line."""
