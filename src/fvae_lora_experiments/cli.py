@@ -348,13 +348,15 @@ def predict(
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last row of the file --out.")] = False,
 ) -> None:
     """Predicts what a finished run was trained for, one line for each row: its file, its number, and what it is."""
+    from fvae_lora_experiments.run.finished import usable_run
+
+    recipe, _ = usable_run(run, model)
+
     from fvae_lora_experiments.predict.output import Output
     from fvae_lora_experiments.predict.request import check_request
     from fvae_lora_experiments.predict.rows import begun, read_rows
     from fvae_lora_experiments.predict.wanted import wanted_by
-    from fvae_lora_experiments.run.finished import usable_run
 
-    recipe, _ = usable_run(run, model)
     output = Output(out, resume)
     check_request(recipe, output, probabilities, draws)
     rows = begun(read_rows(inputs, wanted_by(recipe, column or [])))
@@ -365,7 +367,13 @@ def predict(
 
     silence_libraries()
     signals.unwind()
-    done, left_out = predict_rows(load_run(run, model), rows, output, probabilities, draws, batch_size, on_error.value)
+    trained = load_run(run, model)
+    try:
+        done, left_out = predict_rows(trained, rows, output, probabilities, draws, batch_size, on_error.value)
+    except (KeyboardInterrupt, signals.Terminated):
+        if out is not None:
+            console.print(f"With --resume it goes on after the last row of {out}", highlight=False, soft_wrap=True)
+        raise
     if out is not None:
         skipped = f", {left_out} left out" if left_out else ""
         console.print(f"{out}: {done} rows predicted{skipped}", highlight=False, soft_wrap=True)

@@ -207,6 +207,16 @@ def test_a_row_that_cannot_be_used_is_named_and_ends_it_or_is_left_out(
     code, out, err = cli("predict", images, tmp_path, "--on-error", "skip", "--out", tmp_path / "o.csv")
     assert (code, out) == (0, f"{tmp_path / 'o.csv'}: 2 rows predicted, 1 left out\n")
     assert err == f"fvae-lora: left out: {tmp_path / 'b.png'}: not a readable image\n"
+    (tmp_path / "t.csv").write_text("path,n\na.png,1\nb.png,2\nno.png,3\nc.png\n")
+    code, out, err = cli("predict", images, tmp_path / "t.csv", "--on-error", "skip")
+    assert code == 0
+    assert [row["row"] for row in table(out)] == ["1"]
+    place = f"fvae-lora: left out: {tmp_path / 't.csv'}, row"
+    assert err.splitlines() == [
+        f"{place} 2: {tmp_path / 'b.png'}: not a readable image",
+        f"{place} 3: {tmp_path / 'no.png'}: not a readable image",
+        f"{place} 4: 1 cells; the first line has 2",
+    ]
     lines = ['{"said": "good", "of": "a film"}', "{", '{"said": " ", "of": "a film"}', '{"said": "bad"}', "[1]"]
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
     code, out, err = cli("predict", texts, tmp_path / "t.jsonl", "--on-error", "skip")
@@ -306,3 +316,19 @@ def test_transformers_own_pipelines_take_a_loaded_run(cli: Cli, images: Path, te
     trained = load_run(texts)
     classify = pipeline("text-classification", model=trained.model, tokenizer=trained.processor)
     assert classify({"text": "a good film", "text_pair": "the plot"})["label"] in ("dull", "fine")
+
+
+def test_how_far_it_is_can_be_seen_on_a_terminal_alone(
+    cli: Cli, images: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli("predict", images, pictures / "test")[2] == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert "predicting" in cli("predict", images, pictures / "test")[2]
+
+
+def test_a_table_is_read_row_by_row(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["good"] * 1000}), tmp_path / "t.parquet")
+    (tmp_path / "t.csv").write_bytes(b"text\n" + b"good\n" * 100_000 + b"\xff")
+    for name in ("t.parquet", "t.csv"):
+        rows = read_rows([str(tmp_path / name)], Wanted({"text": ["text"]}))
+        assert [next(rows).number for _ in range(3)] == [1, 2, 3]

@@ -51,6 +51,7 @@ def test_what_trains_nothing_answers_at_once(tmp_path: Path) -> None:
         ["--help"],
         ["train", "--help"],
         ["compare", "--help"],
+        ["predict", "--help"],
         ["--version"],
         ["recipes"],
         ["recipes", "list"],
@@ -76,6 +77,7 @@ MISTAKES = {
     ("train", "image/default", "--model", ".", "--dataset", "./no"): "dataset ./no: no such folder or file",
     ("compare", "image/default", "--model", ".", "--dataset", "./no"): "dataset ./no: no such folder or file",
     ("evaluate", "./no"): "no: no finished run",
+    ("predict", "./no", "a.png"): "no: no finished run",
 }
 
 

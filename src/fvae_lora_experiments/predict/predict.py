@@ -82,7 +82,7 @@ def _prepared(predictor: Predictor, row: Row) -> Any:
     try:
         return predictor.prepare(row)
     except UserError as error:
-        return error
+        return error if str(error).startswith(row.where) else UserError(f"{row.where}: {error}")
 
 
 def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
