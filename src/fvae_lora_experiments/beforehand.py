@@ -54,12 +54,13 @@ def refuse_if_none_can_run(runs: Iterable["Planned"]) -> None:
         if run.is_done():
             return
         key = run.recipe.model_dump_json(include={"task", "model", "dataset", "data", "text", "commonsense"})
-        if key not in refused:
-            try:
-                refuse_at_once(run.recipe)
-            except UserError as error:
-                refused[key] = error
-            else:
-                return
+        if key in refused:
+            continue
+        try:
+            refuse_at_once(run.recipe)
+        except UserError as error:
+            refused[key] = UserError(f"{run.name}: {error}")
+        else:
+            return
     for first in refused.values():
         raise first
