@@ -14,7 +14,6 @@ from fvae_lora_experiments.data.tables import read_tables
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import DataSettings, Recipe
 from fvae_lora_experiments.sweep.plan import Planned
-from fvae_lora_experiments.tasks import load_task
 
 RECIPES = {
     "image": "image/default",
@@ -36,6 +35,8 @@ def look(recipe: Recipe, with_model: bool = True) -> Summary:
     Raises:
         UserError: data that training would refuse.
     """
+    from fvae_lora_experiments.tasks import load_task
+
     task, notes = load_task(recipe), Notes()
     official = task.open_source(notes)
     summary = summarise(task, official, task.identify(official), notes)

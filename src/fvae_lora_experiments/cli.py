@@ -3,6 +3,7 @@
 import os
 import textwrap
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
-from fvae_lora_experiments import signals
+from fvae_lora_experiments import completion, signals
 from fvae_lora_experiments.errors import RunError, UserError
 from fvae_lora_experiments.process import exit_code, silence_libraries, use_one_gpu
 from fvae_lora_experiments.run import distributed
@@ -35,7 +36,6 @@ class Command(TyperCommand):
 
 app = typer.Typer(
     help="FVAE-LoRA beside LoRA, its relatives, a linear probe and full fine-tuning: train, compare, report.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # which would make a picture of H:M:S
 )
@@ -43,8 +43,18 @@ recipes = typer.Typer(help="Lists, shows and copies recipes.", invoke_without_co
 app.add_typer(recipes, name="recipes")
 console = Console(markup=False, emoji=False)  # what a user named is shown as it is
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (image/default) or a YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.epochs=3.")]
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A shipped recipe (image/default) or a YAML file.",
+        autocompletion=completion.recipes,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="For example train.epochs=3.", autocompletion=completion.keys),
+]
 Model = Annotated[str | None, typer.Option(help="Pretrained model: a name on the hub or a folder.")]
 Dataset = Annotated[str | None, typer.Option(help="Data: a name on the hub, a folder of images or tables, a table.")]
 
@@ -67,8 +77,19 @@ DataRoot = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fvae-lora {version('fvae-lora')}")
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
-def refuse_what_is_no_run(context: typer.Context) -> None:
+def refuse_what_is_no_run(
+    context: typer.Context,
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="The version, and nothing else.")
+    ] = False,
+) -> None:
     """Each of the processes that torchrun starts would do the whole command.
 
     Raises:
@@ -88,7 +109,10 @@ def train(
     model: Model = None,
     dataset: Dataset = None,
     data_root: DataRoot = None,
-    method: Annotated[str | None, typer.Option(help="One of those that `fvae-lora recipes` lists.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="One of those that `fvae-lora recipes` lists.", autocompletion=completion.methods),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything that is random.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/METHOD-seedN).")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
@@ -98,12 +122,16 @@ def train(
     On several GPUs: torchrun --nproc-per-node 2 --no-python fvae-lora train RECIPE, or accelerate launch. The recipe's
     batch is shared out among them.
     """
+    from fvae_lora_experiments.beforehand import refuse_at_once
     from fvae_lora_experiments.recipe import load_recipe
+    from fvae_lora_experiments.run.finished import is_complete
 
     options = _given(model=model, dataset=dataset, method=method, seed=seed)
     chosen = load_recipe(recipe, overrides or [], options)
     folder = out or Path("runs") / f"{chosen.method}-seed{chosen.seed}"
     use_one_gpu()
+    if distributed.count() == 1 and not is_complete(folder, chosen):
+        refuse_at_once(chosen)
 
     from fvae_lora_experiments.report import print_table, summary_rows
     from fvae_lora_experiments.run.runner import run
@@ -131,7 +159,9 @@ def compare(
     model: Model = None,
     dataset: Annotated[str | None, typer.Option(help="Data sets as for train, separated by commas.")] = None,
     data_root: DataRoot = None,
-    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "fvae-lora,lora,linear-probe",
+    methods: Annotated[
+        str, typer.Option(help="Methods, separated by commas.", autocompletion=completion.methods_in_a_list)
+    ] = "fvae-lora,lora,linear-probe",
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "1,2,42",
     vary: Annotated[
         list[str] | None, typer.Option(help="KEY=A,B: do it for each value; may be given several times.")
@@ -177,18 +207,14 @@ def compare(
     takes from its own variables (SBATCH_MEM_PER_NODE, SBATCH_QOS, SBATCH_CONSTRAINT). Their output is in OUT/.slurm
     until all runs of their array are complete.
     """
-    from fvae_lora_experiments.check import look_at_each
-    from fvae_lora_experiments.data.summary import print_summary
-    from fvae_lora_experiments.report import print_table, summary_rows
+    from fvae_lora_experiments.beforehand import refuse_if_none_can_run
     from fvae_lora_experiments.sweep.grid import Grid, print_choices
     from fvae_lora_experiments.sweep.plan import contenders, parse_list, parse_values, runs_of
     from fvae_lora_experiments.sweep.sweep import sweep
 
-    signals.unwind()
     if processes and gpus:
         raise UserError(f"--processes {processes}: for runs without GPUs; --gpus {gpus} has a process for each")
     size = {"processes": processes or gpus or 1, "gpus": 0 if processes else gpus}
-    launch = _launcher(launcher, out, jobs, size, partition=partition, account=account, time=time, cpus=cpus)
     compared = contenders(
         recipe,
         out,
@@ -200,6 +226,16 @@ def compare(
     result_seeds = parse_list("--seeds", seeds)
     tried, lost = [], []
     seen: set[str] = set()
+    if selection_seeds and not grid:
+        raise UserError("--selection-seeds: of use with --grid only")
+    refuse_if_none_can_run(runs_of(compared, result_seeds))
+    launch = _launcher(launcher, out, jobs, size, partition=partition, account=account, time=time, cpus=cpus)
+
+    from fvae_lora_experiments.check import look_at_each
+    from fvae_lora_experiments.data.summary import print_summary
+    from fvae_lora_experiments.report import print_table, summary_rows
+
+    signals.unwind()
 
     def show_data(runs: list["Planned"]) -> None:
         silence_libraries()
@@ -216,8 +252,6 @@ def compare(
         print_choices(choices, console)
         compared = [choice.best.contender for choice in choices if choice.best]
         lost = [choice.name for choice in choices if not choice.best]
-    elif selection_seeds:
-        raise UserError("--selection-seeds: of use with --grid only")
     runs = runs_of(compared, result_seeds)
     show_data(runs)
     failures = sweep(runs, launch, console)
@@ -256,6 +290,9 @@ def evaluate(
     data_root: DataRoot = None,
 ) -> None:
     """Scores a finished run again, from its adapter alone."""
+    from fvae_lora_experiments.run.finished import finished_run, record_in
+
+    record_in(run)
     use_one_gpu()
 
     from fvae_lora_experiments.run import runner
@@ -263,10 +300,83 @@ def evaluate(
     silence_libraries()
     signals.unwind()
     scores = runner.evaluate(run, model, dataset)
-    _, record = runner.finished_run(run)
+    _, record = finished_run(run)
     width = max(map(len, scores)) + 2
     for name, value in scores.items():
         console.print(f"{name:<{width}}{value:.6f}  recorded {record.metrics.test[name]:.6f}", highlight=False)
+
+
+class OnError(StrEnum):
+    """What happens where a row cannot be used."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+@app.command(cls=Command)
+def predict(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Images or recordings, folders of them, tables (CSV, TSV, JSON lines, JSON, parquet), or -: standard "
+            "input, of which each line is a text, the path of a file, or keys and values in JSON.",
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write, .csv or .jsonl (default: CSV on standard output).")
+    ] = None,
+    model: Model = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="The column that is read (default: as in training); for a pair of texts given twice."),
+    ] = None,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Each class's probability, too.")] = False,
+    draws: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="FVAE-LoRA: draw z1 so often, for the entropy of the mean prediction and, as mutual_information, the "
+            "part of it that the draws make.",
+        ),
+    ] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows at once (default: as in training).")] = None,
+    on_error: Annotated[
+        OnError, typer.Option(help="A row that cannot be used ends it, or is left out and told of.")
+    ] = OnError.stop,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last row of the file --out.")] = False,
+) -> None:
+    """Predicts what a finished run was trained for, one line for each row: its file, its number, and what it is."""
+    from fvae_lora_experiments.run.finished import usable_run
+
+    recipe, _ = usable_run(run, model)
+
+    from fvae_lora_experiments.predict.output import Output
+    from fvae_lora_experiments.predict.request import check_request
+    from fvae_lora_experiments.predict.rows import begun, read_rows
+    from fvae_lora_experiments.predict.wanted import wanted_by
+
+    output = Output(out, resume)
+    check_request(recipe, output, probabilities, draws)
+    rows = begun(read_rows(inputs, wanted_by(recipe, column or [])))
+    use_one_gpu()
+
+    from fvae_lora_experiments.predict.predict import predict as predict_rows
+    from fvae_lora_experiments.predict.trained import load_run
+
+    silence_libraries()
+    signals.unwind()
+    trained = load_run(run, model)
+    try:
+        done, left_out = predict_rows(trained, rows, output, probabilities, draws, batch_size, on_error.value)
+    except (KeyboardInterrupt, signals.Terminated):
+        if out is not None:
+            console.print(f"With --resume it goes on after the last row of {out}", highlight=False, soft_wrap=True)
+        raise
+    if out is not None:
+        skipped = f", {left_out} left out" if left_out else ""
+        console.print(f"{out}: {done} rows predicted{skipped}", highlight=False, soft_wrap=True)
 
 
 @app.command(cls=Command)
@@ -445,10 +555,9 @@ def recipes_default(context: typer.Context) -> None:
 @recipes.command("list", cls=Command)
 def list_recipes() -> None:
     """The shipped recipes, the methods, and the models and data that need neither a folder nor a network."""
-    from fvae_lora_experiments.data.images import BUILT_IN as DATASETS
+    from fvae_lora_experiments.built_in import DATASETS, MODELS
     from fvae_lora_experiments.methods import METHODS
     from fvae_lora_experiments.recipe import shipped
-    from fvae_lora_experiments.tasks.image import BUILT_IN as MODELS
 
     table = Table(box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)

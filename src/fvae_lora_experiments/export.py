@@ -30,8 +30,9 @@ from fvae_lora import (
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.models.pretrained import load, load_adapter, load_model, loading
 from fvae_lora_experiments.places import is_local
+from fvae_lora_experiments.run.finished import finished_run
 from fvae_lora_experiments.run.folder import RunFolder
-from fvae_lora_experiments.run.runner import finished_run, open_base, open_data, scorer
+from fvae_lora_experiments.run.runner import open_base, open_data, scorer
 from fvae_lora_experiments.schema import ImageSettings
 from fvae_lora_experiments.tasks import load_task
 

@@ -40,6 +40,8 @@ class Method:
     training_only: Callable[[str], float] = lambda _: 0.0
     resumable: bool = True
     """Whether a checkpoint holds all that training goes on from; if not, an interrupted run begins again."""
+    draws_z1: bool = False
+    """Whether it has a latent that can be drawn at inference, too."""
 
     def apply(self, model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftModel:
         """`model`, changed in place, with this method's parameters trainable and all others frozen."""
@@ -150,7 +152,7 @@ def _for_training_alone(name: str) -> bool:
     return is_training_only(name)
 
 
-_fvae_method = partial(Method, config=_fvae_lora, training_only=_for_training_alone)
+_fvae_method = partial(Method, config=_fvae_lora, training_only=_for_training_alone, draws_z1=True)
 
 METHODS: dict[str, Method] = {
     "fvae-lora": _fvae_method("LoRA whose down-projection is the encoder of a VAE with two latents"),

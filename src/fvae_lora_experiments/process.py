@@ -23,16 +23,22 @@ def use_one_gpu() -> None:
 
 def silence_libraries() -> None:
     """A new head and a renamed option are no news to somebody who asked for a run."""
-    import datasets
     import transformers
 
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it cannot read is an error of ours, too
+    silence_datasets()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     of_peft = "Setting `save_embedding_layers`|The following rank_pattern keys"  # a head for CTC; AdaLoRA's own pattern
     warnings.filterwarnings("ignore", message=of_peft, module="peft")
+
+
+def silence_datasets() -> None:
+    """What it cannot read is an error of ours, too."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 
 
 def exit_code(command: Callable[[], Any]) -> int:

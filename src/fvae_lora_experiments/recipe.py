@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.schema import Recipe, Section
+from fvae_lora_experiments.suggest import did_you_mean
 
 SHIPPED = Path(str(files("fvae_lora_experiments"))) / "recipes"
 
@@ -91,7 +92,8 @@ def recipe_file(name: str) -> Path:
     """
     path = shipped().get(name, Path(name))
     if not path.is_file():
-        raise UserError(f"recipe {name}: no such file, and no shipped recipe; shipped are {', '.join(shipped())}")
+        near = did_you_mean(name, shipped())
+        raise UserError(f"recipe {name}: no such file, and no shipped recipe; shipped are {', '.join(shipped())}{near}")
     return path
 
 
@@ -180,7 +182,8 @@ def check_recipe(tree: Mapping[str, Any], where: str) -> Recipe:
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(error)}") from error
     if recipe.method not in METHODS:
-        raise UserError(f"{where}: method: expected one of {', '.join(METHODS)}, got {recipe.method!r}")
+        near = did_you_mean(recipe.method, METHODS)
+        raise UserError(f"{where}: method: expected one of {', '.join(METHODS)}, got {recipe.method!r}{near}")
     return recipe
 
 
@@ -232,7 +235,8 @@ def _explain(error: ValidationError) -> str:
         section: Any = Recipe
         for parent in parents:
             section = section.model_fields[parent].annotation
-        return f"{key}: unknown key; allowed are {', '.join(section.model_fields)}"
+        near = did_you_mean(key, (known.name for known in keys()))
+        return f"{key}: unknown key; allowed are {', '.join(section.model_fields)}{near}"
     if first["type"] == "missing":
         option = f" (or --{last})" if last in ("model", "dataset") else ""
         return f"{key}: missing; give {key}=...{option}"

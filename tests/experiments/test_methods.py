@@ -18,7 +18,8 @@ from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.models.targets import adapted_modules
 from fvae_lora_experiments.recipe import check_recipe, load_recipe
 from fvae_lora_experiments.run.adalora import orthogonality
-from fvae_lora_experiments.run.runner import evaluate, finished_run, open_base, open_data, run, scorer
+from fvae_lora_experiments.run.finished import finished_run
+from fvae_lora_experiments.run.runner import evaluate, open_base, open_data, run, scorer
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import load_task
 

@@ -16,7 +16,7 @@ from fvae_lora_experiments.data import open_images
 from fvae_lora_experiments.data.files import Notes
 from fvae_lora_experiments.data.questions import open_questions
 from fvae_lora_experiments.data.recordings import open_recordings
-from fvae_lora_experiments.data.text import open_texts
+from fvae_lora_experiments.data.texts import open_texts
 from fvae_lora_experiments.schema import DataSettings, TextSettings
 
 DEFAULT = DataSettings()

@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
+from fvae_lora_experiments.built_in import DIGITS
 from fvae_lora_experiments.data.classes import class_names
 from fvae_lora_experiments.data.columns import select_columns
 from fvae_lora_experiments.data.encoded import cell_of
@@ -78,7 +79,7 @@ def _digits() -> dict[str, Dataset]:
     return {"train": Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)}
 
 
-BUILT_IN: dict[str, Callable[[], dict[str, Dataset]]] = {"sklearn-digits": _digits}
+BUILT_IN: dict[str, Callable[[], dict[str, Dataset]]] = {DIGITS: _digits}
 """Data sets that come with an installed library."""
 
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from datasets import ClassLabel, Dataset
-from sklearn.model_selection import train_test_split
 
 from fvae_lora_experiments.data.classes import class_names
 from fvae_lora_experiments.data.groups import refuse_empty_groups, weighted_as
@@ -81,6 +80,8 @@ def _clean(parts: dict[str, Dataset], settings: DataSettings, _: int) -> Splits:
 
 def _stratified(rows: Dataset, share: float, seed: int, refusal: str) -> tuple[Dataset, Dataset]:
     """The remaining `rows`, and the `share` of them (a fraction, or a number of rows) that is taken out."""
+    from sklearn.model_selection import train_test_split  # who only opens data does not wait for it
+
     strata = _strata(rows)
     if strata is not None:
         _refuse_single_rows(rows, strata, refusal)

@@ -1,11 +1,11 @@
 """Data sets of labelled texts, or of pairs of them; and their tokens."""
 
-import logging
-from typing import Any
+from __future__ import annotations
 
-import torch
+import logging
+from typing import TYPE_CHECKING, Any
+
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from fvae_lora_experiments.data.columns import check_texts, select_columns
 from fvae_lora_experiments.data.files import Notes
@@ -13,6 +13,9 @@ from fvae_lora_experiments.data.labels import drop_unlabelled, with_classes, wit
 from fvae_lora_experiments.data.source import official_splits
 from fvae_lora_experiments.data.tables import read_tables
 from fvae_lora_experiments.schema import DataSettings, TextSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 COLUMNS = ("text", "text_pair")
 """The columns of a text and of its other half, whatever the data set calls them."""
@@ -52,7 +55,7 @@ def text_content(row: dict[str, Any], where: str) -> bytes:
     return "\0".join(row[column] for column in COLUMNS if column in row).encode()
 
 
-class Texts(torch.utils.data.Dataset[dict[str, Any]]):
+class Texts:
     """A split as tokens: `input_ids` and what else the tokenizer gives, as lists without padding, and `labels`.
 
     `truncated` is how many rows were cut; if any were, it is logged.

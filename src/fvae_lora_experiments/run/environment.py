@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fvae_lora_experiments.run import distributed
 
 PACKAGES = ("fvae-lora", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "pillow")
@@ -45,6 +43,8 @@ def git_commit() -> str | None:
 
 def hardware() -> dict[str, Any]:
     """The device that trains, how many of them (one for each process), and the machine around it."""
+    import torch
+
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "device": device,
@@ -73,6 +73,8 @@ def _cpu_name() -> str:
 
 def peak_memory_mb() -> float:
     """The most memory that this process had in use at once, in MB: of its GPU where there is one."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     status = Path("/proc/self/status")

@@ -35,10 +35,10 @@ from fvae_lora_experiments.errors import DivergenceError, RunError, UserError, f
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.models.heads import head_modules
 from fvae_lora_experiments.models.pretrained import load_adapter, loading
-from fvae_lora_experiments.places import located, short, without_places
-from fvae_lora_experiments.recipe import check_recipe
+from fvae_lora_experiments.places import short, without_places
 from fvae_lora_experiments.run import distributed
 from fvae_lora_experiments.run.environment import git_commit, hardware, peak_memory_mb, versions
+from fvae_lora_experiments.run.finished import finished_run, recorded_recipe
 from fvae_lora_experiments.run.flops import inference_flops, training_flops
 from fvae_lora_experiments.run.folder import RunFolder, checkpoint_step
 from fvae_lora_experiments.run.record import (
@@ -129,7 +129,7 @@ def evaluate(path: Path, model: str | None = None, dataset: str | None = None, q
     """
     folder = RunFolder(path)
     if (record := folder.read()) and record.state != "complete":
-        recipe = _recorded_recipe(record, path, model, dataset)
+        recipe = recorded_recipe(record, path, model, dataset)
         if _is_trained(folder, recipe):
             run(recipe, path, quiet, on_other_data=True)
     recipe, record = finished_run(path, model, dataset)
@@ -140,31 +140,6 @@ def evaluate(path: Path, model: str | None = None, dataset: str | None = None, q
     task, splits = load_task(recipe), open_data(recipe, record)
     base, processor = open_base(recipe, record)
     return _score(task, base, task.datasets(splits, base, processor)["test"], RunFolder(path), record, quiet)[0]
-
-
-def finished_run(path: Path, model: str | None = None, dataset: str | None = None) -> tuple[Recipe, Record]:
-    """A finished run's recipe and record.
-
-    Args:
-        path: the run's folder.
-        model: where the base model is, if not where the record says.
-        dataset: where the data are, if not where the record says.
-
-    Raises:
-        UserError: no finished run there.
-    """
-    folder = RunFolder(path)
-    record = folder.read()
-    if record is None or record.state != "complete":
-        raise UserError(f"{path}: no finished run" + ("" if record is None else f"; its state is {record.state}"))
-    return _recorded_recipe(record, path, model, dataset), record
-
-
-def _recorded_recipe(record: Record, path: Path, model: str | None, dataset: str | None) -> Recipe:
-    places = {
-        key: given or located(record.recipe[key], path) for key, given in (("model", model), ("dataset", dataset))
-    }
-    return check_recipe(record.recipe | places, str(RunFolder(path).record_file))
 
 
 def _is_trained(folder: RunFolder, recipe: Recipe) -> bool:
@@ -345,7 +320,7 @@ def _score(
 ) -> tuple[dict[str, float], int, nn.Module]:
     """Scores on the test split's `rows` of `base` with what `adapter/` holds, the cost of a batch, and that model."""
     recipe = task.recipe
-    model = _with_adapter(base, folder.adapter, recipe.train.cache_frozen)
+    model = with_adapter(base, folder.adapter, recipe.train.cache_frozen)
     with scorer(model, recipe, quiet) as trainer:
         if recipe.train.cache_frozen:
             rows = use_cached_states(model, {"test": rows}, task, record, trainer.args.device, quiet)["test"]
@@ -357,7 +332,12 @@ def _batch(task: Task, rows: Any, size: int) -> dict[str, Any]:
     return collate(task, [rows[i] for i in range(min(size, len(rows)))])
 
 
-def _with_adapter(base: PreTrainedModel, adapter: Path, is_trainable: bool) -> nn.Module:
+def with_adapter(base: PreTrainedModel, adapter: Path, is_trainable: bool = False) -> nn.Module:
+    """`base` with what a run has trained: its adapter, or every parameter.
+
+    Raises:
+        UserError: nothing in the folder `adapter` that can be loaded.
+    """
     if (adapter / "adapter_config.json").exists():
         return load_adapter(base, adapter, is_trainable)
     with loading(str(adapter), "as the model that was trained"):

@@ -31,9 +31,10 @@ from fvae_lora_experiments.run import distributed
 from fvae_lora_experiments.run.adalora import RankSchedule, orthogonality
 from fvae_lora_experiments.run.environment import cores
 from fvae_lora_experiments.run.folder import RunFolder
-from fvae_lora_experiments.run.progress import ProgressLines, on_terminal
+from fvae_lora_experiments.run.progress import ProgressLines
 from fvae_lora_experiments.run.record import Event
 from fvae_lora_experiments.run.state_cache import collate
+from fvae_lora_experiments.run.timing import on_terminal
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import Metric, Task
 

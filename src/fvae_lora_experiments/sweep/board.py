@@ -9,7 +9,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from fvae_lora_experiments.run.progress import PAUSE_S, ends
+from fvae_lora_experiments.run.timing import PAUSE_S, ends
 from fvae_lora_experiments.sweep.plan import Planned
 
 

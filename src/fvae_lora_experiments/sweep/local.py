@@ -11,8 +11,6 @@ from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from typing import IO
 
-import torch
-
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.run.environment import cores
 from fvae_lora_experiments.sweep.launcher import Ended, News, ending, refuse_folders_in_use
@@ -120,6 +118,8 @@ def most_threads() -> float:
 
 def _gpus(jobs: int, each: int | None) -> list[dict[str, str]]:
     """For each of the runs at once, the environment variable that names its GPUs."""
+    import torch
+
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = named.split(",") if named else list(map(str, range(count)))

@@ -5,7 +5,6 @@ import inspect
 import json
 from contextlib import suppress
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
+from fvae_lora_experiments.built_in import MODELS
 from fvae_lora_experiments.data import Splits, accuracies, open_images
 from fvae_lora_experiments.data.files import Notes
 from fvae_lora_experiments.data.image_decoding import ImageFacts, image_content, inspect_images
@@ -23,9 +23,6 @@ from fvae_lora_experiments.models.classifiers import load_classifier
 from fvae_lora_experiments.models.pretrained import load, loading
 from fvae_lora_experiments.run.folder import write_atomically
 from fvae_lora_experiments.tasks import Task
-
-BUILT_IN = {"vit-fashion-mnist": Path(str(files("fvae_lora_experiments"))) / "assets" / "vit-fashion-mnist"}
-"""Models that come with the package."""
 
 
 class ImageTask(Task):
@@ -83,7 +80,7 @@ class ImageTask(Task):
 
 def load_image_classifier(name: str, classes: list[str]) -> tuple[PreTrainedModel, Any]:
     """The image classifier of that name and its processor, see `ImageTask.load_model`."""
-    source = str(BUILT_IN.get(name, name))
+    source = str(MODELS.get(name, name))
     with loading(source, "for image classification"):
         model, _ = load_classifier(source, AutoModelForImageClassification, classes)
         return model, load(AutoImageProcessor, source)

@@ -111,7 +111,7 @@ class PhonemeTask(Task):
             rows: the split, in this order.
         """
         spoken = [_text(phone for phone in sentence if phone != IGNORED_LABEL) for sentence in labels]
-        heard = [_text(_collapsed(symbols[:n])) for symbols, n in zip(outputs, rows.frames, strict=True)]
+        heard = [_text(collapsed(symbols[:n])) for symbols, n in zip(outputs, rows.frames, strict=True)]
         return {self.metric.name: float(jiwer.wer(spoken, heard))}
 
 
@@ -148,7 +148,7 @@ class Sentences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return read_sound(self.rows[index], self.extractor.sampling_rate)
 
 
-def _collapsed(symbols: np.ndarray) -> list[int]:
+def collapsed(symbols: np.ndarray) -> list[int]:
     """What CTC's frames say: runs of a symbol are one, and blanks are nothing."""
     return [int(symbol) for symbol, _ in groupby(symbols) if symbol != BLANK]
 

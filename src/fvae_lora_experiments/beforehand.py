@@ -1,0 +1,66 @@
+"""What a run would be refused for, found before torch is imported: nobody waits to hear of a misspelt folder."""
+
+import importlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fvae_lora_experiments.built_in import DATASETS
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.places import is_local
+from fvae_lora_experiments.process import silence_datasets
+from fvae_lora_experiments.schema import Recipe
+
+if TYPE_CHECKING:
+    from fvae_lora_experiments.sweep.plan import Planned
+
+OPENED_BY: dict[str, tuple[str, Callable[[Any, Recipe], Any]]] = {
+    "image": ("images", lambda data, recipe: data.open_images(recipe.dataset, recipe.data)),
+    "text": ("texts", lambda data, recipe: data.open_texts(recipe.dataset, recipe.data, recipe.text)),
+    "commonsense": (
+        "questions",
+        lambda data, recipe: data.open_questions(recipe.dataset, recipe.data.config, recipe.commonsense.test_sets),
+    ),
+    "phonemes": ("published.timit", lambda data, recipe: data.open_timit(recipe.dataset)),
+    "transcription": ("recordings", lambda data, recipe: data.open_recordings(recipe.dataset, recipe.data)),
+}
+"""For each task the module of `data` that opens its data sets, and how."""
+
+
+def refuse_at_once(recipe: Recipe) -> None:
+    """Looks for the folders that a recipe names, and opens its data if they are on this machine.
+
+    Raises:
+        UserError: what the run itself would say of them.
+    """
+    if is_local(recipe.dataset) and not Path(recipe.dataset).exists():
+        raise UserError(f"dataset {recipe.dataset}: no such folder or file")
+    if is_local(recipe.model) and not Path(recipe.model).is_dir():
+        raise UserError(f"model {recipe.model}: no such folder")
+    if is_local(recipe.dataset) and recipe.dataset not in DATASETS:
+        silence_datasets()
+        module, opened = OPENED_BY[recipe.task]
+        opened(importlib.import_module(f"fvae_lora_experiments.data.{module}"), recipe)
+
+
+def refuse_if_none_can_run(runs: Iterable["Planned"]) -> None:
+    """Refuses a comparison of which every run would be refused; where one can be done the others are told of later.
+
+    Raises:
+        UserError: what is wrong with the first.
+    """
+    refused: dict[str, UserError] = {}
+    for run in runs:
+        if run.is_done():
+            return
+        key = run.recipe.model_dump_json(include={"task", "model", "dataset", "data", "text", "commonsense"})
+        if key in refused:
+            continue
+        try:
+            refuse_at_once(run.recipe)
+        except UserError as error:
+            refused[key] = UserError(f"{run.name}: {error}")
+        else:
+            return
+    for first in refused.values():
+        raise first

@@ -1,0 +1,136 @@
+"""Where predictions go: CSV or JSON lines, to a file that can be gone on with, or to standard output."""
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.predict.rows import Row, in_one_line
+
+PLACE = ("input", "row")
+"""The columns that say what a prediction is of."""
+
+
+class Output:
+    """Predictions as lines, each written as a whole: what a file holds after a stop is what was done.
+
+    Args:
+        file: ends in `.csv` or `.jsonl`; None is CSV on standard output.
+        resume: whether a file that is there is gone on with.
+
+    Raises:
+        UserError: another kind of file; one that exists already.
+    """
+
+    def __init__(self, file: Path | None, resume: bool = False):
+        self.file, self.resume = file, resume
+        if file is None:
+            if resume:
+                raise UserError("--resume: goes on with a file; give --out FILE")
+        elif file.suffix.lower() not in (".csv", ".jsonl"):
+            raise UserError(f"--out {file}: expected a name that ends in .csv or .jsonl")
+        elif file.exists() and not resume:
+            raise UserError(f"--out {file}: exists already; --resume goes on where it ends")
+        self.is_csv = file is None or file.suffix.lower() == ".csv"
+        self.columns: Sequence[str] = ()
+        self.stream: TextIO = sys.stdout
+        self.last: tuple[str, str] | None = None
+
+    def open(self, columns: Sequence[str]) -> None:
+        """Begins to write, or goes on; then a last line that was cut off is taken away.
+
+        Args:
+            columns: what a row of a table holds beside its place.
+
+        Raises:
+            UserError: the file that is gone on with holds no predictions, or has other columns.
+        """
+        self.columns = (*PLACE, *columns)
+        header = _line(self.columns) if self.is_csv else ""
+        if self.file is not None:
+            if self.resume and self.file.exists():
+                self._find_end(header)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.stream = self.file.open("a", encoding="utf-8", newline="")
+        if self.is_csv and (self.file is None or not self.file.stat().st_size):
+            self.stream.write(header)
+            self.flush()
+
+    def _find_end(self, header: str) -> None:
+        """Finds the last row of the file, and cuts off what follows its last whole line."""
+        assert self.file is not None
+        first = last = b""
+        whole = 0
+        with self.file.open("rb") as lines:
+            for line in lines:
+                first, last = first or line, line if line.endswith(b"\n") else last
+                whole += len(line) if line.endswith(b"\n") else 0
+        begins = header or '{"input": '
+        if self.is_csv and whole and first != header.encode():
+            raise UserError(f"--out {self.file}: has other columns than {header.strip()}")
+        if not (first.startswith(begins.encode()) or begins.encode().startswith(first)):
+            raise UserError(f"--out {self.file}: not a file of predictions, so nothing to go on with")
+        if whole and not (self.is_csv and last == first):
+            self.last = self._key(last.decode())
+        os.truncate(self.file, whole)
+
+    def _key(self, line: str) -> tuple[str, str]:
+        """The input and the row that a line is about."""
+        try:
+            if self.is_csv:
+                name, number, *_ = next(csv.reader([line]))
+                return name, number
+            values = json.loads(line)
+            return values["input"], "" if values["row"] is None else str(values["row"])
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            raise UserError(f"--out {self.file}: not a file of predictions, so nothing to go on with") from error
+
+    def not_done(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """The rows that come after the last one in the file; all where there is none.
+
+        Raises:
+            UserError: that one is not among `rows`.
+        """
+        if self.last is not None:
+            for row in rows:
+                if row.key == self.last:
+                    break
+            else:
+                name = " row ".join(filter(None, self.last))
+                raise UserError(f"--out {self.file}: its last row, {name}, is not among these inputs")
+        yield from rows
+
+    def write(self, row: Row, prediction: Mapping[str, Any]) -> None:
+        """Writes a line."""
+        name, _ = row.key
+        if self.is_csv:
+            flat = {"input": name, "row": row.number} | flattened(prediction)
+            self.stream.write(_line([flat.get(column, "") for column in self.columns]))
+        else:
+            self.stream.write(json.dumps({"input": name, "row": row.number} | dict(prediction)) + "\n")
+
+    def flush(self) -> None:
+        """Makes what was written so far stay, whatever happens next."""
+        self.stream.flush()
+
+    def close(self) -> None:
+        """Ends the file."""
+        if self.file is not None and self.stream is not sys.stdout:
+            self.stream.close()
+
+
+def flattened(prediction: Mapping[str, Any]) -> dict[str, Any]:
+    """Each class's probability as a column of its own: `probability_cat`."""
+    flat = {key: value for key, value in prediction.items() if key != "probabilities"}
+    return flat | {f"probability_{name}": value for name, value in prediction.get("probabilities", {}).items()}
+
+
+def _line(cells: Sequence[Any]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow([in_one_line(c) if isinstance(c, str) else c for c in cells])
+    return line.getvalue()

@@ -1,0 +1,102 @@
+"""The loop: rows in, predictions out, batch by batch; nothing that grows with their number is kept."""
+
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import torch
+from tqdm.auto import tqdm
+
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.predict.output import Output
+from fvae_lora_experiments.predict.predictors import PREDICTORS, Predictor
+from fvae_lora_experiments.predict.rows import Row
+from fvae_lora_experiments.predict.trained import Trained
+from fvae_lora_experiments.run.timing import on_terminal
+
+
+@torch.no_grad()
+def predict(
+    trained: Trained,
+    rows: Iterator[Row],
+    output: Output,
+    probabilities: bool = False,
+    draws: int = 0,
+    batch_size: int | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
+) -> tuple[int, int]:
+    """Predicts every row that is not in the output already.
+
+    Args:
+        trained: the run.
+        rows: what to predict.
+        output: where to.
+        probabilities: whether every class's probability is wanted.
+        draws: how often z1 is drawn for the entropy; 0 is no entropy.
+        batch_size: rows of a batch; None is the recipe's.
+        on_error: whether a row that cannot be used ends it, or is told of on standard error and left out.
+
+    Returns:
+        How many rows were predicted, and how many left out.
+
+    Raises:
+        UserError: a row that cannot be used; what comes before it was written.
+    """
+    torch.manual_seed(trained.recipe.seed)
+    predictor = PREDICTORS[trained.recipe.task](trained, probabilities, draws)
+    output.open(predictor.columns)
+    done = left_out = 0
+    bar = tqdm(unit="row", desc="predicting", disable=not on_terminal(), leave=False)
+    try:
+        with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+            for batch in _batches(output.not_done(rows), batch_size or trained.recipe.train.batch_size):
+                prepared = list(pool.map(_prepared, itertools.repeat(predictor), batch))
+                stops = [item for item in prepared if isinstance(item, UserError)]
+                if stops and on_error == "stop":
+                    prepared = prepared[: prepared.index(stops[0])]
+                pairs = zip(batch, prepared, strict=False)
+                usable = [(row, item) for row, item in pairs if not isinstance(item, UserError)]
+                if usable:
+                    found = predictor.predict([item for _, item in usable])
+                    for (row, _), prediction in zip(usable, found, strict=True):
+                        output.write(row, prediction)
+                    output.flush()
+                if stops and on_error == "stop":
+                    raise stops[0]
+                for problem in stops:
+                    bar.write(f"fvae-lora: left out: {problem}", file=sys.stderr)
+                done, left_out = done + len(usable), left_out + len(stops)
+                bar.update(len(batch))
+    finally:
+        output.close()
+    return done, left_out
+
+
+def _prepared(predictor: Predictor, row: Row) -> Any:
+    """What the predictor takes, or why the row cannot be used."""
+    if row.error:
+        return UserError(f"{row.where}: {row.error}")
+    try:
+        return predictor.prepare(row)
+    except UserError as error:
+        return error if str(error).startswith(row.where) else UserError(f"{row.where}: {error}")
+
+
+def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+    """Rows in batches; those before an error are a batch, too."""
+    batch: list[Row] = []
+    try:
+        for row in rows:
+            batch.append(row)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except UserError:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch

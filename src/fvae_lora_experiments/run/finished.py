@@ -1,0 +1,73 @@
+"""What a run's record says that it was, read before anything heavy is imported."""
+
+from pathlib import Path
+
+from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.places import is_local, located
+from fvae_lora_experiments.recipe import check_recipe
+from fvae_lora_experiments.run.folder import RunFolder
+from fvae_lora_experiments.run.record import Record
+from fvae_lora_experiments.schema import Recipe
+
+
+def finished_run(path: Path, model: str | None = None, dataset: str | None = None) -> tuple[Recipe, Record]:
+    """A finished run's recipe and record.
+
+    Args:
+        path: the run's folder.
+        model: where the base model is, if not where the record says.
+        dataset: where the data are, if not where the record says.
+
+    Raises:
+        UserError: no finished run there.
+    """
+    record = record_in(path)
+    if record.state != "complete":
+        raise UserError(f"{path}: no finished run; its state is {record.state}")
+    return recorded_recipe(record, path, model, dataset), record
+
+
+def record_in(path: Path) -> Record:
+    """The record of the run in the folder `path`, whatever its state.
+
+    Raises:
+        UserError: no run there, or no whole record.
+    """
+    record = RunFolder(path).read()
+    if record is None:
+        raise UserError(f"{path}: no finished run")
+    return record
+
+
+def recorded_recipe(record: Record, path: Path, model: str | None, dataset: str | None) -> Recipe:
+    """A run's recipe, its model and data where they are given or where the record says."""
+    places = {
+        key: given or located(record.recipe[key], path) for key, given in (("model", model), ("dataset", dataset))
+    }
+    return check_recipe(record.recipe | places, str(RunFolder(path).record_file))
+
+
+def is_complete(path: Path, recipe: Recipe) -> bool:
+    """Whether the folder holds the finished run of a recipe, of which neither model nor data are needed any more.
+
+    Raises:
+        UserError: it holds another recipe's run, or no whole record.
+    """
+    record = RunFolder(path).read_for(recipe)
+    return record is not None and record.state == "complete"
+
+
+def usable_run(path: Path, model: str | None = None) -> tuple[Recipe, Record]:
+    """The recipe and the record of a finished run whose adapter is there, to be used on other data than its own.
+
+    Raises:
+        UserError: no such run, a point of a grid, or no folder of its base model.
+    """
+    recipe, record = finished_run(path, model)
+    if recipe.purpose == "selection":
+        raise UserError(f"{path}: a point of a grid, which only chooses settings; give a run of the results")
+    if not RunFolder(path).adapter.is_dir():
+        raise UserError(f"{path}: its adapter is not there, which is what would predict")
+    if is_local(recipe.model) and not Path(recipe.model).is_dir():
+        raise UserError(f"model {recipe.model}: no such folder; --model says where it is")
+    return recipe, record
