@@ -48,6 +48,13 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 Model = Annotated[str | None, typer.Option(help="Pretrained model: a name on the hub or a folder.")]
 Dataset = Annotated[str | None, typer.Option(help="Data: a name on the hub, a folder of images or tables, a table.")]
 
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Says what would run: steps, trainable parameters, FLOPs; writes nothing.")
+]
+FlopsPerSecond = Annotated[
+    float | None, typer.Option(metavar="N", help="With --dry-run: what the device does, as 1e13, for the hours.")
+]
+
 
 def _set_data_root(folder: Path | None) -> None:
     if folder is not None:
@@ -92,6 +99,8 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Seed of everything that is random.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/METHOD-seedN).")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    dry_run: DryRun = False,
+    flops_per_second: FlopsPerSecond = None,
 ) -> None:
     """Trains one run and scores it. A run that was stopped goes on where it was.
 
@@ -104,6 +113,15 @@ def train(
     chosen = load_recipe(recipe, overrides or [], options)
     folder = out or Path("runs") / f"{chosen.method}-seed{chosen.seed}"
     use_one_gpu()
+    _refuse_throughput(flops_per_second, dry_run)
+    if dry_run:
+        from fvae_lora_experiments.forecast import print_forecast
+        from fvae_lora_experiments.run.folder import RunFolder
+        from fvae_lora_experiments.sweep.plan import Planned
+
+        silence_libraries()
+        print_forecast([Planned(chosen, RunFolder(folder), folder.name)], flops_per_second, console)
+        return
 
     from fvae_lora_experiments.report import print_table, summary_rows
     from fvae_lora_experiments.run.runner import run
@@ -132,7 +150,7 @@ def compare(
     dataset: Annotated[str | None, typer.Option(help="Data sets as for train, separated by commas.")] = None,
     data_root: DataRoot = None,
     methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "fvae-lora,lora,linear-probe",
-    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "1,2,42",
+    seeds: Annotated[str, typer.Option(help="Seeds and ranges of them, as 1-5,42.")] = "1,2,42",
     vary: Annotated[
         list[str] | None, typer.Option(help="KEY=A,B: do it for each value; may be given several times.")
     ] = None,
@@ -169,6 +187,8 @@ def compare(
     cpus: Annotated[
         int | None, typer.Option(min=1, help="slurm: cores for a run (default: one for each process).")
     ] = None,
+    dry_run: DryRun = False,
+    flops_per_second: FlopsPerSecond = None,
 ) -> None:
     """Does recipes x data sets x methods x seeds x varied keys; only what is missing is run.
 
@@ -181,10 +201,11 @@ def compare(
     from fvae_lora_experiments.data.summary import print_summary
     from fvae_lora_experiments.report import print_table, summary_rows
     from fvae_lora_experiments.sweep.grid import Grid, print_choices
-    from fvae_lora_experiments.sweep.plan import contenders, parse_list, parse_values, runs_of
+    from fvae_lora_experiments.sweep.plan import contenders, parse_list, parse_seeds, parse_values, runs_of
     from fvae_lora_experiments.sweep.sweep import sweep
 
     signals.unwind()
+    _refuse_throughput(flops_per_second, dry_run)
     if processes and gpus:
         raise UserError(f"--processes {processes}: for runs without GPUs; --gpus {gpus} has a process for each")
     size = {"processes": processes or gpus or 1, "gpus": 0 if processes else gpus}
@@ -197,7 +218,7 @@ def compare(
         _given(model=model, dataset=dataset),
         parse_values("--vary", vary or []),
     )
-    result_seeds = parse_list("--seeds", seeds)
+    result_seeds = parse_seeds("--seeds", seeds)
     tried, lost = [], []
     seen: set[str] = set()
 
@@ -206,8 +227,17 @@ def compare(
         for summary in look_at_each(runs, seen):
             print_summary(summary, console)
 
+    if dry_run:
+        from fvae_lora_experiments.forecast import print_forecast
+
+        silence_libraries()
+        if grid:
+            choosing = parse_seeds("--selection-seeds", selection_seeds or "0")
+            tried = Grid(compared, parse_values("--grid", grid), choosing, result_seeds).runs()
+        print_forecast([*tried, *runs_of(compared, result_seeds)], flops_per_second, console)
+        return
     if grid:
-        choosing = parse_list("--selection-seeds", selection_seeds or "0")
+        choosing = parse_seeds("--selection-seeds", selection_seeds or "0")
         points = Grid(compared, parse_values("--grid", grid), choosing, result_seeds)
         tried = points.runs()
         show_data(tried)
@@ -233,6 +263,11 @@ def compare(
         raise RunError(
             f"{len(again)} runs of the grid failed; the same command tries them again; the first: {again[0]}"
         )
+
+
+def _refuse_throughput(flops_per_second: float | None, dry_run: bool) -> None:
+    if flops_per_second is not None and not (dry_run and 0 < flops_per_second < float("inf")):
+        raise UserError(f"--flops-per-second {flops_per_second:g}: expected a number above 0, and --dry-run")
 
 
 def _launcher(where: Where, out: Path, jobs: int, size: dict[str, Any], **of_slurm: Any) -> "Launcher":

@@ -34,6 +34,10 @@ ENDING = "runs.jsonl.gz"
 """How the name of a file of runs ends: by it a report finds the file in a folder."""
 
 
+NAMES_OF_DATA = ("record.dataset.classes", "record.dataset.groups", "record.by_class")
+"""Where a record has the names of classes and groups, which may look like anything."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run: its name below the place where runs were looked for, its record, or None and the `error`."""
@@ -213,7 +217,7 @@ def _contents(run: Run, place: Path) -> dict[str, Any]:
     curve = [event.contents() for event in run.events]
     contents = {"run": run.name, "record": run.record.contents(), "curve": curve}
     for where, text in _texts(contents):
-        if not where.startswith(("record.dataset.classes", "record.dataset.groups")) and _telling().search(text):
+        if not where.startswith(NAMES_OF_DATA) and _telling().search(text):
             raise UserError(
                 f"{place}: {run.name}: {where}: {printable(text)!r} tells where the run was done; a file of runs holds "
                 "no absolute path, host or user"

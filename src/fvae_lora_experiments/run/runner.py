@@ -5,6 +5,7 @@ Several processes (see `processes`) may do it together: all go through the same 
 
 import contextlib
 import hashlib
+import math
 import shutil
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import set_seed
 from peft import PeftModel
@@ -38,6 +40,8 @@ from fvae_lora_experiments.models.pretrained import load_adapter, loading
 from fvae_lora_experiments.places import located, short, without_places
 from fvae_lora_experiments.recipe import check_recipe
 from fvae_lora_experiments.run import distributed
+from fvae_lora_experiments.run.balance import balancing
+from fvae_lora_experiments.run.class_scores import by_class, predictions_csv
 from fvae_lora_experiments.run.environment import git_commit, hardware, peak_memory_mb, versions
 from fvae_lora_experiments.run.flops import inference_flops, training_flops
 from fvae_lora_experiments.run.folder import RunFolder, checkpoint_step
@@ -104,7 +108,8 @@ def run(recipe: Recipe, path: Path, quiet: bool = False, on_other_data: bool = F
                 if isinstance(error, EXPECTED):
                     raise RunError(f"{path}: {reason}") from error
                 raise
-        if distributed.is_main():
+        kept = earlier.recipe.get("train", {}).get("keep_checkpoints", False)
+        if distributed.is_main() and not kept:
             shutil.rmtree(folder.checkpoints, ignore_errors=True)  # a complete run resumes from nothing
         return earlier
 
@@ -220,6 +225,8 @@ class _Prepared:
     model: PreTrainedModel | PeftModel
     record: Record
     began: float
+    balancing: dict[str, Any]
+    """For the Trainer, see `balance`."""
 
 
 def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, on_other_data: bool) -> _Prepared:
@@ -248,6 +255,10 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, on_
     with distributed.main_first():  # images that one has decoded are known to the others
         summary = summarise(task, official, identity, notes, quiet)
     rows = task.datasets(splits, model, processor)
+    balanced = {}
+    if recipe.train.sampling == "balanced" or recipe.train.class_weights is not None:
+        labels = np.array(splits.train["label"][:])
+        balanced = balancing(recipe.train, labels, splits.classes, recipe.seed)
     facts = task.facts(rows)
     if not quiet:
         print_summary(replace(summary, cut=facts.get("truncated", {})), Console())
@@ -267,7 +278,7 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, on_
     if recipe.train.cache_frozen:
         trained_on = {name: rows[name] for name in ("train", "validation")}
         rows |= use_cached_states(adapted, trained_on, task, record, arguments.device, quiet)
-    return _Prepared(recipe, task, arguments, rows, adapted, record, began)
+    return _Prepared(recipe, task, arguments, rows, adapted, record, began, balanced)
 
 
 def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
@@ -296,6 +307,7 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
         callbacks=[FolderCallback(folder, recipe, note_cost)],
+        **prepared.balancing,
     )
     state = _train(trainer, recipe, folder)
     note_cost()
@@ -308,10 +320,14 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
     share = _batch(prepared.task, rows["train"], prepared.arguments.per_device_train_batch_size)
     step_flops = training_flops(prepared.model, share) * distributed.count()
     record.flops = Flops(train_step=step_flops, train_total=step_flops * micro_batches)
-    record.metrics = Metrics(validation=best.scores | {"best_epoch": round(best.epoch)})
+    record.metrics = Metrics(validation=best.scores | {"best_epoch": math.ceil(round(best.epoch, 6))})
     if recipe.purpose == "result":
         base, _ = open_base(recipe, record)
-        test, eval_flops, scored = _score(prepared.task, base, rows["test"], folder, record, quiet)
+        test, eval_flops, scored, predicted = _score(prepared.task, base, rows["test"], folder, record, quiet)
+        if prepared.task.predicts_rows and predicted is not None:
+            names = [str(name) for name in record.dataset.classes]
+            record.by_class = by_class(*predicted, names) if names else None
+            folder.save_predictions(predictions_csv(*predicted, names))
         record.metrics.test, record.flops.eval_batch = test, eval_flops
         trained = {name for name, p in prepared.model.named_parameters() if p.requires_grad}
         record.parameters.inference = METHODS[recipe.method].inference_parameters(scored, trained)
@@ -342,15 +358,18 @@ def _train(trainer: RunTrainer, recipe: Recipe, folder: RunFolder) -> TrainerSta
 
 def _score(
     task: Task, base: PreTrainedModel, rows: Any, folder: RunFolder, record: Record, quiet: bool
-) -> tuple[dict[str, float], int, nn.Module]:
-    """Scores on the test split's `rows` of `base` with what `adapter/` holds, the cost of a batch, and that model."""
+) -> tuple[dict[str, float], int, nn.Module, tuple[np.ndarray, np.ndarray] | None]:
+    """Scores on the test split's `rows` of `base` with what `adapter/` holds, the cost of a batch, and that model.
+
+    The main process gets the task's outputs and the labels, too.
+    """
     recipe = task.recipe
     model = _with_adapter(base, folder.adapter, recipe.train.cache_frozen)
     with scorer(model, recipe, quiet) as trainer:
         if recipe.train.cache_frozen:
             rows = use_cached_states(model, {"test": rows}, task, record, trainer.args.device, quiet)["test"]
         scores = trainer.score(rows, "test")
-    return scores, inference_flops(model, _batch(task, rows, recipe.train.batch_size)), model
+    return scores, inference_flops(model, _batch(task, rows, recipe.train.batch_size)), model, trainer.scored
 
 
 def _batch(task: Task, rows: Any, size: int) -> dict[str, Any]:

@@ -30,6 +30,8 @@ BUILT_IN = {"vit-fashion-mnist": Path(str(files("fvae_lora_experiments"))) / "as
 class ImageTask(Task):
     """Images and their classes; judged by accuracy or by that of the worst group, a fraction."""
 
+    predicts_rows = True
+
     def open_source(self, notes: Notes | None = None) -> dict[str, Dataset]:
         """As `data.image_source.open_images`."""
         return open_images(self.recipe.dataset, self.recipe.data, notes)
