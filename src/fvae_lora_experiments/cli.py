@@ -470,6 +470,30 @@ def import_reference(
     console.print(f"The adapter is in {out}", highlight=False)
 
 
+@app.command(cls=Command)
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    repository: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="The repository on the hub; made if missing.")
+    ],
+    public: Annotated[bool, typer.Option("--public", help="For everybody (default: private).")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Shows what would go up, and asks no hub.")] = False,
+) -> None:
+    """Puts a run's adapter and its model card on the hub; the licence in the card is yours to add."""
+    from fvae_lora_experiments.push import collect, upload
+
+    signals.unwind()
+    what = collect(run, repository)
+    if what.base_is_local:
+        console.print("The base model is known by its folder alone: others need a copy of it", highlight=False)
+    if dry_run:
+        console.print(f"{repository} ({'public' if public else 'private'}) would get:", highlight=False)
+        for name, size in what.sizes().items():
+            console.print(f"  {name}  {size:,} bytes", highlight=False)
+        return
+    console.print(f"The adapter is at {upload(what, public)}", highlight=False, soft_wrap=True)
+
+
 @recipes.callback()
 def recipes_default(context: typer.Context) -> None:
     """Lists recipes, methods and built-in data; `show` prints a recipe, `copy` makes it yours."""

@@ -217,7 +217,7 @@ def _contents(run: Run, place: Path) -> dict[str, Any]:
     curve = [event.contents() for event in run.events]
     contents = {"run": run.name, "record": run.record.contents(), "curve": curve}
     for where, text in _texts(contents):
-        if not where.startswith(NAMES_OF_DATA) and _telling().search(text):
+        if not where.startswith(NAMES_OF_DATA) and tells_where(text):
             raise UserError(
                 f"{place}: {run.name}: {where}: {printable(text)!r} tells where the run was done; a file of runs holds "
                 "no absolute path, host or user"
@@ -236,6 +236,11 @@ def _texts(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
         for key, part in value.items():
             yield where, key
             yield from _texts(part, f"{where}.{key}".lstrip("."))
+
+
+def tells_where(text: str) -> bool:
+    """Whether a text tells where, or by whom, something was done: a path, a host, a user."""
+    return bool(_telling().search(text))
 
 
 @cache

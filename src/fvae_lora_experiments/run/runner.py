@@ -30,6 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from fvae_lora_experiments.card import write_card
 from fvae_lora_experiments.data import Splits, fingerprint, group_counts, unlike_published
 from fvae_lora_experiments.data.files import Notes
 from fvae_lora_experiments.data.summary import print_summary, summarise
@@ -332,6 +333,7 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
         trained = {name for name, p in prepared.model.named_parameters() if p.requires_grad}
         record.parameters.inference = METHODS[recipe.method].inference_parameters(scored, trained)
         folder.append(Event.model_validate({"event": "test", "step": state.global_step, "epoch": state.epoch, **test}))
+    write_card(folder, record)
     note_cost()
     record.time.train_s, record.time.finished = train_s, _now()
     record.state = "complete"
