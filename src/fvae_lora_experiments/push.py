@@ -4,9 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
@@ -79,7 +78,7 @@ def upload(what: Upload, public: bool) -> str:
     except HfHubHTTPError as error:
         said = error.server_message or str(error).strip().partition("\n")[0]
         raise UserError(f"{repository}: the hub refuses ({error.response.status_code}): {said}") from error
-    except (httpx.HTTPError, ConnectionError) as error:
+    except (HTTPError, ConnectionError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"{repository}: the hub cannot be reached: {reason}") from error
     return str(made)
