@@ -298,7 +298,7 @@ def evaluate(
     silence_libraries()
     signals.unwind()
     scores = runner.evaluate(run, model, dataset)
-    _, record = runner.finished_run(run)
+    _, record = runner.finished_run(run, model, dataset)
     width = max(map(len, scores)) + 2
     for name, value in scores.items():
         console.print(f"{name:<{width}}{value:.6f}  recorded {record.metrics.test[name]:.6f}", highlight=False)

@@ -60,6 +60,7 @@ from fvae_lora_experiments.run.record import (
     Time,
 )
 from fvae_lora_experiments.run.state_cache import collate, use_cached_states
+from fvae_lora_experiments.run.tracking import one_track
 from fvae_lora_experiments.run.trainer import (
     FolderCallback,
     RunTrainer,
@@ -167,9 +168,11 @@ def finished_run(path: Path, model: str | None = None, dataset: str | None = Non
 
 
 def _recorded_recipe(record: Record, path: Path, model: str | None, dataset: str | None) -> Recipe:
-    places = {
-        key: given or located(record.recipe[key], path) for key, given in (("model", model), ("dataset", dataset))
-    }
+    places = {}
+    for key, given in (("model", model), ("dataset", dataset)):
+        places[key] = given or located(record.recipe[key], path)
+        if given is None and record.recipe[key].startswith(".") and not Path(places[key]).exists():
+            raise UserError(f"{key} {places[key]}: no such folder or file any more; --{key} says where it is now")
     return check_recipe(record.recipe | places, str(RunFolder(path).record_file))
 
 
@@ -208,7 +211,8 @@ def scorer(model: nn.Module, recipe: Recipe, quiet: bool = False) -> Iterator[Ru
     """A Trainer that scores `model` on what the recipe's task made of a split."""
     task = load_task(recipe)
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = trainer_arguments(recipe, Path(scratch), task.metric, quiet)
+        untracked = recipe.model_copy(update={"train": recipe.train.model_copy(update={"report_to": []})})
+        arguments = trainer_arguments(untracked, Path(scratch), task.metric, quiet)
         arguments.eval_strategy = IntervalStrategy.NO
         trainer = RunTrainer(task, quiet, model=model, args=arguments)
         trainer.accelerator.prepare_model(model, evaluation_mode=True)
@@ -275,6 +279,7 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, on_
         trainable=sum(trained.values()),
         inference=method.inference_parameters(adapted, trained),
     )
+    _note_versions(record, folder)
     record.versions, record.git_commit, record.hardware = versions(), git_commit(), hardware()
     if recipe.train.cache_frozen:
         trained_on = {name: rows[name] for name in ("train", "validation")}
@@ -300,17 +305,18 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
         folder.write(record)
 
     note_cost()
-    trainer = RunTrainer(
-        prepared.task,
-        quiet,
-        model=prepared.model,
-        args=prepared.arguments,
-        train_dataset=rows["train"],
-        eval_dataset=rows["validation"],
-        callbacks=[FolderCallback(folder, recipe, note_cost)],
-        **prepared.balancing,
-    )
-    state = _train(trainer, recipe, folder)
+    with one_track(folder, prepared.arguments) as tracking:
+        trainer = RunTrainer(
+            prepared.task,
+            quiet,
+            model=prepared.model,
+            args=prepared.arguments,
+            train_dataset=rows["train"],
+            eval_dataset=rows["validation"],
+            callbacks=[FolderCallback(folder, recipe, note_cost), *tracking],
+            **prepared.balancing,
+        )
+        state = _train(trainer, recipe, folder)
     note_cost()
     train_s = record.time.train_s
 
@@ -433,6 +439,21 @@ def _on_other_data(known: Dataset, found: Dataset, folder: RunFolder, recipe: Re
         raise UserError(f"{refusal}, and they have other classes")
     print(f"fvae-lora: warning: {refusal}; the record says so", file=sys.stderr)
     return known.model_copy(update={"tested_on": TestedOn(fingerprint=found.fingerprint, splits=found.splits)})
+
+
+def _note_versions(record: Record, folder: RunFolder) -> None:
+    """Says of a run that goes on from a checkpoint which libraries are others than those that it was begun under."""
+    now = versions()
+    changed = {name: then for name, then in record.versions.items() if now.get(name, then) != then}
+    if not changed or folder.last_checkpoint() is None:
+        return
+    record.earlier_versions = [*record.earlier_versions, changed]
+    if distributed.is_main():
+        said = ", ".join(f"{name} {then} (now {now[name]})" for name, then in changed.items())
+        print(
+            f"fvae-lora: warning: {folder.path}: was begun under {said}; what follows may differ from a run under one",
+            file=sys.stderr,
+        )
 
 
 def _in_one_line(error: Exception, recipe: Recipe, path: Path) -> str:

@@ -34,6 +34,7 @@ from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.run.progress import ProgressLines, on_terminal
 from fvae_lora_experiments.run.record import Event
 from fvae_lora_experiments.run.state_cache import collate
+from fvae_lora_experiments.run.tracking import refuse_missing
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import Metric, Task
 
@@ -249,7 +250,8 @@ def trainer_arguments(recipe: Recipe, output: Path, metric: Metric, quiet: bool)
     """The recipe in transformers' words.
 
     Raises:
-        UserError: if this machine cannot train in the recipe's precision, or these processes with its batches.
+        UserError: if this machine cannot train in the recipe's precision, or these processes with its batches; a
+            tracker that is not installed.
     """
     train = recipe.train
     if train.precision == "fp16" and not torch.cuda.is_available():
@@ -259,6 +261,7 @@ def trainer_arguments(recipe: Recipe, output: Path, metric: Metric, quiet: bool)
             f"train.batch_size: {train.batch_size} rows do not share out evenly among {distributed.count()} processes; "
             f"multiples of {distributed.count()} are allowed"
         )
+    refuse_missing(train.report_to)
     workers = reading_processes() if train.workers is None else train.workers
     return TrainingArguments(
         output_dir=str(output),
@@ -289,7 +292,7 @@ def trainer_arguments(recipe: Recipe, output: Path, metric: Metric, quiet: bool)
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         label_names=["labels"],
-        report_to="none",
+        report_to=list(train.report_to) or "none",
         disable_tqdm=quiet or not on_terminal(),
         log_level_replica="error",
     )
