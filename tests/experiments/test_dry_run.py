@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sentences import sentences, write_encoder
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import ViTConfig
 
@@ -45,6 +47,18 @@ def test_a_forecast_is_what_the_record_will_say(
 def test_each_method_has_a_forecast(make_recipe: Callable[..., Recipe], method: str) -> None:
     found = forecast(make_recipe(method=method))
     assert (found.steps, found.trainable > 0, (found.flops or 0) > 0) == (8, True, True)
+
+
+@pytest.mark.parametrize("method", ["fvae-lora", "full"])
+def test_texts_have_a_forecast(make_recipe: Callable[..., Recipe], tmp_path: Path, method: str) -> None:
+    base = write_encoder(tmp_path / "bert", "bert")
+    rows = [{"text": sentence, "label": n} for n in (0, 1) for sentence in sentences(n, 10, 0)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    names = {"model": str(base), "dataset": str(tmp_path / "train.jsonl")}
+    recipe = make_recipe(task="text", method=method, text={"max_length": 8}, **names)
+    found, record = forecast(recipe), run(recipe, tmp_path / "run", quiet=True)
+    assert found.trainable == record.parameters.trainable
+    assert found.flops == pytest.approx(record.flops.train_total, rel=0.3)  # which counts less of attention
 
 
 def test_the_weights_need_not_be_there(make_recipe: Callable[..., Recipe], vit: Path, tmp_path: Path) -> None:

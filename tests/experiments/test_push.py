@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hub import READ_ONLY, Hub, command_line
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from sentences import sentences, write_encoder
 
 from fvae_lora_experiments.card import card
 from fvae_lora_experiments.errors import UserError
@@ -99,8 +98,8 @@ def test_the_code_of_the_card_works_as_pasted(
 def test_the_code_of_a_card_for_texts_works_as_pasted(
     make_recipe: Callable[..., Recipe], tmp_path: Path, columns: list[str], pasted: Callable[[Path, Path], str]
 ) -> None:
-    base = write_bert(tmp_path / "bert")
-    rows = [{"text": f"a good {i}", "other": "day", "label": i % 2} for i in range(20)]
+    base = write_encoder(tmp_path / "bert", "bert")
+    rows = [{"text": sentence, "other": "good", "label": n} for n in (0, 1) for sentence in sentences(n, 10, 0)]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = {"validation_share": 0.2, "test_share": 0.2}
     train = {"epochs": 1, "batch_size": 8}
@@ -110,16 +109,6 @@ def test_the_code_of_a_card_for_texts_works_as_pasted(
     adapter = tmp_path / "run" / "adapter"
     assert re.fullmatch(r"[01] [01]\.\d{3}\n", pasted(adapter, base))
     assert ("other half" in (adapter / "README.md").read_text()) == (len(columns) == 2)
-
-
-def write_bert(folder: Path) -> Path:
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "day", *map(str, range(20))]
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    BertForSequenceClassification(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(words))
-    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
