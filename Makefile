@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OLDEST := .venv-oldest
 INTEGRATION_TESTS := tests/test_examples.py tests/test_onnx_export.py tests/test_quantised.py tests/test_trl.py \
-  tests/test_sentence_transformers.py
+  tests/test_sentence_transformers.py tests/experiments/test_tracking.py
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1

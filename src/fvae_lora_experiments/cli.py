@@ -58,6 +58,13 @@ Overrides = Annotated[
 Model = Annotated[str | None, typer.Option(help="Pretrained model: a name on the hub or a folder.")]
 Dataset = Annotated[str | None, typer.Option(help="Data: a name on the hub, a folder of images or tables, a table.")]
 
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Says what would run: steps, trainable parameters, FLOPs; writes nothing.")
+]
+FlopsPerSecond = Annotated[
+    float | None, typer.Option(metavar="N", help="With --dry-run: what the device does, as 1e13, for the hours.")
+]
+
 
 def _set_data_root(folder: Path | None) -> None:
     if folder is not None:
@@ -116,6 +123,8 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Seed of everything that is random.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/METHOD-seedN).")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    dry_run: DryRun = False,
+    flops_per_second: FlopsPerSecond = None,
 ) -> None:
     """Trains one run and scores it. A run that was stopped goes on where it was.
 
@@ -130,8 +139,17 @@ def train(
     chosen = load_recipe(recipe, overrides or [], options)
     folder = out or Path("runs") / f"{chosen.method}-seed{chosen.seed}"
     use_one_gpu()
+    _refuse_throughput(flops_per_second, dry_run)
     if distributed.count() == 1 and not is_complete(folder, chosen):
         refuse_at_once(chosen)
+    if dry_run:
+        from fvae_lora_experiments.forecast import print_forecast
+        from fvae_lora_experiments.run.folder import RunFolder
+        from fvae_lora_experiments.sweep.plan import Planned
+
+        silence_libraries()
+        print_forecast([Planned(chosen, RunFolder(folder), folder.name)], flops_per_second, console)
+        return
 
     from fvae_lora_experiments.report import print_table, summary_rows
     from fvae_lora_experiments.run.runner import run
@@ -162,7 +180,7 @@ def compare(
     methods: Annotated[
         str, typer.Option(help="Methods, separated by commas.", autocompletion=completion.methods_in_a_list)
     ] = "fvae-lora,lora,linear-probe",
-    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "1,2,42",
+    seeds: Annotated[str, typer.Option(help="Seeds and ranges of them, as 1-5,42.")] = "1,2,42",
     vary: Annotated[
         list[str] | None, typer.Option(help="KEY=A,B: do it for each value; may be given several times.")
     ] = None,
@@ -199,6 +217,8 @@ def compare(
     cpus: Annotated[
         int | None, typer.Option(min=1, help="slurm: cores for a run (default: one for each process).")
     ] = None,
+    dry_run: DryRun = False,
+    flops_per_second: FlopsPerSecond = None,
 ) -> None:
     """Does recipes x data sets x methods x seeds x varied keys; only what is missing is run.
 
@@ -209,9 +229,10 @@ def compare(
     """
     from fvae_lora_experiments.beforehand import refuse_if_none_can_run
     from fvae_lora_experiments.sweep.grid import Grid, print_choices
-    from fvae_lora_experiments.sweep.plan import contenders, parse_list, parse_values, runs_of
+    from fvae_lora_experiments.sweep.plan import contenders, parse_list, parse_seeds, parse_values, runs_of
     from fvae_lora_experiments.sweep.sweep import sweep
 
+    _refuse_throughput(flops_per_second, dry_run)
     if processes and gpus:
         raise UserError(f"--processes {processes}: for runs without GPUs; --gpus {gpus} has a process for each")
     size = {"processes": processes or gpus or 1, "gpus": 0 if processes else gpus}
@@ -223,12 +244,21 @@ def compare(
         _given(model=model, dataset=dataset),
         parse_values("--vary", vary or []),
     )
-    result_seeds = parse_list("--seeds", seeds)
+    result_seeds = parse_seeds("--seeds", seeds)
     tried, lost = [], []
     seen: set[str] = set()
     if selection_seeds and not grid:
         raise UserError("--selection-seeds: of use with --grid only")
     refuse_if_none_can_run(runs_of(compared, result_seeds))
+    if dry_run:
+        from fvae_lora_experiments.forecast import print_forecast
+
+        silence_libraries()
+        if grid:
+            choosing = parse_seeds("--selection-seeds", selection_seeds or "0")
+            tried = Grid(compared, parse_values("--grid", grid), choosing, result_seeds).runs()
+        print_forecast([*tried, *runs_of(compared, result_seeds)], flops_per_second, console)
+        return
     launch = _launcher(launcher, out, jobs, size, partition=partition, account=account, time=time, cpus=cpus)
 
     from fvae_lora_experiments.check import look_at_each
@@ -243,7 +273,7 @@ def compare(
             print_summary(summary, console)
 
     if grid:
-        choosing = parse_list("--selection-seeds", selection_seeds or "0")
+        choosing = parse_seeds("--selection-seeds", selection_seeds or "0")
         points = Grid(compared, parse_values("--grid", grid), choosing, result_seeds)
         tried = points.runs()
         show_data(tried)
@@ -267,6 +297,11 @@ def compare(
         raise RunError(
             f"{len(again)} runs of the grid failed; the same command tries them again; the first: {again[0]}"
         )
+
+
+def _refuse_throughput(flops_per_second: float | None, dry_run: bool) -> None:
+    if flops_per_second is not None and not (dry_run and 0 < flops_per_second < float("inf")):
+        raise UserError(f"--flops-per-second {flops_per_second:g}: expected a number above 0, and --dry-run")
 
 
 def _launcher(where: Where, out: Path, jobs: int, size: dict[str, Any], **of_slurm: Any) -> "Launcher":
@@ -300,7 +335,7 @@ def evaluate(
     silence_libraries()
     signals.unwind()
     scores = runner.evaluate(run, model, dataset)
-    _, record = finished_run(run)
+    _, record = finished_run(run, model, dataset)
     width = max(map(len, scores)) + 2
     for name, value in scores.items():
         console.print(f"{name:<{width}}{value:.6f}  recorded {record.metrics.test[name]:.6f}", highlight=False)
@@ -543,6 +578,30 @@ def import_reference(
     signals.unwind()
     export.import_reference(folder, model, out)
     console.print(f"The adapter is in {out}", highlight=False)
+
+
+@app.command(cls=Command)
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    repository: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="The repository on the hub; made if missing.")
+    ],
+    public: Annotated[bool, typer.Option("--public", help="For everybody (default: private).")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Shows what would go up, and asks no hub.")] = False,
+) -> None:
+    """Puts a run's adapter and its model card on the hub; the licence in the card is yours to add."""
+    from fvae_lora_experiments.push import collect, upload
+
+    signals.unwind()
+    what = collect(run, repository)
+    if what.base_is_local:
+        console.print("The base model is known by its folder alone: others need a copy of it", highlight=False)
+    if dry_run:
+        console.print(f"{repository} ({'public' if public else 'private'}) would get:", highlight=False)
+        for name, size in what.sizes().items():
+            console.print(f"  {name}  {size:,} bytes", highlight=False)
+        return
+    console.print(f"The adapter is at {upload(what, public)}", highlight=False, soft_wrap=True)
 
 
 @recipes.callback()

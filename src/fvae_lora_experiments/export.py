@@ -156,7 +156,7 @@ def _adapter_folder(source: Path) -> Path:
 
 def _adapted(source: Path, model: str | None) -> PeftModel:
     folder = _adapter_folder(source)
-    base = _base_of(source, model) if folder == source else open_base(*finished_run(source, model))[0]
+    base = _base_of(source, model) if folder == source else open_base(*finished_run(source, model, with_data=False))[0]
     return load_adapter(base, folder)
 
 

@@ -56,6 +56,8 @@ def _allowed(schema: Mapping[str, Any]) -> str:
     """A JSON schema in words."""
     if "anyOf" in schema:
         return " or ".join(map(_allowed, schema["anyOf"]))
+    if "const" in schema:
+        return str(schema["const"])
     if "enum" in schema:
         return ", ".join(map(str, schema["enum"]))
     kind = {"string": "text", "boolean": "true or false", "number": "number", "integer": "integer", "null": "null"}
@@ -229,6 +231,8 @@ def _without_kinds(loc: tuple[int | str, ...]) -> list[int | str]:
 
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
+    if not first["loc"]:  # of sections that do not go together; the message names the key
+        return first["msg"]
     *parents, last = loc = _without_kinds(first["loc"])
     key = ".".join(str(part) for part in loc)
     if first["type"] == "extra_forbidden":

@@ -1,10 +1,19 @@
 """What a recipe may hold: its keys, their defaults, what is allowed and what each means."""
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from PIL import ImageColor
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -150,6 +159,13 @@ class TrainSettings(Section):
     """Rows of a batch, shared out among the processes of a run."""
     gradient_accumulation: Count = 1
     """Batches whose gradients make one step."""
+    max_steps: Count | None = None
+    """Optimizer steps after which training ends, however many epochs these are; None is `epochs`."""
+    sampling: Literal["uniform", "balanced"] = "uniform"
+    """`balanced` draws an epoch's rows with replacement, so that each class is as frequent as any other."""
+    class_weights: Literal["balanced"] | Annotated[list[Weight], Field(min_length=2)] | None = None
+    """How much a row counts in the training loss by its class, in the order of the classes: numbers, or `balanced` for
+    one over the rows of each. They are scaled to 1 on average over train; other losses stay without them."""
     learning_rate: Positive = 5e-3
     """AdamW's learning rate after warm-up."""
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
@@ -171,6 +187,19 @@ class TrainSettings(Section):
     crops depend on the number."""
     cache_frozen: bool = False
     """Computes what lies before the first adapted block once, in eval mode, and trains on that (see `frozen`)."""
+    keep_checkpoints: bool = False
+    """Keeps the last and the best checkpoint of a finished run, from which the command with more epochs goes on."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    """Trackers that get the learning curve, too; each must be installed."""
+
+    @field_validator("class_weights", mode="wrap")
+    @classmethod
+    def _weighs_each_class(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(value)
+        except ValidationError as error:
+            what = "input should be balanced, or a number from 0 up for each class"
+            raise PydanticCustomError("class_weights", what) from error
 
 
 class AdapterSettings(Section):
@@ -242,6 +271,10 @@ class AblationSettings(Section):
     """`lora` starts as LoRA does, B at zero and z1's mean at random; `method` the other way round."""
 
 
+WITHOUT_EFFECT = ("train.keep_checkpoints", "train.report_to")
+"""Keys that change no number of a run: they may be others when it goes on, and tell no two runs apart."""
+
+
 class Recipe(Section):
     """One run, completely: the same recipe on the same data and the same versions gives the same result."""
 
@@ -266,6 +299,14 @@ class Recipe(Section):
     adapter: AdapterSettings = AdapterSettings()
     fvae: FvaeSettings = FvaeSettings()
     ablation: AblationSettings = AblationSettings()
+
+    @model_validator(mode="after")
+    def _has_classes(self) -> Self:
+        by_class = [key for key in ("sampling", "class_weights") if getattr(self.train, key) not in ("uniform", None)]
+        if by_class and (self.task not in ("image", "text") or (self.task == "text" and self.text.is_regression)):
+            what = "a regression on numbers" if self.task == "text" else f"the task {self.task}"
+            raise PydanticCustomError("no_classes", f"train.{by_class[0]}: {what} has no classes")
+        return self
 
     @field_validator("method")
     @classmethod

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 SEVERAL = ("--vary", "--grid")
-FLAGS = ("--quiet", "--quick", "--all", "--help")
+FLAGS = ("--dry-run", "--quiet", "--quick", "--all", "--help")
 
 
 def later_wins(arguments: Sequence[object]) -> list[str]:

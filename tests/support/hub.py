@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import io
@@ -26,6 +27,9 @@ from sentences import sentences
 PROGRAM = "import sys; from fvae_lora_experiments.__main__ import main; sys.argv[0] = 'fvae-lora'; main()"
 SMALL = ("train.epochs=1", "train.batch_size=8", "train.precision=fp32", "adapter.r=4")
 """What makes a recipe of the benchmark take a second."""
+
+READ_ONLY = "hf_read_only"
+"""A token that may not write."""
 
 SIDE = 8
 MODEL = "google/vit-base-patch16-224-in21k"
@@ -62,12 +66,14 @@ GLUE = {
 class Hub:
     """Repositories in a folder: `models/OWNER/NAME` and `datasets/OWNER/NAME`.
 
-    `asked` lists the paths that were asked for, in order.
+    `asked` lists the paths that were asked for, in order; `private` the repositories that were made so. Whoever has a
+    token may write, but for `READ_ONLY`.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.asked: list[str] = []
+        self.private: set[str] = set()
         self.address = ""
 
     def environment(self, home: Path) -> dict[str, str]:
@@ -150,7 +156,10 @@ def _pictures(classes: list[str], split: str, seed: int) -> Dataset:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """`/api/KIND/REPO[/revision/..|/tree/..]` describes a repository, `/[datasets/]REPO/resolve/../FILE` is a file."""
+    """`/api/KIND/REPO[/revision/..|/tree/..]` describes a repository, `/[datasets/]REPO/resolve/../FILE` is a file.
+
+    To write, `/api/repos/create` makes one, `/api/models/REPO/commit/..` puts files into it.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -177,6 +186,46 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
 
+    def do_POST(self) -> None:
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.hub.asked.append(path)
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length) if length else b"".join(self._chunks())
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if path == "api/validate-yaml":
+            return self._answer(200, b'{"errors": [], "warnings": []}')
+        if token in ("", READ_ONLY):
+            return self._answer(401 if not token else 403, b'{"error": "You have no right to write here"}')
+        if path == "api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            if not (folder := self.hub.folder / "models" / name).exists():
+                folder.mkdir(parents=True)
+                is_private = asked.get("visibility") == "private" or asked.get("private")
+                self.hub.private |= {name} if is_private else set()
+                return self._answer(200, json.dumps({"url": f"{self.hub.address}/{name}"}).encode())
+            return self._answer(409, json.dumps({"error": "exists", "url": f"{self.hub.address}/{name}"}).encode())
+        _, _, owner, name, action, _ = path.split("/")
+        repository = self.hub.folder / "models" / owner / name
+        if action == "preupload":
+            modes = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            return self._answer(200, json.dumps({"files": modes}).encode())
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                (repository / line["value"]["path"]).write_bytes(base64.b64decode(line["value"]["content"]))
+        commit = {"commitUrl": f"{self.hub.address}/{owner}/{name}/commit/1", "commitOid": _commit(repository)}
+        return self._answer(200, json.dumps(commit | {"pullRequestUrl": None}).encode())
+
+    def _chunks(self) -> Iterator[bytes]:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return
+        while size := int(self.rfile.readline(), 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+
     def _describe(self, repository: Path, rest: list[str]) -> None:
         files = sorted(p for p in repository.rglob("*") if p.is_file())
         if rest[:1] == ["tree"]:
@@ -191,7 +240,7 @@ class _Handler(BaseHTTPRequestHandler):
         about = {
             "id": "/".join(repository.parts[-2:]),
             "sha": _commit(repository),
-            "private": False,
+            "private": "/".join(repository.parts[-2:]) in self.hub.private,
             "tags": [],
             "downloads": 0,
             "siblings": [{"rfilename": p.relative_to(repository).as_posix()} for p in files],

@@ -5,12 +5,14 @@ import os
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, find_adapter_config_file, has_file
 
 from fvae_lora_experiments.errors import UserError, first_line
@@ -69,6 +71,28 @@ def load(kind: Any, name: str, **options: Any) -> Any:
     return kind.from_pretrained(name, trust_remote_code=False, **options)
 
 
+_weightless = ContextVar("weightless", default=False)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Lets `load_model` make models from their configuration alone, on the meta device."""
+    before = _weightless.set(True)
+    try:
+        yield
+    finally:
+        _weightless.reset(before)
+
+
+def _from_configuration(kind: Any, config: Any, name: str) -> PreTrainedModel:
+    with torch.device("meta"):
+        model: PreTrainedModel = kind.from_config(config, dtype=torch.float32)
+    if model.can_generate():
+        with suppress(OSError):
+            model.generation_config = load(GenerationConfig, name)
+    return model
+
+
 def load_model(kind: Any, name: str, **options: Any) -> tuple[PreTrainedModel, set[str]]:
     """A model from safetensors.
 
@@ -89,6 +113,11 @@ def load_model(kind: Any, name: str, **options: Any) -> tuple[PreTrainedModel, s
     config = options.get("config") or load(AutoConfig, name)
     if not str(getattr(config, "transformers_weights", None) or ".safetensors").endswith((".safetensors", ".json")):
         raise UserError(f"model {name}: its config.json names weights that are no safetensors, which are not read")
+    if _weightless.get():
+        head = {key: value for key, value in options.items() if key in ("id2label", "label2id", "problem_type")}
+        head |= {"num_labels": options["num_labels"]} if "num_labels" in options else {}
+        config = config if "config" in options else load(AutoConfig, name, **head)
+        return _from_configuration(kind, config, name), set()
     options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         model, info = load(kind, name, **options)

@@ -15,6 +15,7 @@ from fvae_lora_experiments.report.numbers import factor, half_width, spread
 from fvae_lora_experiments.report.rows import Further, Group, Measured, Row, State, Trials, differing
 from fvae_lora_experiments.run.archive import Run, read_runs
 from fvae_lora_experiments.run.record import Record, Source, is_number, printable
+from fvae_lora_experiments.schema import WITHOUT_EFFECT
 
 
 def summary_rows(*places: Path) -> list[Row]:
@@ -68,6 +69,8 @@ def _gathered(runs: Sequence[Run]) -> tuple[list[Trials], list[Group]]:
         )
         recipe = {k: v for k, v in flatten(run.recipe).items() if k not in NAMED_ELSEWHERE and v is not None}
         recipe = {printable(k): v for k, v in recipe.items()}
+        if record.extended_from:  # its learning rate went another way than that of a run of so many epochs
+            recipe["train.extended_from"] = " ".join(map(str, record.extended_from))
         key = measured, frozenset((k, printable(v)) for k, v in recipe.items())
         trials = found.setdefault(key, Trials(measured, recipe))
         if record.state != "complete":
@@ -120,7 +123,7 @@ def _identified(runs: Sequence[Run]) -> list[Run]:
     return found
 
 
-NAMED_ELSEWHERE = {"task", "method", "model", "dataset", "seed", "purpose"}
+NAMED_ELSEWHERE = {"task", "method", "model", "dataset", "seed", "purpose", *WITHOUT_EFFECT}
 """What rows of a comparison do not differ in by these names: model and data are known by their contents."""
 
 

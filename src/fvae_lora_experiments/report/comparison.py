@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from fvae_lora_experiments.report.by_class import Classes, classes_of
 from fvae_lora_experiments.report.charts import COLOURS, Dot, Line, Mark, line_chart, scatter_chart, spark, strip
 from fvae_lora_experiments.report.curves import mean_curve, thinned
 from fvae_lora_experiments.report.numbers import factor, number, quantity, title
@@ -73,6 +74,7 @@ class Comparison:
     costs: Panel
     elbo: Sequence[Elbo]
     facts: dict[str, str]
+    classes: Sequence[Classes]
 
 
 def comparison(groups: Sequence[Group], marks: dict[str, Mark]) -> Comparison:
@@ -98,6 +100,7 @@ def comparison(groups: Sequence[Group], marks: dict[str, Mark]) -> Comparison:
         costs=_costs([group.row for group in by_mark], marks),
         elbo=[elbo for group in finished if (elbo := _elbo(group)).layers],
         facts=_facts([run for group in groups for run in group.runs.values()]),
+        classes=[classes for group in finished if (classes := classes_of(group))],
     )
 
 

@@ -51,22 +51,30 @@ def write_markdown(rows: Sequence[Row], path: Path) -> None:
     """Write the tables of `print_table` as Markdown."""
     lines = []
     for compared in comparisons(rows):
-        lines += [f"**{_markdown(compared.name)}**", ""]
+        lines += [f"**{escape_markdown(compared.name)}**", ""]
         for table in tables(compared):
             lines += _markdown_table(table)
     for table in overviews(rows):
         lines += _markdown_table(table)
     if rest := left_out(rows):
         lines += ["Not counted:", ""]
-        lines += [f"- {row.state}: {_markdown(row.run)}: {_markdown(row.reason)}" for row in rest] + [""]
+        lines += [f"- {row.state}: {escape_markdown(row.run)}: {escape_markdown(row.reason)}" for row in rest] + [""]
     write_atomically(path, "\n".join(lines))
 
 
 def _markdown_table(table: Table) -> list[str]:
     cells = [table.headings, *table.rows]
-    head, *body = (f"| {' | '.join(map(_markdown, row))} |" for row in cells)
-    notes = [line for note in table.notes for line in (_markdown(note), "")]
-    return [f"{_markdown(table.title)}:", "", head, "|---|" + "---:|" * (len(table.headings) - 1), *body, "", *notes]
+    head, *body = (f"| {' | '.join(map(escape_markdown, row))} |" for row in cells)
+    notes = [line for note in table.notes for line in (escape_markdown(note), "")]
+    return [
+        f"{escape_markdown(table.title)}:",
+        "",
+        head,
+        "|---|" + "---:|" * (len(table.headings) - 1),
+        *body,
+        "",
+        *notes,
+    ]
 
 
 def write_latex(rows: Sequence[Row], path: Path) -> None:
@@ -111,7 +119,8 @@ def _latex_heading(text: str) -> str:
     return rf"\shortstack[r]{{{stacked}}}" if len(lines) > 1 else stacked
 
 
-def _markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
+    """Write text so that Markdown shows it as it is."""
     return re.sub(r"([\\`*_{}\[\]<>|#&~])", r"\\\1", text)
 
 

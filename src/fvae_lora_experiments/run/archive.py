@@ -34,6 +34,10 @@ ENDING = "runs.jsonl.gz"
 """How the name of a file of runs ends: by it a report finds the file in a folder."""
 
 
+NAMES_OF_DATA = ("record.dataset.classes", "record.dataset.groups", "record.by_class")
+"""Where a record has the names of classes and groups, which may look like anything."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run: its name below the place where runs were looked for, its record, or None and the `error`."""
@@ -213,7 +217,7 @@ def _contents(run: Run, place: Path) -> dict[str, Any]:
     curve = [event.contents() for event in run.events]
     contents = {"run": run.name, "record": run.record.contents(), "curve": curve}
     for where, text in _texts(contents):
-        if not where.startswith(("record.dataset.classes", "record.dataset.groups")) and _telling().search(text):
+        if not where.startswith(NAMES_OF_DATA) and tells_where(text):
             raise UserError(
                 f"{place}: {run.name}: {where}: {printable(text)!r} tells where the run was done; a file of runs holds "
                 "no absolute path, host or user"
@@ -232,6 +236,11 @@ def _texts(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
         for key, part in value.items():
             yield where, key
             yield from _texts(part, f"{where}.{key}".lstrip("."))
+
+
+def tells_where(text: str) -> bool:
+    """Whether a text tells where, or by whom, something was done: a path, a host, a user."""
+    return bool(_telling().search(text))
 
 
 @cache

@@ -10,21 +10,24 @@ from fvae_lora_experiments.run.record import Record
 from fvae_lora_experiments.schema import Recipe
 
 
-def finished_run(path: Path, model: str | None = None, dataset: str | None = None) -> tuple[Recipe, Record]:
+def finished_run(
+    path: Path, model: str | None = None, dataset: str | None = None, with_data: bool = True
+) -> tuple[Recipe, Record]:
     """A finished run's recipe and record.
 
     Args:
         path: the run's folder.
         model: where the base model is, if not where the record says.
         dataset: where the data are, if not where the record says.
+        with_data: whether the run's data are needed, too.
 
     Raises:
-        UserError: no finished run there.
+        UserError: no finished run there; its model or its data have moved.
     """
     record = record_in(path)
     if record.state != "complete":
         raise UserError(f"{path}: no finished run; its state is {record.state}")
-    return recorded_recipe(record, path, model, dataset), record
+    return recorded_recipe(record, path, model, dataset, with_data), record
 
 
 def record_in(path: Path) -> Record:
@@ -39,11 +42,20 @@ def record_in(path: Path) -> Record:
     return record
 
 
-def recorded_recipe(record: Record, path: Path, model: str | None, dataset: str | None) -> Recipe:
-    """A run's recipe, its model and data where they are given or where the record says."""
-    places = {
-        key: given or located(record.recipe[key], path) for key, given in (("model", model), ("dataset", dataset))
-    }
+def recorded_recipe(
+    record: Record, path: Path, model: str | None, dataset: str | None, with_data: bool = True
+) -> Recipe:
+    """A run's recipe, its model and data where they are given or where the record says.
+
+    Raises:
+        UserError: they are no longer there; nobody asks for data if not `with_data`.
+    """
+    places = {}
+    for key, given in (("model", model), ("dataset", dataset)):
+        places[key] = given or located(record.recipe[key], path)
+        needed = given is None and (with_data or key == "model")
+        if needed and is_local(record.recipe[key]) and not Path(places[key]).exists():
+            raise UserError(f"{key} {places[key]}: no such folder or file any more; --{key} says where it is now")
     return check_recipe(record.recipe | places, str(RunFolder(path).record_file))
 
 
@@ -63,7 +75,7 @@ def usable_run(path: Path, model: str | None = None) -> tuple[Recipe, Record]:
     Raises:
         UserError: no such run, a point of a grid, or no folder of its base model.
     """
-    recipe, record = finished_run(path, model)
+    recipe, record = finished_run(path, model, with_data=False)
     if recipe.purpose == "selection":
         raise UserError(f"{path}: a point of a grid, which only chooses settings; give a run of the results")
     if not RunFolder(path).adapter.is_dir():

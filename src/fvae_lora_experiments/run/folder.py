@@ -15,11 +15,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.places import portable, short
 from fvae_lora_experiments.recipe import check_recipe, flatten
 from fvae_lora_experiments.run.distributed import main_only
 from fvae_lora_experiments.run.record import Event, Record, parse_events, parse_record
-from fvae_lora_experiments.schema import Recipe
+from fvae_lora_experiments.schema import WITHOUT_EFFECT, Recipe
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:
@@ -48,6 +49,7 @@ class RunFolder:
         self.path = path
         self.record_file = path / "run.json"
         self.metrics_file = path / "metrics.jsonl"
+        self.predictions_file = path / "predictions.csv"
         self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoints"
 
@@ -116,21 +118,35 @@ class RunFolder:
         """The record of this very recipe's run, or None if there is none yet.
 
         Where model and data lie may have changed since; what they are is compared by fingerprint when they are open.
+        A finished run of fewer epochs whose checkpoints were kept is one that goes on, and its record says so.
 
         Raises:
             UserError: the folder holds another recipe's run, or no whole record.
         """
         record = self.read()
-        if record is not None:
-            earlier = check_recipe(record.recipe, str(self.record_file)).model_dump()
-            there, here = flatten(earlier), flatten(self.opening(recipe).recipe)
-            for key in sorted((there.keys() | here.keys()) - {"model", "dataset"}):
-                if there.get(key) != here.get(key):
-                    raise UserError(
-                        f"{self.path}: holds a run of another recipe, {key} is {there.get(key)} there and "
-                        f"{here.get(key)} here; nothing was changed"
-                    )
+        if record is None:
+            return None
+        earlier = check_recipe(record.recipe, str(self.record_file)).model_dump()
+        there, here = flatten(earlier), flatten(self.opening(recipe).recipe)
+        compared = sorted((there.keys() | here.keys()) - {"model", "dataset", *WITHOUT_EFFECT})
+        others = [key for key in compared if there.get(key) != here.get(key)]
+        if others == ["train.epochs"] and record.state == "complete" and there["train.epochs"] < here["train.epochs"]:
+            return self._to_be_extended(record, there["train.epochs"], recipe)
+        for key in others:
+            raise UserError(
+                f"{self.path}: holds a run of another recipe, {key} is {there.get(key)} there and "
+                f"{here.get(key)} here; nothing was changed"
+            )
         return record
+
+    def _to_be_extended(self, record: Record, epochs: int, recipe: Recipe) -> Record:
+        holds = f"{self.path}: holds a finished run of {epochs} epochs"
+        elsewhere = f"another --out gets a run of {recipe.train.epochs}; nothing was changed"
+        if not METHODS[recipe.method].resumable:
+            raise UserError(f"{holds}, and {recipe.method} cannot go on from there; {elsewhere}")
+        if self.last_checkpoint() is None:
+            raise UserError(f"{holds} without its checkpoints, which train.keep_checkpoints=true keeps; {elsewhere}")
+        return record.model_copy(update={"state": "running", "extended_from": [*record.extended_from, epochs]})
 
     @main_only
     def write(self, record: Record) -> None:
@@ -178,6 +194,11 @@ class RunFolder:
             return parse_events(self.metrics_file.read_text(encoding="utf-8", errors="replace"))
         except OSError:
             return []
+
+    @main_only
+    def save_predictions(self, table: str) -> None:
+        """Replaces what was predicted of the test split."""
+        write_atomically(self.predictions_file, table)
 
     @main_only
     def rewind(self, step: int) -> None:

@@ -34,7 +34,7 @@ class ProgressLines(TrainerCallback):
         """An epoch has its scores."""
         names = dict.fromkeys(("loss", self.metric))
         scores = [f"{name} {metrics[f'eval_{name}']:.4f}" for name in names if f"eval_{name}" in metrics]
-        self.scores = f", validation after epoch {round(state.epoch or 0)}: {', '.join(scores)}"
+        self.scores = f", validation after epoch {round(state.epoch or 0, 2):g}: {', '.join(scores)}"
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A step is done."""

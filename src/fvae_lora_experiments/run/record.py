@@ -134,6 +134,24 @@ class Metrics(_Part):
     test: Scores = {}
 
 
+class ClassScores(_Part):
+    """The scores of one class on the test split, fractions, and how many of its rows are there."""
+
+    precision: Measured = None
+    recall: Measured = None
+    f1: Measured = None
+    support: Count | None = None
+
+
+class ByClass(_Part):
+    """The scores of each class on the test split, their means, and for each class how often it was taken for which."""
+
+    macro_f1: Measured = None
+    balanced_accuracy: Measured = None
+    classes: dict[Name, ClassScores] = {}
+    confusion: dict[Name, dict[Name, Count]] = {}
+
+
 class Record(_Part):
     """`run.json`. A run that was stopped early lacks what it had not yet found out."""
 
@@ -159,6 +177,11 @@ class Record(_Part):
     memory: Memory = Memory()
     flops: Flops = Flops()
     metrics: Metrics = Metrics()
+    by_class: ByClass | None = None
+    extended_from: list[Count] = []
+    """At how many epochs it had been finished before it went on."""
+    earlier_versions: list[dict[str, Any]] = []
+    """What of `versions` was another before it went on, once for each time that it did under others."""
 
     @property
     def is_selection(self) -> bool:

@@ -5,6 +5,7 @@ Several processes (see `processes`) may do it together: all go through the same 
 
 import contextlib
 import hashlib
+import math
 import shutil
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import set_seed
 from peft import PeftModel
@@ -28,6 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from fvae_lora_experiments.card import write_card
 from fvae_lora_experiments.data import Splits, fingerprint, group_counts, unlike_published
 from fvae_lora_experiments.data.files import Notes
 from fvae_lora_experiments.data.summary import print_summary, summarise
@@ -37,6 +40,8 @@ from fvae_lora_experiments.models.heads import head_modules
 from fvae_lora_experiments.models.pretrained import load_adapter, loading
 from fvae_lora_experiments.places import short, without_places
 from fvae_lora_experiments.run import distributed
+from fvae_lora_experiments.run.balance import balancing
+from fvae_lora_experiments.run.class_scores import by_class, predictions_csv
 from fvae_lora_experiments.run.environment import git_commit, hardware, peak_memory_mb, versions
 from fvae_lora_experiments.run.finished import finished_run, recorded_recipe
 from fvae_lora_experiments.run.flops import inference_flops, training_flops
@@ -55,6 +60,7 @@ from fvae_lora_experiments.run.record import (
     Time,
 )
 from fvae_lora_experiments.run.state_cache import collate, use_cached_states
+from fvae_lora_experiments.run.tracking import one_track
 from fvae_lora_experiments.run.trainer import (
     FolderCallback,
     RunTrainer,
@@ -104,7 +110,8 @@ def run(recipe: Recipe, path: Path, quiet: bool = False, on_other_data: bool = F
                 if isinstance(error, EXPECTED):
                     raise RunError(f"{path}: {reason}") from error
                 raise
-        if distributed.is_main():
+        kept = earlier.recipe.get("train", {}).get("keep_checkpoints", False)
+        if distributed.is_main() and not kept:
             shutil.rmtree(folder.checkpoints, ignore_errors=True)  # a complete run resumes from nothing
         return earlier
 
@@ -177,7 +184,8 @@ def scorer(model: nn.Module, recipe: Recipe, quiet: bool = False) -> Iterator[Ru
     """A Trainer that scores `model` on what the recipe's task made of a split."""
     task = load_task(recipe)
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = trainer_arguments(recipe, Path(scratch), task.metric, quiet)
+        untracked = recipe.model_copy(update={"train": recipe.train.model_copy(update={"report_to": []})})
+        arguments = trainer_arguments(untracked, Path(scratch), task.metric, quiet)
         arguments.eval_strategy = IntervalStrategy.NO
         trainer = RunTrainer(task, quiet, model=model, args=arguments)
         trainer.accelerator.prepare_model(model, evaluation_mode=True)
@@ -195,6 +203,8 @@ class _Prepared:
     model: PreTrainedModel | PeftModel
     record: Record
     began: float
+    balancing: dict[str, Any]
+    """For the Trainer, see `balance`."""
 
 
 def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, on_other_data: bool) -> _Prepared:
@@ -223,6 +233,10 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, on_
     with distributed.main_first():  # images that one has decoded are known to the others
         summary = summarise(task, official, identity, notes, quiet)
     rows = task.datasets(splits, model, processor)
+    balanced = {}
+    if recipe.train.sampling == "balanced" or recipe.train.class_weights is not None:
+        labels = np.array(splits.train["label"][:])
+        balanced = balancing(recipe.train, labels, splits.classes, recipe.seed)
     facts = task.facts(rows)
     if not quiet:
         print_summary(replace(summary, cut=facts.get("truncated", {})), Console())
@@ -238,11 +252,12 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, on_
         trainable=sum(trained.values()),
         inference=method.inference_parameters(adapted, trained),
     )
+    _note_versions(record, folder)
     record.versions, record.git_commit, record.hardware = versions(), git_commit(), hardware()
     if recipe.train.cache_frozen:
         trained_on = {name: rows[name] for name in ("train", "validation")}
         rows |= use_cached_states(adapted, trained_on, task, record, arguments.device, quiet)
-    return _Prepared(recipe, task, arguments, rows, adapted, record, began)
+    return _Prepared(recipe, task, arguments, rows, adapted, record, began, balanced)
 
 
 def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
@@ -263,16 +278,18 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
         folder.write(record)
 
     note_cost()
-    trainer = RunTrainer(
-        prepared.task,
-        quiet,
-        model=prepared.model,
-        args=prepared.arguments,
-        train_dataset=rows["train"],
-        eval_dataset=rows["validation"],
-        callbacks=[FolderCallback(folder, recipe, note_cost)],
-    )
-    state = _train(trainer, recipe, folder)
+    with one_track(folder, prepared.arguments) as tracking:
+        trainer = RunTrainer(
+            prepared.task,
+            quiet,
+            model=prepared.model,
+            args=prepared.arguments,
+            train_dataset=rows["train"],
+            eval_dataset=rows["validation"],
+            callbacks=[FolderCallback(folder, recipe, note_cost), *tracking],
+            **prepared.balancing,
+        )
+        state = _train(trainer, recipe, folder)
     note_cost()
     train_s = record.time.train_s
 
@@ -283,14 +300,19 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
     share = _batch(prepared.task, rows["train"], prepared.arguments.per_device_train_batch_size)
     step_flops = training_flops(prepared.model, share) * distributed.count()
     record.flops = Flops(train_step=step_flops, train_total=step_flops * micro_batches)
-    record.metrics = Metrics(validation=best.scores | {"best_epoch": round(best.epoch)})
+    record.metrics = Metrics(validation=best.scores | {"best_epoch": math.ceil(round(best.epoch, 6))})
     if recipe.purpose == "result":
         base, _ = open_base(recipe, record)
-        test, eval_flops, scored = _score(prepared.task, base, rows["test"], folder, record, quiet)
+        test, eval_flops, scored, predicted = _score(prepared.task, base, rows["test"], folder, record, quiet)
+        if prepared.task.predicts_rows and predicted is not None:
+            names = [str(name) for name in record.dataset.classes]
+            record.by_class = by_class(*predicted, names) if names else None
+            folder.save_predictions(predictions_csv(*predicted, names))
         record.metrics.test, record.flops.eval_batch = test, eval_flops
         trained = {name for name, p in prepared.model.named_parameters() if p.requires_grad}
         record.parameters.inference = METHODS[recipe.method].inference_parameters(scored, trained)
         folder.append(Event.model_validate({"event": "test", "step": state.global_step, "epoch": state.epoch, **test}))
+    write_card(folder, record)
     note_cost()
     record.time.train_s, record.time.finished = train_s, _now()
     record.state = "complete"
@@ -317,15 +339,18 @@ def _train(trainer: RunTrainer, recipe: Recipe, folder: RunFolder) -> TrainerSta
 
 def _score(
     task: Task, base: PreTrainedModel, rows: Any, folder: RunFolder, record: Record, quiet: bool
-) -> tuple[dict[str, float], int, nn.Module]:
-    """Scores on the test split's `rows` of `base` with what `adapter/` holds, the cost of a batch, and that model."""
+) -> tuple[dict[str, float], int, nn.Module, tuple[np.ndarray, np.ndarray] | None]:
+    """Scores on the test split's `rows` of `base` with what `adapter/` holds, the cost of a batch, and that model.
+
+    The main process gets the task's outputs and the labels, too.
+    """
     recipe = task.recipe
     model = with_adapter(base, folder.adapter, recipe.train.cache_frozen)
     with scorer(model, recipe, quiet) as trainer:
         if recipe.train.cache_frozen:
             rows = use_cached_states(model, {"test": rows}, task, record, trainer.args.device, quiet)["test"]
         scores = trainer.score(rows, "test")
-    return scores, inference_flops(model, _batch(task, rows, recipe.train.batch_size)), model
+    return scores, inference_flops(model, _batch(task, rows, recipe.train.batch_size)), model, trainer.scored
 
 
 def _batch(task: Task, rows: Any, size: int) -> dict[str, Any]:
@@ -392,6 +417,21 @@ def _on_other_data(known: Dataset, found: Dataset, folder: RunFolder, recipe: Re
         raise UserError(f"{refusal}, and they have other classes")
     print(f"fvae-lora: warning: {refusal}; the record says so", file=sys.stderr)
     return known.model_copy(update={"tested_on": TestedOn(fingerprint=found.fingerprint, splits=found.splits)})
+
+
+def _note_versions(record: Record, folder: RunFolder) -> None:
+    """Says of a run that goes on from a checkpoint which libraries are others than those that it was begun under."""
+    now = versions()
+    changed = {name: then for name, then in record.versions.items() if now.get(name, then) != then}
+    if not changed or folder.last_checkpoint() is None:
+        return
+    record.earlier_versions = [*record.earlier_versions, changed]
+    if distributed.is_main():
+        said = ", ".join(f"{name} {then} (now {now[name]})" for name, then in changed.items())
+        print(
+            f"fvae-lora: warning: {folder.path}: was begun under {said}; what follows may differ from a run under one",
+            file=sys.stderr,
+        )
 
 
 def _in_one_line(error: Exception, recipe: Recipe, path: Path) -> str:

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import AdaLoraModel, PeftModel
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -35,6 +35,7 @@ from fvae_lora_experiments.run.progress import ProgressLines
 from fvae_lora_experiments.run.record import Event
 from fvae_lora_experiments.run.state_cache import collate
 from fvae_lora_experiments.run.timing import on_terminal
+from fvae_lora_experiments.run.tracking import refuse_missing
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import Metric, Task
 
@@ -51,12 +52,18 @@ class RunTrainer(FVAELoraTrainer):
     Args:
         task: collates, and scores what the model puts out.
         quiet: no progress.
+        sampler: draws the rows of an epoch; None shuffles them.
         kwargs: as the Trainer's.
+
+    Attributes:
+        scored: the task's outputs and the labels of the split that was scored last, in the main process.
     """
 
-    def __init__(self, task: Task, quiet: bool, **kwargs: Any):
+    scored: tuple[np.ndarray, np.ndarray] | None = None
+
+    def __init__(self, task: Task, quiet: bool, sampler: Sampler[int] | None = None, **kwargs: Any):
         super().__init__(data_collator=partial(collate, task), **kwargs)
-        self.task, self.quiet = task, quiet
+        self.task, self.quiet, self.sampler = task, quiet, sampler
         self.remove_callback(PrinterCallback)  # what a Trainer without bars has
         if not quiet and not on_terminal():
             self.add_callback(ProgressLines(task.metric.name))
@@ -76,6 +83,9 @@ class RunTrainer(FVAELoraTrainer):
             self.accelerator.backward(regulariser * self.accelerator.gradient_accumulation_steps)
             loss = loss + regulariser.detach()
         return loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Every n-th batch of a split, n being the number of processes.
@@ -135,9 +145,10 @@ class RunTrainer(FVAELoraTrainer):
         loss = np.average([loss for loss, _, _ in batches], weights=[len(labels) for _, _, labels in batches])
         if not math.isfinite(loss):
             return {"loss": float(loss)}
+        self.scored = outputs.get_arrays(), labels.get_arrays()
         return {
             "loss": float(loss),
-            **self.task.scores(outputs.get_arrays(), labels.get_arrays(), rows),
+            **self.task.scores(*self.scored, rows),
             **self.task.generated_scores(self.model, rows, items, progress=not self.quiet),
         }
 
@@ -217,13 +228,16 @@ def scores_among(logs: Mapping[str, float], prefix: str) -> dict[str, float]:
 
 
 def finished(state: TrainerState, recipe: Recipe) -> bool:
-    """Whether training is over: all epochs done, or out of patience."""
-    if state.global_step >= state.max_steps:
+    """Whether training is over at the end of an epoch: all epochs or steps done, or out of patience."""
+    train = recipe.train
+    if train.max_steps is None and round(state.epoch or 0, 6) >= train.epochs:
         return True
-    if recipe.train.patience is None:
+    if train.max_steps is not None and state.global_step >= train.max_steps:
+        return True
+    if train.patience is None:
         return False
-    steps_per_epoch = state.max_steps // recipe.train.epochs
-    return state.global_step - state.best_global_step >= recipe.train.patience * steps_per_epoch
+    steps_per_epoch = round(state.global_step / state.epoch)
+    return state.global_step - state.best_global_step >= train.patience * steps_per_epoch
 
 
 def checkpoint_state(checkpoint: Path | None) -> TrainerState:
@@ -237,7 +251,8 @@ def trainer_arguments(recipe: Recipe, output: Path, metric: Metric, quiet: bool)
     """The recipe in transformers' words.
 
     Raises:
-        UserError: if this machine cannot train in the recipe's precision, or these processes with its batches.
+        UserError: if this machine cannot train in the recipe's precision, or these processes with its batches; a
+            tracker that is not installed.
     """
     train = recipe.train
     if train.precision == "fp16" and not torch.cuda.is_available():
@@ -247,10 +262,12 @@ def trainer_arguments(recipe: Recipe, output: Path, metric: Metric, quiet: bool)
             f"train.batch_size: {train.batch_size} rows do not share out evenly among {distributed.count()} processes; "
             f"multiples of {distributed.count()} are allowed"
         )
+    refuse_missing(train.report_to)
     workers = reading_processes() if train.workers is None else train.workers
     return TrainingArguments(
         output_dir=str(output),
         num_train_epochs=train.epochs,
+        max_steps=train.max_steps or -1,
         per_device_train_batch_size=train.batch_size // distributed.count(),
         per_device_eval_batch_size=train.batch_size,
         gradient_accumulation_steps=train.gradient_accumulation,
@@ -276,7 +293,7 @@ def trainer_arguments(recipe: Recipe, output: Path, metric: Metric, quiet: bool)
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         label_names=["labels"],
-        report_to="none",
+        report_to=list(train.report_to) or "none",
         disable_tqdm=quiet or not on_terminal(),
         log_level_replica="error",
     )

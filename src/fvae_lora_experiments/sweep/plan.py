@@ -15,6 +15,9 @@ from fvae_lora_experiments.recipe import flatten, load_recipe, parse_override
 from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.schema import Recipe
 
+MOST_SEEDS = 1000
+"""The longest range of seeds; a longer one is a slip of the pen."""
+
 OPTION_OF = {"method": "--methods", "seed": "--seeds", "dataset": "--dataset", "purpose": "--grid"}
 """Keys of a recipe that name a run's place in its sweep, and the option that each has for that."""
 
@@ -41,15 +44,17 @@ class Planned:
         return record.state == "complete" or hopeless
 
     def epochs_done(self) -> int:
-        """How many epochs its learning curve, read from its end, tells of."""
+        """How many of the recipe's epochs its learning curve, read from its end, tells of."""
         try:
             with self.folder.metrics_file.open("rb") as file:
                 file.seek(max(0, self.folder.metrics_file.stat().st_size - 2**16))
                 tail = file.read().decode(errors="replace")
         except OSError:
             return 0
-        epochs = re.findall(r'"epoch": ([0-9.]+)', tail)
-        return int(float(epochs[-1])) if epochs else 0
+        train = self.recipe.train
+        key, scale = ("epoch", 1.0) if train.max_steps is None else ("step", train.epochs / train.max_steps)
+        logged = re.findall(rf'"{key}": ([0-9.]+)', tail)
+        return int(scale * float(logged[-1])) if logged else 0
 
 
 @dataclass(frozen=True)
@@ -202,6 +207,22 @@ def parse_list(option: str, text: str) -> list[Any]:
     if None in values:
         raise UserError(f"{option}: expected values separated by commas, got {text!r}")
     return values
+
+
+def parse_seeds(option: str, text: str) -> list[Any]:
+    """`1-3,42` as [1, 2, 3, 42].
+
+    Raises:
+        UserError: nothing between two commas; a range that is empty or too long.
+    """
+    seeds: list[Any] = []
+    for part in parse_list(option, text):
+        ends = re.fullmatch(r"(\d+)-(\d+)", str(part))
+        first, last = map(int, ends.groups()) if ends else (0, 0)
+        if not 0 <= last - first < MOST_SEEDS:
+            raise UserError(f"{option}: {part}: expected a range of 1 to {MOST_SEEDS} seeds, for example 1-5")
+        seeds += range(first, last + 1) if ends else [part]
+    return seeds
 
 
 def parse_values(option: str, texts: Sequence[str]) -> dict[str, list[Any]]:

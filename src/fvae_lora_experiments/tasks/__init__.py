@@ -51,6 +51,9 @@ class Task(ABC):
     metric = Metric("accuracy")
     """The score by which the best epoch is selected."""
 
+    predicts_rows = False
+    """Whether `outputs` gives one prediction for each row: its class, or a number where the data have no classes."""
+
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         if recipe.data.select_by == "worst_group_accuracy":

@@ -28,6 +28,8 @@ from fvae_lora_experiments.tasks import Task
 class ImageTask(Task):
     """Images and their classes; judged by accuracy or by that of the worst group, a fraction."""
 
+    predicts_rows = True
+
     def open_source(self, notes: Notes | None = None) -> dict[str, Dataset]:
         """As `data.images.open_images`."""
         return open_images(self.recipe.dataset, self.recipe.data, notes)

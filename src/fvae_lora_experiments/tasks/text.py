@@ -56,6 +56,8 @@ METRICS = {"f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spear
 class TextTask(Task):
     """Texts and their classes, or a number for each; judged by the recipe's metrics, the first of which selects."""
 
+    predicts_rows = True
+
     def __init__(self, recipe: Recipe):
         super().__init__(recipe)
         if recipe.data.select_by == "accuracy":

@@ -1,0 +1,123 @@
+"""Trackers get the learning curve, and a run that is resumed goes on in its track."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers.integrations import TensorBoardCallback
+
+from fvae_lora_experiments.errors import RunError, UserError
+from fvae_lora_experiments.run.folder import RunFolder
+from fvae_lora_experiments.run.runner import evaluate, run
+from fvae_lora_experiments.run.tracking import MODULES, one_track
+from fvae_lora_experiments.run.trainer import FolderCallback, trainer_arguments
+from fvae_lora_experiments.schema import Recipe
+from fvae_lora_experiments.tasks import Metric
+
+Cli = Callable[..., tuple[int, str, str]]
+TRACKED = {"report_to": ["tensorboard"]}
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("tracker", MODULES)
+def test_a_tracker_that_is_not_installed_is_one_line(
+    cli: Cli, small: list[str], tmp_path: Path, tracker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in MODULES[tracker] else found(name))
+    options = ["--method", "lora", "--out", tmp_path / "run", "--quiet", f"train.report_to=[{tracker}]"]
+    code, _, error = cli("train", "image/default", *small, *options)
+    line = f"fvae-lora: train.report_to: {tracker} is not installed; pip install {tracker}\n"
+    assert (code, error) == (2, line)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_tensorboard_has_the_learning_curve_with_the_terms_of_the_elbo(
+    make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard")
+    record = run(make_recipe(method="fvae-lora", train=TRACKED), tmp_path, quiet=True)
+    found = scalars(tmp_path / "tensorboard")
+    elbo = {f"train/elbo/{term}" for term in ("reconstruction", "kl_z1")}
+    assert elbo | {"train/loss", "train/task_loss", "train/learning_rate", "eval/accuracy", "eval/loss"} <= found.keys()
+    curve = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    losses = [(event["step"], pytest.approx(event["loss"])) for event in curve if event["event"] == "train"]
+    assert found["train/loss"] == losses
+    assert evaluate(tmp_path, quiet=True) == record.metrics.test
+    assert scalars(tmp_path / "tensorboard") == found, "scoring is no run of its own"
+
+
+def test_a_resumed_run_goes_on_in_the_same_track(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    recipe, on_save = make_recipe(method="fvae-lora", train=TRACKED), FolderCallback.on_save
+
+    def stop(self: FolderCallback, *arguments: Any, **options: Any) -> None:
+        on_save(self, *arguments, **options)
+        raise RuntimeError("stopped after the first epoch")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderCallback, "on_save", stop)
+        with pytest.raises(RunError, match="stopped"):
+            run(recipe, tmp_path, quiet=True)
+    first = json.loads((tmp_path / "tracking.json").read_text())
+    run(recipe, tmp_path, quiet=True)
+    assert json.loads((tmp_path / "tracking.json").read_text()) == first
+    assert [step for step, _ in scalars(tmp_path / "tensorboard")["eval/loss"]] == [4, 8]
+    assert len({file.parent for file in tmp_path.rglob("events.out.tfevents.*")}) == 1
+
+
+def test_a_track_is_found_again_by_its_names(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What wandb, MLflow and trackio know a run by is the same each time, and what somebody set themselves stays."""
+    folder = RunFolder(tmp_path / "lora-seed1")
+    folder.path.mkdir()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: object())
+    recipe = make_recipe(train={"report_to": ["wandb", "mlflow", "trackio"]})
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    import os
+
+    seen = []
+    for _ in range(2):
+        arguments = trainer_arguments(recipe, folder.checkpoints, Metric("accuracy"), quiet=True)
+        with one_track(folder, arguments) as (mlflow_run,):
+            seen.append((arguments.run_name, os.environ["WANDB_RUN_ID"], os.environ.get("MLFLOW_RUN_ID")))
+            assert (os.environ["WANDB_RESUME"], os.environ["WANDB_PROJECT"]) == ("allow", "mine")
+            mlflow_run.remember("0123")  # type: ignore[attr-defined]
+        assert "WANDB_RUN_ID" not in os.environ
+    assert seen[0][:2] == seen[1][:2]
+    assert seen[0][0].startswith("lora-seed1-")
+    assert [mlflow for *_, mlflow in seen] == [None, "0123"]
+
+
+def test_nothing_is_tracked_where_nobody_asked(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    run(make_recipe(train={"epochs": 1}), tmp_path, quiet=True)
+    assert not (tmp_path / "tracking.json").exists()
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_transformers_own_callback_is_active(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    recipe = make_recipe(train=TRACKED)
+    assert trainer_arguments(recipe, tmp_path, Metric("accuracy"), quiet=True).report_to == ["tensorboard"]
+    assert TensorBoardCallback().logging_dir is None
+
+
+def test_a_tracker_may_be_added_when_a_run_goes_on(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    record = run(make_recipe(train={"epochs": 1}), tmp_path, quiet=True)
+    assert run(make_recipe(train={"epochs": 1, **TRACKED}), tmp_path, quiet=True) == record
+    with pytest.raises(UserError, match=r"train\.log_every is 2 there and 3 here"):
+        run(make_recipe(train={"epochs": 1, "log_every": 3}), tmp_path, quiet=True)
