@@ -15,6 +15,7 @@ registration.add_peft_type()
 from . import adapter_folder  # noqa: E402
 from .config import FVAELoraConfig  # noqa: E402
 from .export import export_for_inference, is_training_only  # noqa: E402
+from .inspection import LayerScores, score_inputs  # noqa: E402
 from .loss import add_elbo, elbo_loss, elbo_terms  # noqa: E402
 from .module_names import resolve_targets  # noqa: E402
 from .reference import FVAEPEFTConfig, load_reference_adapter  # noqa: E402
@@ -31,6 +32,7 @@ __all__ = [
     "FVAELoraConfig",
     "FVAELoraTrainer",
     "FVAEPEFTConfig",
+    "LayerScores",
     "adapter_folder",
     "add_elbo",
     "convert_to_lora",
@@ -40,6 +42,7 @@ __all__ = [
     "is_training_only",
     "load_reference_adapter",
     "resolve_targets",
+    "score_inputs",
 ]
 
 
