@@ -20,6 +20,7 @@ from .loss import add_elbo, elbo_loss, elbo_terms  # noqa: E402
 from .module_names import resolve_targets  # noqa: E402
 from .reference import FVAEPEFTConfig, load_reference_adapter  # noqa: E402
 from .to_lora import ConversionReport, convert_to_lora  # noqa: E402
+from .uncertainty import UncertainPrediction, predict_with_uncertainty  # noqa: E402
 
 registration.register()
 
@@ -33,6 +34,7 @@ __all__ = [
     "FVAELoraTrainer",
     "FVAEPEFTConfig",
     "LayerScores",
+    "UncertainPrediction",
     "adapter_folder",
     "add_elbo",
     "convert_to_lora",
@@ -41,6 +43,7 @@ __all__ = [
     "export_for_inference",
     "is_training_only",
     "load_reference_adapter",
+    "predict_with_uncertainty",
     "resolve_targets",
     "score_inputs",
 ]
