@@ -14,6 +14,7 @@ registration.add_peft_type()
 
 from . import adapter_folder  # noqa: E402
 from .config import FVAELoraConfig  # noqa: E402
+from .detector import ForeignInputDetector, ForeignScores  # noqa: E402
 from .export import export_for_inference, is_training_only  # noqa: E402
 from .inspection import LayerScores, score_inputs  # noqa: E402
 from .loss import add_elbo, elbo_loss, elbo_terms  # noqa: E402
@@ -33,6 +34,8 @@ __all__ = [
     "FVAELoraConfig",
     "FVAELoraTrainer",
     "FVAEPEFTConfig",
+    "ForeignInputDetector",
+    "ForeignScores",
     "LayerScores",
     "UncertainPrediction",
     "adapter_folder",
