@@ -14,12 +14,15 @@ registration.add_peft_type()
 
 from . import adapter_folder  # noqa: E402
 from .config import FVAELoraConfig  # noqa: E402
+from .detector import ForeignInputDetector, ForeignScores  # noqa: E402
 from .export import export_for_inference, is_training_only  # noqa: E402
+from .inspection import LayerScores, score_inputs  # noqa: E402
 from .loss import add_elbo, elbo_loss, elbo_terms  # noqa: E402
 from .module_names import resolve_targets  # noqa: E402
 from .reference import FVAEPEFTConfig, load_reference_adapter  # noqa: E402
 from .to_lora import ConversionReport, convert_to_lora  # noqa: E402
 from .vae import LOGVAR_RANGE  # noqa: E402
+from .uncertainty import UncertainPrediction, predict_with_uncertainty  # noqa: E402
 
 registration.register()
 
@@ -33,6 +36,10 @@ __all__ = [
     "FVAELoraConfig",
     "FVAELoraTrainer",
     "FVAEPEFTConfig",
+    "ForeignInputDetector",
+    "ForeignScores",
+    "LayerScores",
+    "UncertainPrediction",
     "adapter_folder",
     "add_elbo",
     "convert_to_lora",
@@ -41,7 +48,9 @@ __all__ = [
     "export_for_inference",
     "is_training_only",
     "load_reference_adapter",
+    "predict_with_uncertainty",
     "resolve_targets",
+    "score_inputs",
 ]
 
 

@@ -169,17 +169,23 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
     @property
     def trains(self) -> bool:
         """Whether an active adapter is to be trained, so that a forward in training should run it."""
-        parameters = (parameter for vae in self._active_vaes() for parameter in vae.parameters())
+        parameters = (parameter for vae in self.active_vaes().values() for parameter in vae.parameters())
         running = self.training and not self.disable_adapters and not self.merged
         return running and any(parameter.requires_grad for parameter in parameters)
 
     @property
     def records(self) -> bool:
         """Whether an active adapter has an ELBO."""
-        return any(vae.config.has_residual for vae in self._active_vaes())
+        return any(vae.config.has_residual for vae in self.active_vaes().values())
 
-    def _active_vaes(self) -> list[Any]:
-        return [self.fvae_lora_vae[name] for name in self.active_adapters if name in self.fvae_lora_vae]
+    def active_vaes(self) -> dict[str, Any]:
+        """The autoencoders that run in the layer's forward, by the adapters' names; none where they are disabled."""
+        active = [] if self.disable_adapters else self.active_adapters
+        return {name: self.fvae_lora_vae[name] for name in active if name in self.fvae_lora_vae}
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """What the autoencoders read of the layer's input: a vector for each token, (..., in)."""
+        return x
 
     def _token_weights(self, x: Tensor) -> TokenWeights:
         masks = self.recorder.masks()
@@ -286,6 +292,10 @@ class FVAELoraLinear(FVAELoraLayer):
 class FVAELoraConv2d(FVAELoraLayer):
     """The same for `torch.nn.Conv2d`: a token is a patch that the kernel sees, x in R^(channels * height * width)."""
 
+    def tokens(self, x: Tensor) -> Tensor:
+        """The patches that the kernel sees, (batch, patches, in)."""
+        return self._patches(x)[0]
+
     def update(self, adapter: str, x: Tensor) -> Tensor:
         """What an adapter adds to the convolution's output.
 
@@ -296,21 +306,25 @@ class FVAELoraConv2d(FVAELoraLayer):
         Returns:
             (batch, out channels, height', width'), or without batch.
         """
+        patches, (height, width) = self._patches(x)
+        output = super().update(adapter, patches).transpose(1, 2).unflatten(-1, (height, width))
+        return output if x.dim() == 4 else output.squeeze(0)
+
+    def _patches(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The patches, (batch, height' * width', in), and how many lie below and beside each other."""
         base = self.get_base_layer()
         batched = x if x.dim() == 4 else x.unsqueeze(0)
         # Padding "same" and other modes than zeros are worked out by the convolution itself, on the side of the input.
         padding = base._reversed_padding_repeated_twice
         mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
         padded = F.pad(batched, padding, mode=mode) if any(padding) else batched
-        patches = F.unfold(padded, base.kernel_size, base.dilation, 0, base.stride).transpose(1, 2)
         height, width = (
             (size - dilation * (kernel - 1) - 1) // stride + 1
             for size, dilation, kernel, stride in zip(
                 padded.shape[-2:], base.dilation, base.kernel_size, base.stride, strict=True
             )
         )
-        output = super().update(adapter, patches).transpose(1, 2).unflatten(-1, (height, width))
-        return output if x.dim() == 4 else output.squeeze(0)
+        return F.unfold(padded, base.kernel_size, base.dilation, 0, base.stride).transpose(1, 2), (height, width)
 
 
 def features(base_layer: nn.Module) -> tuple[int, int]:

@@ -39,12 +39,14 @@ class TokenMasks:
         input: Mask of its input, (batch, length) of bool, or ``None``; that of an audio model has a place per sample.
         decoder: The same of its decoder's input.
         has_decoder: Whether the model has an encoder and a decoder.
+        shapes: Of what each sequence is read from, (rows, ...).
     """
 
     model: nn.Module
     input: Tensor | None
     decoder: Tensor | None
     has_decoder: bool = False
+    shapes: Mapping[Sequence, torch.Size] = field(default_factory=dict)
     _found: dict[tuple[Any, ...], TokenWeights | None] = field(default_factory=dict)
     _unfit: dict[str, tuple[Sequence, int]] = field(default_factory=dict)  # by layer: what it reads, how many tokens
 
@@ -61,7 +63,7 @@ class TokenMasks:
             decoder = labels != IGNORED_LABEL  # the decoder reads the labels, shifted by one
         elif decoder is None and inputs.get("decoder_input_ids") is None:
             decoder = mask  # or, without labels to read, the input
-        return cls(model, mask, decoder, has_decoder)
+        return cls(model, mask, decoder, has_decoder, _shapes(model, inputs))
 
     def sequence(self, layer: str) -> Sequence:
         """The sequence that a layer reads.
@@ -112,6 +114,55 @@ class TokenMasks:
             return None
         counted = fitted.to(x.device, torch.float32 if x.dtype != torch.float64 else x.dtype)
         return TokenWeights(counted, counted.sum())
+
+    def rows(self, layer: str, x: Tensor) -> tuple[Tensor, int] | None:
+        """Which row of the batch each token of a layer's input belongs to.
+
+        Args:
+            layer: Name of the adapted module inside the model.
+            x: Its input, (..., d).
+
+        Returns:
+            Indices of rows in the shape of the tokens, (...,), and the number of rows. Where one input serves all
+            rows, as relative positions do, the indices are (rows, ...). ``None`` where there is no telling, as of the
+            tokens that reach one of several experts.
+        """
+        tokens, sequence = x.shape[:-1], self.sequence(layer)
+        if not tokens:
+            return torch.zeros((), dtype=torch.long, device=x.device), 1
+        mask, shape = self._mask(sequence), self.shapes.get(sequence, tokens)
+        sequence_first = _is_sequence_first(self.model, layer)
+        if mask is None:
+            if sequence_first and len(shape) > 2 and shape[:2] == tokens[:2]:
+                shape = torch.Size((shape[1], shape[0], *shape[2:]))
+            count = texts = shape[0]
+            length = shape[1:2].numel()
+        else:
+            texts, length = mask.shape
+            several_texts = len(shape) > 2 and shape.numel() == mask.numel()
+            count = shape[0] if several_texts or texts == 1 else texts
+            texts = max(texts, count)
+        index = torch.arange(count, device=x.device).repeat_interleave(texts // count)[:, None]
+        if tokens.numel() == texts:
+            return index.reshape(tokens), count
+        places = index.expand(texts, length)
+        found = _fitted(index.expand(_padded(self.model, places, tokens).shape), tokens, sequence_first)
+        if found is not None:
+            return found, count
+        if mask is not None and mask.shape == places.shape and int(mask.sum()) == tokens.numel():
+            return places[mask.to(x.device)].reshape(tokens), count  # padding was taken out
+        if len(tokens) == 1:
+            return None
+        if sequence_first and tokens[1] == count:
+            return index.reshape(1, count, *[1] * (len(tokens) - 2)).expand(tokens), count
+        if tokens[0] == 1:
+            tokens = torch.Size((count, *tokens[1:]))
+        leading = texts if tokens[0] == texts else count
+        if tokens[0] % leading or (tokens[0] != leading and mask is not None):
+            return None
+        index = index.flatten() if leading == texts else torch.arange(count, device=x.device)
+        index = index.repeat_interleave(tokens[0] // leading)  # windows of one sample lie behind each other
+        return index.reshape(-1, *[1] * (len(tokens) - 1)).expand(tokens), count
 
     def layers_that_count_padding(self) -> list[str]:
         """The layers so far that have padding among their tokens, as far as their masks tell, and count it.
@@ -166,6 +217,17 @@ def _kept(mask: Any, inputs: Mapping[str, Any]) -> Tensor | None:
     if len(shape) == 2 and inputs.get("past_key_values") is not None:
         kept = kept[:, -shape[1] :]  # the mask begins with what the cache holds
     return kept
+
+
+def _shapes(model: nn.Module, inputs: Mapping[str, Any]) -> dict[Sequence, torch.Size]:
+    """The shapes of what the sequences of a forward are read from, (rows, ...)."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.dim()}
+    main = tensors.get(getattr(model, "main_input_name", ""), next(iter(tensors.values()), torch.ones(1)))
+    shape = _shape_of_text(inputs) or main.shape
+    read = {"input_ids": inputs.get("decoder_input_ids"), "inputs_embeds": inputs.get("decoder_inputs_embeds")}
+    decoder = _shape_of_text(read) or shape
+    image = next((value.shape for name, value in tensors.items() if "pixel_values" in name), shape)
+    return {"input": shape, "decoder": decoder, "image": image}
 
 
 def _shape_of_text(inputs: Mapping[str, Any]) -> torch.Size:

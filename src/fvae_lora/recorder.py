@@ -17,7 +17,8 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
@@ -232,6 +233,17 @@ class Recorder:
         if any(unused) and not self.warned:
             self.warned = True
             warnings.warn(f"the ELBO of a training forward was never used; {ADVICE}", stacklevel=2)
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Be as new for a while: what is recorded then is forgotten, and what was recorded before is kept."""
+        kept = vars(self).copy()
+        vars(self).update(vars(Recorder()))
+        try:
+            yield
+        finally:
+            vars(self).clear()
+            vars(self).update(kept)
 
     def record(self, layer: str, adapter: str, output: Tensor, terms: LayerElbo) -> Tensor:
         """Record the ELBO of a layer's run.

@@ -1,0 +1,232 @@
+"""What the adapted layers' autoencoders say of each input of a batch."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import FVAELoraConfig
+from .evaluating import active_configs, adapted_layers, evaluating
+from .kernels.likelihood import log_likelihood
+from .layer import FVAELoraLayer
+from .masks import TokenMasks, warn_of_padding
+from .module_names import some
+from .objective import gamma, kl_to_prior, w2
+from .vae import FVAE, raised
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """What one layer's autoencoder says of each example: means over the example's tokens, padding left out.
+
+    Everything is in at least fp32, and NaN for an example without a token that counts. An example is a row of what the
+    layer reads: in a model of two towers images and texts may differ in number.
+
+    Attributes:
+        tokens: How many tokens counted, (batch,).
+        log_likelihood: log p(x | z1, z2) at the posteriors' means, summed over features, in nats, (batch,).
+        log_likelihood_z1: The same from z1 alone, z2 at its prior's mean m, in nats, (batch,).
+        log_likelihood_z2: The same from z2 alone, z1 at its prior's mean 0, in nats, (batch,).
+        expected_log_likelihood: E[log p(x | z1, z2)] over draws of both, in nats, (batch,); ``None`` without draws.
+        kl_z1: KL(q1 || p1) in nats, (batch,).
+        gamma: Gamma = E[log p2(z2) - log p1(z1)] in nats, (batch,).
+        w2: W2^2(q1, q2), (batch,); ``None`` where z1 and z2 differ in dimensions.
+        z1_mean: The posterior's mean of z1, (batch, r).
+        z1_variance: The posterior's variance of z1, (batch, r).
+        z2_mean: The same of z2, (batch, residual_dim).
+        z2_variance: The same of z2, (batch, residual_dim).
+    """
+
+    tokens: Tensor
+    log_likelihood: Tensor
+    log_likelihood_z1: Tensor
+    log_likelihood_z2: Tensor
+    expected_log_likelihood: Tensor | None
+    kl_z1: Tensor
+    gamma: Tensor
+    w2: Tensor | None
+    z1_mean: Tensor
+    z1_variance: Tensor
+    z2_mean: Tensor
+    z2_variance: Tensor
+
+
+def score_inputs(
+    model: nn.Module, /, *args: Any, draws: int = 0, seed: int = 0, **inputs: Any
+) -> dict[str, LayerScores]:
+    """Ask every adapted layer's autoencoder what it makes of each input of a batch.
+
+    The model runs once, in eval mode with z1 at its mean and without gradients, and is left as it was, after an error
+    too; nothing of it reaches a loss. The scores of an example do not depend on what else is in the batch. The tokens
+    of a layer that runs several times, as ALBERT's do, are taken together.
+
+    Args:
+        model: An adapted model, or one that contains it.
+        *args: Its inputs, for models that take them by position.
+        draws: Number of draws of (z1, z2) for ``expected_log_likelihood``; each is one for all tokens, so that
+            examples can be compared.
+        seed: Seed of these draws.
+        **inputs: The model's inputs by name, as for a forward.
+
+    Returns:
+        Scores by the name of the layer in the adapted model (with the adapter's name behind it where several are
+        active). Layers whose tokens cannot be told apart by example are left out with a warning.
+
+    Raises:
+        ValueError: If no FVAE-LoRA adapter is active, if one has no decoder (``inference_only`` or ``elbo_weight=0``),
+            if `adapter_names` are among the inputs, or if `draws` is negative.
+    """
+    if draws < 0:
+        raise ValueError(f"draws must be an integer, at least 0, not {draws}")
+    totals: dict[str, _Totals] = defaultdict(_Totals)
+
+    def score(key: str, vae: FVAE, x: Tensor, row: Tensor, rows: int) -> None:
+        totals[key].add(token_scores(vae, x, draws, seed), row, rows)
+
+    read_inputs(model, args, inputs, score)
+    return {key: total.scores() for key, total in totals.items()}
+
+
+Reader = Callable[[str, FVAE, Tensor, Tensor, int], None]
+
+
+def read_inputs(model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any], reader: Reader) -> None:
+    """Run a model once as `score_inputs` does, and show what each adapted layer's autoencoder reads.
+
+    Args:
+        model: An adapted model, or one that contains it.
+        args: Its inputs by position.
+        inputs: Its inputs by name.
+        reader: Called at each run of each active adapter's layer with its name, the autoencoder, the tokens that
+            count, (tokens, d), the row of the batch that each belongs to, (tokens,), and the number of rows.
+
+    Raises:
+        ValueError: As `score_inputs`.
+    """
+    configs = active_configs(model)
+    for name, config in configs.items():
+        _require_decoder(name, config)
+    if inputs.get("adapter_names") is not None:
+        raise ValueError("adapter_names: score the rows of each adapter by themselves, with that adapter active")
+    untold: set[str] = set()
+    seen: dict[int, TokenMasks] = {}
+
+    def read(layer: FVAELoraLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = layer.tokens(args[0] if args else kwargs["x"])
+        masks = layer.recorder.masks() or TokenMasks(layer, None, None)
+        if (told := masks.rows(layer.name, x)) is None:
+            untold.add(layer.name)
+            return
+        row, rows = told
+        seen[id(masks)] = masks
+        mask = masks.weights(layer.name, x).mask
+        x, counts = x.expand(*row.shape, x.shape[-1]), None if mask is None else mask.expand(row.shape).flatten() > 0
+        x, row = x.reshape(-1, x.shape[-1]), row.flatten()
+        if counts is not None:
+            x, row = x[counts], row[counts]
+        for name, vae in layer.active_vaes().items():
+            with torch.autocast(x.device.type, enabled=False):
+                reader(layer.name if len(configs) == 1 else f"{layer.name}.{name}", vae, x, row, rows)
+
+    handles = []
+    with evaluating(model, sampling=False) as eager:
+        try:
+            handles += [layer.register_forward_pre_hook(read, with_kwargs=True) for layer in adapted_layers(model)]
+            eager(*args, **inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+    for masks in seen.values():
+        warn_of_padding(masks)
+    if untold:
+        warnings.warn(f"{some(sorted(untold))} left out: no telling which example a token belongs to", stacklevel=3)
+
+
+def token_scores(vae: FVAE, x: Tensor, draws: int = 0, seed: int = 0) -> dict[str, Tensor]:
+    """The terms of `LayerScores` for each token.
+
+    Args:
+        vae: An autoencoder with a decoder, in eval mode.
+        x: What it reads, (tokens, d).
+        draws: As in `score_inputs`.
+        seed: As in `score_inputs`.
+
+    Returns:
+        The terms by name, (tokens,), or (tokens, dims) of the posteriors, in at least fp32.
+    """
+    config, encoder_input = vae.config, x.to(vae.log_tau.dtype)
+    (mean1, logvar1), (mean2, logvar2) = vae.encode("encoder1", encoder_input), vae.encode("encoder2", encoder_input)
+    m, s = config.residual_prior_mean, config.residual_prior_std
+
+    def likelihood(z1: Tensor, z2: Tensor) -> Tensor:
+        hidden = vae.decode_hidden(z1, z2)
+        reconstruction = F.linear(hidden, vae.decoder_output_weight, vae.decoder_output_bias)
+        return log_likelihood(raised(x), raised(reconstruction), raised(vae.log_tau))
+
+    scores = {
+        "log_likelihood": likelihood(mean1, mean2),
+        "log_likelihood_z1": likelihood(mean1, torch.full_like(mean2, m)),
+        "log_likelihood_z2": likelihood(torch.zeros_like(mean1), mean2),
+        "kl_z1": kl_to_prior(mean1, logvar1),
+        "gamma": gamma(mean1, logvar1, mean2, logvar2, m, s),
+        "z1_mean": mean1,
+        "z1_variance": logvar1.exp(),
+        "z2_mean": mean2,
+        "z2_variance": logvar2.exp(),
+    }
+    if mean1.shape == mean2.shape:
+        scores["w2"] = w2(mean1, logvar1, mean2, logvar2)
+    if draws:
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(draws, vae.rank + vae.residual_dim, generator=generator).to(mean1)
+        sigma1, sigma2 = torch.exp(0.5 * logvar1), torch.exp(0.5 * logvar2)
+        drawn = [
+            likelihood(mean1 + sigma1 * eps1, mean2 + sigma2 * eps2)
+            for eps1, eps2 in (eps.split([vae.rank, vae.residual_dim]) for eps in noise)
+        ]
+        scores["expected_log_likelihood"] = torch.stack(drawn).mean(0)
+    return scores
+
+
+class _Totals:
+    """Sums over each example's tokens, run by run."""
+
+    def __init__(self) -> None:
+        self.tokens: Tensor | None = None
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, scores: Mapping[str, Tensor], row: Tensor, rows: int) -> None:
+        counts = torch.zeros(rows, dtype=torch.long, device=row.device).index_add(0, row, torch.ones_like(row))
+        self.tokens = counts if self.tokens is None else self.tokens + counts
+        for name, value in scores.items():
+            sums = value.new_zeros(rows, *value.shape[1:]).index_add(0, row, value)
+            self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+
+    def scores(self) -> LayerScores:
+        assert self.tokens is not None
+        means: dict[str, Any] = {"w2": None, "expected_log_likelihood": None}
+        means |= {
+            name: sums / self.tokens.to(sums.dtype).reshape(-1, *[1] * (sums.dim() - 1))
+            for name, sums in self.sums.items()
+        }
+        return LayerScores(tokens=self.tokens, **means)
+
+
+def _require_decoder(name: str, config: FVAELoraConfig) -> None:
+    if config.inference_only:
+        raise ValueError(
+            f"adapter {name!r} is inference_only: it has encoder 1's mean and B alone, so its layers' inputs have no "
+            "likelihood; take the adapter that it was exported from"
+        )
+    if not config.has_residual:
+        raise ValueError(
+            f"adapter {name!r} was made with elbo_weight=0: it has neither encoder 2 nor a decoder, so its layers' "
+            "inputs have no likelihood"
+        )
