@@ -82,8 +82,8 @@ class ForeignInputDetector:
         Args:
             model: An adapted model, or one that contains it.
             training: Batches of inputs that the adapter was trained on, as the model takes them by name.
-            held_out: Batches of inputs like these that it was not trained on; of each a score is kept. With n of them no
-                p-value is below 1 / (n + 1).
+            held_out: Batches of inputs like these that it was not trained on; of each a score is kept. With n of them
+                no p-value is below 1 / (n + 1).
             features: What tells: the layers' ``"likelihood"``, their ``"latents"`` (the posteriors' means), or
                 ``"both"``.
 
@@ -97,7 +97,8 @@ class ForeignInputDetector:
         """
         if features not in FEATURES:
             raise ValueError(f"features must be one of {', '.join(FEATURES)}, not {features!r}")
-        adapter, moments, layers = fingerprint(model), _Moments(), {}
+        adapter, moments = fingerprint(model), _Moments()
+        layers: dict[str, int] = {}
         for batch in training:
             layers, vectors = _vectors(score_inputs(model, **batch), features)
             moments.add(vectors, layers)
