@@ -51,6 +51,10 @@ class ForeignInputDetector:
     scores of held-out inputs; it is a conformal one, valid for any model and features, where those are as good as
     drawn together with the inputs to come.
 
+    On the demo's digits, told from corrupted ones and noise (``benchmarks/detection.py``), "both" has a mean AUROC of
+    0.981, "likelihood" 0.978 and "latents" 0.965; confidence has 0.746. A Mahalanobis distance of the mean of each
+    adapted layer's own input, for which no autoencoder is needed, has 1.000: compare with it on your data.
+
     Made by `fit` or `load`. It belongs to the adapters that were active then, as they were then.
     """
 
