@@ -51,6 +51,10 @@ class ForeignInputDetector:
     scores of held-out inputs; it is a conformal one, valid for any model and features, where those are as good as
     drawn together with the inputs to come.
 
+    On the demo's digits, told from corrupted ones and noise (``benchmarks/detection.py``), "both" has a mean AUROC of
+    0.981, "likelihood" 0.978 and "latents" 0.965; confidence has 0.746. A Mahalanobis distance of the mean of each
+    adapted layer's own input, for which no autoencoder is needed, has 1.000: compare with it on your data.
+
     Made by `fit` or `load`. It belongs to the adapters that were active then, as they were then.
     """
 
@@ -82,8 +86,8 @@ class ForeignInputDetector:
         Args:
             model: An adapted model, or one that contains it.
             training: Batches of inputs that the adapter was trained on, as the model takes them by name.
-            held_out: Batches of inputs like these that it was not trained on; of each a score is kept. With n of them no
-                p-value is below 1 / (n + 1).
+            held_out: Batches of inputs like these that it was not trained on; of each a score is kept. With n of them
+                no p-value is below 1 / (n + 1).
             features: What tells: the layers' ``"likelihood"``, their ``"latents"`` (the posteriors' means), or
                 ``"both"``.
 
@@ -97,7 +101,8 @@ class ForeignInputDetector:
         """
         if features not in FEATURES:
             raise ValueError(f"features must be one of {', '.join(FEATURES)}, not {features!r}")
-        adapter, moments, layers = fingerprint(model), _Moments(), {}
+        adapter, moments = fingerprint(model), _Moments()
+        layers: dict[str, int] = {}
         for batch in training:
             layers, vectors = _vectors(score_inputs(model, **batch), features)
             moments.add(vectors, layers)
