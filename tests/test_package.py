@@ -23,6 +23,10 @@ NAMES = {
     "FVAELoraConfig",
     "FVAELoraTrainer",
     "FVAEPEFTConfig",
+    "ForeignInputDetector",
+    "ForeignScores",
+    "LayerScores",
+    "UncertainPrediction",
     "adapter_folder",
     "add_elbo",
     "convert_to_lora",
@@ -31,7 +35,9 @@ NAMES = {
     "export_for_inference",
     "is_training_only",
     "load_reference_adapter",
+    "predict_with_uncertainty",
     "resolve_targets",
+    "score_inputs",
 }
 OF_THE_EXPERIMENTS = {"datasets", "fvae_lora_experiments", "matplotlib", "pandas", "pydantic", "typer"}
 OF_THE_EXPERIMENTS |= {"transformers.trainer"}
