@@ -203,7 +203,9 @@ def test_numbers_are_read_from_the_device_at_logging_steps_alone(
     # Tensors without data: whatever reads a number raises.
     meta: dict[str, Any] = {"device": "meta"}
     weights = TokenWeights(None, torch.ones((), **meta))
-    elbo = LayerElbo(FVAELoraConfig(), weights, torch.ones((), **meta), torch.ones(3, **meta), (), torch.ones(0, **meta))
+    elbo = LayerElbo(
+        FVAELoraConfig(), weights, torch.ones((), **meta), torch.ones(3, **meta), (), torch.ones(0, **meta)
+    )
     run = Run("layer", "default", elbo, True)
     forward = Forward(per_token={("layer", "default"): torch.ones((), **meta)})
     forward.runs.append(run)

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import FVAELoraConfig
 from .kernels.run import run
-from .objective import Draws, Posterior, TokenWeights, vae_noise
+from .objective import Draws, Posterior, TokenWeights, standard_normal
 from .recorder import Recorder
 from .vae import FVAE, raised
 
@@ -163,8 +163,8 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         if trains and config.has_residual:
             z1, elbo = run(vae, x, encoder_input, Draws.of(vae, x, self._token_weights(x)))
         else:
-            noise = vae_noise(vae, x, vae.rank)
-            z1, elbo = Posterior.drawn(*vae.encode("encoder1", encoder_input), noise).sample, None
+            noise = standard_normal(x, vae.rank, B)
+            z1, elbo = Posterior.drawn(vae.encode("encoder1", encoder_input), noise).sample, None
         output = F.linear((z1 * self.scaling[adapter]).to(B.dtype), B)
         return output if elbo is None else self.recorder.record(self.name, adapter, output, elbo)
 

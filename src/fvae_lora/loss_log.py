@@ -39,7 +39,9 @@ class LossLog:
         for forward in forwards:
             for run in forward.runs:
                 terms += [(*run.key, name) for name in coefficients(run.elbo.config)]
-                values.append((run.elbo.weighted * (run.tokens * forward.per_token[run.key])).neg().to(task_loss.device))
+                values.append(
+                    (run.elbo.weighted * (run.tokens * forward.per_token[run.key])).neg().to(task_loss.device)
+                )
         part = torch.cat(values) / divisor
         if not self._sums:
             self._first_step = step

@@ -13,7 +13,7 @@ Source: "Latent Space Factorization in LoRA", arXiv 2510.19640; the Gaussian int
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .config import FVAELoraConfig
 from .kernels.likelihood import LOG_2PI, summed_log_likelihood
-from .vae import FVAE, draw, raised
+from .vae import FVAE, draw
 
 
 def kl_to_prior(mean: Tensor, logvar: Tensor, prior_mean: float = 0.0, prior_std: float = 1.0) -> Tensor:
@@ -123,11 +123,18 @@ class TokenWeights:
         return chosen, TokenWeights(ones * (tokens / max(k, 1)), self.count)
 
 
-def standard_normal(x: Tensor, dims: int, dtype: torch.dtype) -> Tensor:
-    """Noise for each token of x, (..., d), from torch's global generator: (..., dims).
+def standard_normal(x: Tensor, dims: int, parameter: Tensor) -> Tensor:
+    """Noise from torch's global generator, which gradient checkpointing replays.
 
-    That generator is the one that gradient checkpointing replays.
+    Args:
+        x: (..., d).
+        dims: How many numbers for each of its tokens.
+        parameter: One of the autoencoder's; the noise has its dtype, raised to at least fp32.
+
+    Returns:
+        (..., dims).
     """
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     return torch.randn_like(x.new_empty((*x.shape[:-1], dims), dtype=dtype))
 
 
@@ -150,17 +157,12 @@ class Draws:
     @classmethod
     def of(cls, vae: FVAE, x: Tensor, weights: TokenWeights) -> Draws:
         """What a run on x, (..., d), of which the tokens have some weights, needs."""
-        noise1 = vae_noise(vae, x, vae.rank)
+        noise1 = standard_normal(x, vae.rank, vae.log_tau)
         chosen = None
         if vae.config.elbo_token_fraction < 1:
             chosen, weights = weights.sample(x.shape[:-1], vae.config.elbo_token_fraction, x.device)
         read = x if chosen is None else x.new_empty((len(chosen), 1))
-        return cls(noise1, vae_noise(vae, read, vae.residual_dim), chosen, weights)
-
-
-def vae_noise(vae: FVAE, x: Tensor, dims: int) -> Tensor:
-    """`standard_normal` in the dtype of the posteriors."""
-    return standard_normal(x, dims, raised(vae.encoder1_mean_weight[:0]).dtype)
+        return cls(noise1, standard_normal(read, vae.residual_dim, vae.log_tau), chosen, weights)
 
 
 @dataclass
@@ -172,9 +174,9 @@ class Posterior:
     sample: Tensor
 
     @classmethod
-    def drawn(cls, mean: Tensor, logvar: Tensor, noise: Tensor) -> Posterior:
+    def drawn(cls, moments: tuple[Tensor, Tensor], noise: Tensor) -> Posterior:
         """The posterior of that mean and log-variance, with ``mean + sigma * noise`` as its sample."""
-        return cls(mean, logvar, draw(mean, logvar, noise))
+        return cls(*moments, draw(*moments, noise))
 
     def chosen(self, tokens: Tensor | None) -> Posterior:
         """Some tokens alone, (k, r), by their indices; all, (..., r), without."""
@@ -278,14 +280,14 @@ def run(vae: FVAE, x: Tensor, encoder_input: Tensor, draws: Draws) -> tuple[Tens
         z1, (..., r), and the ELBO.
     """
     config, chosen = vae.config, draws.chosen
-    q1 = Posterior.drawn(*vae.encode("encoder1", encoder_input), draws.noise1)
+    q1 = Posterior.drawn(vae.encode("encoder1", encoder_input), draws.noise1)
     z1 = q1.sample
     if config.elbo_stop_gradient:
         x, encoder_input = x.detach(), encoder_input.detach()
-        q1 = Posterior.drawn(*vae.encode("encoder1", encoder_input), draws.noise1)  # through z1 the task's reaches x
+        q1 = Posterior.drawn(vae.encode("encoder1", encoder_input), draws.noise1)  # through z1 the task's reaches x
     if chosen is not None:
         x, encoder_input = (t.reshape(-1, t.shape[-1])[chosen] for t in (x, encoder_input))
-    q1, q2 = q1.chosen(chosen), Posterior.drawn(*vae.encode("encoder2", encoder_input), draws.noise2)
+    q1, q2 = q1.chosen(chosen), Posterior.drawn(vae.encode("encoder2", encoder_input), draws.noise2)
     summed = summed_log_likelihood(
         x,
         vae.decode_hidden(q1.sample, q2.sample),

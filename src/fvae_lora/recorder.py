@@ -286,13 +286,15 @@ class _Attach(torch.autograd.Function):
     def forward(ctx, output, negative_elbo, forward_pass, coefficient):  # type: ignore[no-untyped-def]
         # A weak reference: the forward holds the graph, and the graph must not hold itself.
         ctx.forward_pass, ctx.coefficient = forward_pass, coefficient
+        ctx.set_materialize_grads(False)
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor | None):  # type: ignore[no-untyped-def]
         if ctx.coefficient is not None:
             return grad, ctx.coefficient, None, None
-        check_reached(ctx.forward_pass)
+        if grad is not None:
+            check_reached(ctx.forward_pass)
         return grad, None, None, None
 
 

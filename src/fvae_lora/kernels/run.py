@@ -1,9 +1,8 @@
 """A layer's run in training, from its input to z1 and the ELBO, in one step that keeps little for the backward.
 
-Beside the layer's input, which others keep as well, it keeps 4 r numbers a token: both encoders' first hidden layers and
-the noise. The backward works out the rest again, the reconstruction included. Of what has the size of the input,
-(tokens, d), both encoders read it in one matrix product, and one tensor collects its gradient. What has r numbers a token
-is left to autograd.
+Beside the layer's input, which others keep as well, it keeps 4 r numbers a token: both encoders' first hidden layers
+and the noise. The backward works out the rest again, the reconstruction included. Both encoders read the input
+in one matrix product, and one tensor collects the gradient by it. What has r numbers a token is left to autograd.
 
 `fvae_lora.objective.run` is the plain path, which this one equals, and which runs where it cannot: with dropout inside
 the autoencoder, with a trunk for each head, in compiled code, and for derivatives beyond a plain backward.
@@ -43,48 +42,54 @@ def run(vae: FVAE, x: Tensor, encoder_input: Tensor, draws: Draws) -> tuple[Tens
     inner_dropout = any(module.training and module.p for module in (vae.encoder_dropout, vae.decoder_dropout))
     if inner_dropout or not vae.config.shared_encoder_trunk or torch.compiler.is_compiling() or is_transforming():
         return objective.run(vae, x, encoder_input, draws)
-    call = _Call(vae, draws, x.device.type)
+    call = _Call(vae, draws.weights, x.device.type)
     dropped = encoder_input if vae.input_dropout.training and vae.input_dropout.p else None
-    z1, negative, weighted, terms = _Run.apply(call, x, dropped, *(getattr(vae, name) for name in call.names))
+    chance = (draws.noise1, draws.noise2, draws.chosen)
+    parameters = [getattr(vae, name) for name in call.names]
+    z1, negative, weighted, terms = _Run.apply(call, x, dropped, *chance, *parameters)
     return z1, LayerElbo(vae.config, draws.weights, negative, weighted, call.shown, terms)
 
 
 class _Call:
     """What belongs to a run beside the tensors that its gradient reaches."""
 
-    def __init__(self, vae: FVAE, draws: Draws, device: str) -> None:
-        self.vae, self.draws, self.device = vae, draws, device
+    def __init__(self, vae: FVAE, weights: TokenWeights, device: str) -> None:
+        self.vae, self.weights, self.device = vae, weights, device
         self.names = [name for name, _ in vae.named_parameters()]
         self.autocasts = torch.is_autocast_enabled(device) and vae.log_tau.dtype != torch.float64
         self.dtype = torch.get_autocast_dtype(device) if self.autocasts else vae.log_tau.dtype  # of matrix products
         self.shown: tuple[str, ...] = ()  # names of the terms
-        self.mask = None if draws.weights.mask is None else draws.weights.mask.flatten()
-        self.weights = TokenWeights(self.mask, draws.weights.count)
+        self.mask = None if weights.mask is None else weights.mask.flatten()
 
     def rows(self, read: Tensor) -> Tensor:
         """What the encoders read, (tokens, d)."""
         return read.reshape(-1, read.shape[-1]).to(self.vae.log_tau.dtype).to(self.dtype)
 
-    def chosen(self, rows: Tensor) -> Tensor:
-        """The tokens that count in the ELBO."""
-        return rows if self.draws.chosen is None else rows[self.draws.chosen]
-
-    def latents(self, heads1: Tensor, heads2: Tensor) -> tuple[Tensor, Posterior, Posterior, Tensor]:
+    def latents(
+        self, heads1: Tensor, heads2: Tensor, noise1: Tensor, noise2: Tensor, chosen: Tensor | None
+    ) -> tuple[Tensor, Posterior, Posterior, Tensor]:
         """From each encoder's heads side by side: z1, the posteriors of the chosen tokens, what the decoder reads."""
         q1, q2 = (
-            Posterior.drawn(raised(mean), raised(logvar).clamp(*LOGVAR_RANGE), noise.reshape(mean.shape))
-            for (mean, logvar), noise in (
-                (heads1.chunk(2, -1), self.draws.noise1),
-                (heads2.chunk(2, -1), self.draws.noise2),
-            )
+            Posterior.drawn((raised(mean), raised(logvar).clamp(*LOGVAR_RANGE)), noise.reshape(mean.shape))
+            for (mean, logvar), noise in ((heads1.chunk(2, -1), noise1), (heads2.chunk(2, -1), noise2))
         )
-        z1, q1 = q1.sample, q1.chosen(self.draws.chosen)
+        z1, q1 = q1.sample, q1.chosen(chosen)
         return z1, q1, q2, self.vae.fuse(q1.sample, q2.sample)
 
-    def residual(self, x: Tensor, hidden: Tensor, output: Linear) -> Tensor:
-        """x minus its reconstruction, (chosen tokens, d), in at least fp32; a new tensor."""
-        reconstruction = raised(F.linear(hidden, *output))
-        return torch.sub(self.chosen(x.reshape(-1, x.shape[-1])), reconstruction, out=reconstruction)
+    def elbo(self, summed: Tensor, q1: Posterior, q2: Posterior) -> LayerElbo:
+        """The ELBO, from the likelihood summed over tokens and the posteriors, (tokens, r)."""
+        return LayerElbo.of(self.vae.config, self.flat_weights, self.weights.scaled(summed), q1, q2)
+
+    def negative_closed_forms(self, q1: Posterior, q2: Posterior) -> Tensor:
+        """The part of the negative ELBO that is not the likelihood."""
+        weight = coefficients(self.vae.config)
+        terms = closed_forms(weight, self.vae.config, self.flat_weights, q1, q2)
+        return -torch.stack([weight[name] * term for name, term in terms.items()]).sum()
+
+    @property
+    def flat_weights(self) -> TokenWeights:
+        """The weights of the flattened tokens."""
+        return TokenWeights(self.mask, self.weights.count)
 
 
 class _Network:
@@ -93,12 +98,12 @@ class _Network:
     def __init__(self, call: _Call, parameters: Sequence[Tensor]) -> None:
         tensors = dict(zip(call.names, parameters, strict=True))
         self.log_tau = raised(tensors["log_tau"])
-        depth = call.vae.encoder_depth
-        self.names = {
-            name: [*((f"{name}_hidden{i}",) for i in range(depth)), (f"{name}_mean", f"{name}_logvar")]
+        encoders, decoder = range(call.vae.encoder_depth), range(call.vae.decoder_depth)
+        self.names: dict[str, list[tuple[str, ...]]] = {
+            name: [*((f"{name}_hidden{i}",) for i in encoders), (f"{name}_mean", f"{name}_logvar")]
             for name in ("encoder1", "encoder2")
         }
-        self.names["decoder"] = [(f"decoder_hidden{i}",) for i in range(call.vae.decoder_depth)] + [("decoder_output",)]
+        self.names["decoder"] = [*((f"decoder_hidden{i}",) for i in decoder), ("decoder_output",)]
 
         def linear(names: tuple[str, ...]) -> Linear:
             weight, bias = ([tensors[f"{name}_{kind}"].to(call.dtype) for name in names] for kind in ("weight", "bias"))
@@ -106,14 +111,14 @@ class _Network:
 
         self.encoder1, self.encoder2, self.decoder = (list(map(linear, names)) for names in self.names.values())
 
-    def first_layers(self, call: _Call, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def first_layers(self, rows: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
         """Both encoders' first layers, after the ReLU if another layer follows."""
         (weight1, bias1), (weight2, bias2) = self.encoder1[0], self.encoder2[0]
-        if call.draws.chosen is None:
+        if chosen is None:
             both = F.linear(rows, torch.cat([weight1, weight2]), torch.cat([bias1, bias2]))
             first1, first2 = both.split([len(weight1), len(weight2)], 1)
         else:
-            first1, first2 = F.linear(rows, weight1, bias1), F.linear(call.chosen(rows), weight2, bias2)
+            first1, first2 = F.linear(rows, weight1, bias1), F.linear(rows[chosen], weight2, bias2)
         return (first1, first2) if len(self.encoder1) == 1 else (first1.relu(), first2.relu())
 
     def by_parameter(self, part: str, layers: list[Linear]) -> dict[str, Tensor]:
@@ -128,50 +133,57 @@ class _Network:
 
 class _Run(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call, x, dropped, *parameters):  # type: ignore[no-untyped-def]
+    def forward(ctx, call, x, dropped, noise1, noise2, chosen, *parameters):  # type: ignore[no-untyped-def]
         ctx.set_materialize_grads(False)
         with torch.autocast(call.device, enabled=False):
             network = _Network(call, parameters)
-            first1, first2 = network.first_layers(call, call.rows(x if dropped is None else dropped))
+            first1, first2 = network.first_layers(call.rows(x if dropped is None else dropped), chosen)
             heads1, heads2 = _heads(first1, network.encoder1)[1], _heads(first2, network.encoder2)[1]
-            z1, q1, q2, fused = call.latents(heads1, heads2)
+            z1, q1, q2, fused = call.latents(heads1, heads2, noise1, noise2, chosen)
             hidden = _hidden(fused.to(call.dtype), network.decoder[:-1])[-1]
-            residual = call.residual(x, hidden, network.decoder[-1])
+            residual = _residual(x, chosen, hidden, network.decoder[-1])
             if call.mask is None:
                 squares, count = torch.linalg.vecdot(residual, residual, dim=0), len(residual)
             else:
                 squares, count = call.mask.to(residual.dtype) @ residual.square_(), call.mask.sum()
             constant = network.log_tau.sum() + 0.5 * len(network.log_tau) * LOG_2PI
             summed = -0.5 * (squares * torch.exp(-2 * network.log_tau)).sum() - count * constant
-            elbo = LayerElbo.of(call.vae.config, call.weights, call.weights.scaled(summed), q1, q2)
+            elbo = call.elbo(summed, q1, q2)
         call.shown = elbo.names
         ctx.call, ctx.count = call, count
-        ctx.save_for_backward(x, dropped, first1, first2, squares, *parameters)
+        ctx.save_for_backward(x, dropped, noise1, noise2, chosen, first1, first2, squares, *parameters)
         ctx.mark_non_differentiable(elbo.weighted, elbo.terms)
-        return z1.reshape(call.draws.noise1.shape), elbo.negative, elbo.weighted, elbo.terms
+        return z1.reshape(noise1.shape), elbo.negative, elbo.weighted, elbo.terms
 
     @staticmethod
     def backward(ctx: Any, grad_z1: Tensor | None, grad_elbo: Tensor | None, *_: None):  # type: ignore[no-untyped-def]
-        x, dropped, first1, first2, squares, *parameters = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return None, *_differentiable(ctx.call, (grad_z1, grad_elbo), x, dropped, parameters)
+        x, dropped, noise1, noise2, chosen, first1, first2, squares, *parameters = ctx.saved_tensors
         call: _Call = ctx.call
+        if torch.is_grad_enabled():
+            draws = Draws(noise1, noise2, chosen, call.weights)
+            by_x, by_dropped, *by_parameters = _differentiable(
+                call, draws, (grad_z1, grad_elbo), (x, dropped, *parameters)
+            )
+            return None, by_x, by_dropped, None, None, None, *by_parameters
         found: dict[str, Tensor] = {}
+        stops = call.vae.config.elbo_stop_gradient
         with torch.autocast(call.device, enabled=False):
             network = _Network(call, parameters)
             (inputs1, heads1), (inputs2, heads2) = _heads(first1, network.encoder1), _heads(first2, network.encoder2)
-            heads = [heads1.detach().requires_grad_(), heads2.detach().requires_grad_()]
+            heads1, heads2 = heads1.detach().requires_grad_(), heads2.detach().requires_grad_()
+            heads = (heads1, heads2)
             with torch.enable_grad():
-                z1, q1, q2, fused = call.latents(*heads)
-                closed = _negative_closed_forms(call, q1, q2)
-            of_task = [] if grad_z1 is None else [(z1, grad_z1.reshape(z1.shape))]
-            of_elbo, by_target = [], None
+                z1, q1, q2, fused = call.latents(heads1, heads2, noise1, noise2, chosen)
+                closed = call.negative_closed_forms(q1, q2)
+            of_task: list[tuple[Tensor, Tensor]] = [] if grad_z1 is None else [(z1, grad_z1.reshape(z1.shape))]
+            of_elbo: list[tuple[Tensor, Tensor]] = []
+            by_target: Tensor | None = None
             if grad_elbo is not None:
                 scale = call.weights.scaled(grad_elbo * call.vae.config.reconstruction_weight)
                 precision = torch.exp(-2 * network.log_tau)
                 found["log_tau"] = (ctx.count - squares * precision) * scale
                 inputs = _hidden(fused.detach().to(call.dtype), network.decoder[:-1])
-                by_target = call.residual(x, inputs[-1], network.decoder[-1]).mul_(precision * scale)
+                by_target = _residual(x, chosen, inputs[-1], network.decoder[-1]).mul_(precision * scale)
                 if call.mask is not None:
                     by_target *= call.mask.to(by_target.dtype)[:, None]
                 # The gradient by the reconstruction is the negative; what comes of it is smaller to negate.
@@ -182,28 +194,40 @@ class _Run(torch.autograd.Function):
             by_first1, layers1 = _of_encoder(by_heads[0], first1, inputs1, network.encoder1)
             by_first2, layers2 = _of_encoder(by_heads[1], first2, inputs2, network.encoder2)
             rows = call.rows(x if dropped is None else dropped)
-            if call.draws.chosen is None:
+            if chosen is None:
                 both = torch.cat([by_first1, by_first2], 1).t() @ rows
                 weight1, weight2 = both.split([by_first1.shape[1], by_first2.shape[1]])
             else:
-                weight1, weight2 = by_first1.t() @ rows, by_first2.t() @ call.chosen(rows)
+                weight1, weight2 = by_first1.t() @ rows, by_first2.t() @ rows[chosen]
             found |= network.by_parameter("encoder1", [(weight1, by_first1.sum(0)), *layers1])
             found |= network.by_parameter("encoder2", [(weight2, by_first2.sum(0)), *layers2])
-            if call.vae.config.elbo_stop_gradient:
-                by_target = by_first2 = None
-                by_first1, _ = _of_encoder(_slopes(of_task, heads)[0], first1, inputs1, network.encoder1)
-            shared = by_target if dropped is None else None
-            by_read = _by_read(call, network, by_first1, by_first2, shared).reshape(x.shape)
-            if dropped is None:
-                by_x, by_dropped = by_read, None
+            if stops:  # then the task's gradient alone goes on to x
+                by_task = _of_encoder(_slopes(of_task, heads)[0], first1, inputs1, network.encoder1)[0]
+                by_read = _by_read(network, by_task, None, None, chosen) if of_task else None
+                by_target = None
             else:
-                by_x, by_dropped = None if by_target is None else _spread(call, by_target, x), by_read
+                by_read = _by_read(network, by_first1, by_first2, by_target if dropped is None else None, chosen)
+            by_x = by_read if dropped is None else _spread(by_target, chosen, len(rows))
+        by_dropped = None if dropped is None else by_read
         return (
             None,
-            None if by_x is None else by_x.to(x.dtype),
-            None if dropped is None else by_dropped.to(dropped.dtype),
-            *(found[name].to(p.dtype) if name in found else None for name, p in zip(call.names, parameters, strict=True)),
+            None if by_x is None else by_x.reshape(x.shape).to(x.dtype),
+            None if by_dropped is None else by_dropped.reshape(x.shape).to(dropped.dtype),
+            None,
+            None,
+            None,
+            *(
+                found[name].to(p.dtype) if name in found else None
+                for name, p in zip(call.names, parameters, strict=True)
+            ),
         )
+
+
+def _residual(x: Tensor, chosen: Tensor | None, hidden: Tensor, output: Linear) -> Tensor:
+    """The target minus its reconstruction, (chosen tokens, d), in at least fp32; a new tensor."""
+    reconstruction = raised(F.linear(hidden, *output))
+    target = x.reshape(-1, x.shape[-1])
+    return torch.sub(target if chosen is None else target[chosen], reconstruction, out=reconstruction)
 
 
 def _hidden(x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
@@ -233,7 +257,7 @@ def _backward(grad: Tensor, inputs: Sequence[Tensor], layers: Sequence[Linear]) 
 
 
 def _through_relu(grad: Tensor, output: Tensor) -> Tensor:
-    return torch.ops.aten.threshold_backward(grad, output, 0)  # type: ignore[no-any-return]
+    return torch.ops.aten.threshold_backward(grad, output, 0)
 
 
 def _of_encoder(
@@ -254,24 +278,21 @@ def _slopes(outputs: Sequence[tuple[Tensor, Tensor]], heads: Sequence[Tensor]) -
     return torch.autograd.grad(values, heads, grads, retain_graph=True, materialize_grads=True)
 
 
-def _negative_closed_forms(call: _Call, q1: Posterior, q2: Posterior) -> Tensor:
-    weight = coefficients(call.vae.config)
-    terms = closed_forms(weight, call.vae.config, call.weights, q1, q2)
-    return -torch.stack([weight[name] * term for name, term in terms.items()]).sum()
-
-
 def _by_read(
-    call: _Call, network: _Network, by_first1: Tensor, by_first2: Tensor | None, by_target: Tensor | None
+    network: _Network,
+    by_first1: Tensor,
+    by_first2: Tensor | None,
+    by_target: Tensor | None,
+    chosen: Tensor | None,
 ) -> Tensor:
     """The gradient by what the encoders read, (tokens, d), with that by the target, whose memory it may take."""
     weight1, weight2 = network.encoder1[0][0], network.encoder2[0][0]
     if by_first2 is None:
         return by_first1 @ weight1
-    if call.draws.chosen is None:
+    if chosen is None:
         return _plus_product(by_target, torch.cat([by_first1, by_first2], 1), torch.cat([weight1, weight2]))
-    chosen = _plus_product(by_target, by_first2, weight2)
     every = by_first1 @ weight1
-    return every.index_add_(0, call.draws.chosen, chosen.to(every.dtype))
+    return every.index_add_(0, chosen, _plus_product(by_target, by_first2, weight2).to(every.dtype))
 
 
 def _plus_product(tensor: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -280,12 +301,11 @@ def _plus_product(tensor: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     return tensor.addmm_(left, right) if tensor.dtype == left.dtype else tensor.add_(left @ right)
 
 
-def _spread(call: _Call, by_target: Tensor, x: Tensor) -> Tensor:
-    """The gradient by the target in its place among those of all tokens, in the shape of x."""
-    if call.draws.chosen is not None:
-        every = by_target.new_zeros(x.shape[:-1].numel(), x.shape[-1])
-        by_target = every.index_copy_(0, call.draws.chosen, by_target)
-    return by_target.reshape(x.shape)
+def _spread(by_target: Tensor | None, chosen: Tensor | None, tokens: int) -> Tensor | None:
+    """The gradient by the target in its place among those of all tokens, (tokens, d)."""
+    if by_target is None or chosen is None:
+        return by_target
+    return by_target.new_zeros(tokens, by_target.shape[1]).index_copy_(0, chosen, by_target)
 
 
 class _Plain(nn.Module):
@@ -301,19 +321,17 @@ class _Plain(nn.Module):
 
 
 def _differentiable(
-    call: _Call, grads: Sequence[Tensor | None], x: Tensor, dropped: Tensor | None, parameters: Sequence[Tensor]
-) -> Sequence[Tensor | None]:
-    """The gradients with a graph of their own."""
-    inputs = [x, dropped, *parameters]
+    call: _Call, draws: Draws, grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients by x, what dropout left of it, and the parameters, with a graph of their own."""
     # Views, so that the gradients are those of this run alone, where one input depends on another.
-    views = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+    views: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
     x, dropped, *parameters = views
-    read = x.to(call.vae.log_tau.dtype) if dropped is None else dropped
+    encoder_input = x.to(call.vae.log_tau.dtype) if dropped is None else dropped
     by_name = {f"vae.{name}": tensor for name, tensor in zip(call.names, parameters, strict=True)}
     with torch.autocast(call.device, call.dtype, enabled=call.autocasts):
-        outputs = functional_call(_Plain(call.vae), by_name, (x, read, call.draws))
-    reached = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
-    values, their_grads = zip(*reached, strict=True)
+        outputs = functional_call(_Plain(call.vae), by_name, (x, encoder_input, draws))
+    values, reached = zip(*((v, grad) for v, grad in zip(outputs, grads, strict=True) if grad is not None), strict=True)
     needed = [v for v, tensor in zip(views, inputs, strict=True) if tensor is not None and tensor.requires_grad]
-    found = iter(torch.autograd.grad(values, needed, their_grads, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(values, needed, reached, create_graph=True, allow_unused=True))
     return [next(found) if tensor is not None and tensor.requires_grad else None for tensor in inputs]
