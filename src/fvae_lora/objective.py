@@ -135,7 +135,8 @@ def standard_normal(x: Tensor, dims: int, parameter: Tensor) -> Tensor:
         (..., dims).
     """
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return torch.randn_like(x.new_empty((*x.shape[:-1], dims), dtype=dtype))
+    # Of something that depends on x: noise of nothing is drawn a second time in a compiled backward.
+    return torch.randn_like(x.detach()[..., :1].to(dtype).expand(*x.shape[:-1], dims).contiguous())
 
 
 @dataclass
@@ -161,7 +162,7 @@ class Draws:
         chosen = None
         if vae.config.elbo_token_fraction < 1:
             chosen, weights = weights.sample(x.shape[:-1], vae.config.elbo_token_fraction, x.device)
-        read = x if chosen is None else x.new_empty((len(chosen), 1))
+        read = x if chosen is None else x.reshape(-1, x.shape[-1])[: len(chosen)]
         return cls(noise1, standard_normal(read, vae.residual_dim, vae.log_tau), chosen, weights)
 
 

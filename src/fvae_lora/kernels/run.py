@@ -142,10 +142,8 @@ class _Run(torch.autograd.Function):
             z1, q1, q2, fused = call.latents(heads1, heads2, noise1, noise2, chosen)
             hidden = _hidden(fused.to(call.dtype), network.decoder[:-1])[-1]
             residual = _residual(x, chosen, hidden, network.decoder[-1])
-            if call.mask is None:
-                squares, count = torch.linalg.vecdot(residual, residual, dim=0), len(residual)
-            else:
-                squares, count = call.mask.to(residual.dtype) @ residual.square_(), call.mask.sum()
+            counted = residual.new_ones(len(residual)) if call.mask is None else call.mask.to(residual.dtype)
+            squares, count = counted @ residual.square_(), len(counted) if call.mask is None else counted.sum()
             constant = network.log_tau.sum() + 0.5 * len(network.log_tau) * LOG_2PI
             summed = -0.5 * (squares * torch.exp(-2 * network.log_tau)).sum() - count * constant
             elbo = call.elbo(summed, q1, q2)
@@ -225,9 +223,12 @@ class _Run(torch.autograd.Function):
 
 def _residual(x: Tensor, chosen: Tensor | None, hidden: Tensor, output: Linear) -> Tensor:
     """The target minus its reconstruction, (chosen tokens, d), in at least fp32; a new tensor."""
-    reconstruction = raised(F.linear(hidden, *output))
-    target = x.reshape(-1, x.shape[-1])
-    return torch.sub(target if chosen is None else target[chosen], reconstruction, out=reconstruction)
+    target, (weight, bias) = x.reshape(-1, x.shape[-1]), output
+    target = target if chosen is None else target[chosen]
+    if target.dtype == hidden.dtype and raised(hidden) is hidden:
+        return (target - bias).addmm_(hidden, weight.t(), alpha=-1)  # half the passes over (tokens, d)
+    reconstruction = raised(F.linear(hidden, weight, bias))
+    return torch.sub(target, reconstruction, out=reconstruction)
 
 
 def _hidden(x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
