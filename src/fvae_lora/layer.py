@@ -15,9 +15,10 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from . import objective
 from .config import FVAELoraConfig
 from .kernels.run import run
-from .objective import Draws, Posterior, TokenWeights, standard_normal
+from .objective import Draws, Posterior, TokenWeights
 from .recorder import Recorder
 from .vae import FVAE, raised
 
@@ -163,7 +164,7 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         if trains and config.has_residual:
             z1, elbo = run(vae, x, encoder_input, Draws.of(vae, x, self._token_weights(x)))
         else:
-            noise = standard_normal(x, vae.rank, B)
+            noise = objective.standard_normal(x, vae.rank, B)
             z1, elbo = Posterior.drawn(vae.encode("encoder1", encoder_input), noise).sample, None
         output = F.linear((z1 * self.scaling[adapter]).to(B.dtype), B)
         return output if elbo is None else self.recorder.record(self.name, adapter, output, elbo)

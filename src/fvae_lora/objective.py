@@ -135,8 +135,8 @@ def standard_normal(x: Tensor, dims: int, parameter: Tensor) -> Tensor:
         (..., dims).
     """
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    # Of something that depends on x: noise of nothing is drawn a second time in a compiled backward.
-    return torch.randn_like(x.detach()[..., :1].to(dtype).expand(*x.shape[:-1], dims).contiguous())
+    # Not randn_like: torch.compile takes two of that of one tensor for the same noise.
+    return torch.randn(*x.shape[:-1], dims, dtype=dtype, device=x.device)
 
 
 @dataclass
