@@ -11,6 +11,7 @@ the autoencoder, with a trunk for each head, in compiled code, and for derivativ
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -98,12 +99,7 @@ class _Network:
     def __init__(self, call: _Call, parameters: Sequence[Tensor]) -> None:
         tensors = dict(zip(call.names, parameters, strict=True))
         self.log_tau = raised(tensors["log_tau"])
-        encoders, decoder = range(call.vae.encoder_depth), range(call.vae.decoder_depth)
-        self.names: dict[str, list[tuple[str, ...]]] = {
-            name: [*((f"{name}_hidden{i}",) for i in encoders), (f"{name}_mean", f"{name}_logvar")]
-            for name in ("encoder1", "encoder2")
-        }
-        self.names["decoder"] = [*((f"decoder_hidden{i}",) for i in decoder), ("decoder_output",)]
+        self.names = _names(call.vae.encoder_depth, call.vae.decoder_depth)
 
         def linear(names: tuple[str, ...]) -> Linear:
             weight, bias = ([tensors[f"{name}_{kind}"].to(call.dtype) for name in names] for kind in ("weight", "bias"))
@@ -129,6 +125,17 @@ class _Network:
             for kind, tensor in zip(("weight", "bias"), layer, strict=True)
             for name, half in zip(names, tensor.chunk(len(names)), strict=True)
         }
+
+
+@cache
+def _names(encoder_depth: int, decoder_depth: int) -> dict[str, list[tuple[str, ...]]]:
+    """The names of each part's layers in the order in which they run; those of both heads in one."""
+    hidden = {
+        name: [(f"{name}_hidden{i}",) for i in range(depth)]
+        for name, depth in (("encoder1", encoder_depth), ("encoder2", encoder_depth), ("decoder", decoder_depth))
+    }
+    last = {name: (f"{name}_mean", f"{name}_logvar") for name in ("encoder1", "encoder2")}
+    return {name: [*layers, last.get(name, (f"{name}_output",))] for name, layers in hidden.items()}
 
 
 class _Run(torch.autograd.Function):
