@@ -3,6 +3,7 @@
 # make check   lint, format and types
 # make test-oldest   the method's tests against the oldest supported peft and transformers
 # make test-peft     peft's own test-suite, with FVAE-LoRA in LoRA's place
+# make bench         what training and inference cost beside LoRA, with targets
 # make test-hour     what takes longest: the whole benchmark here and through SLURM, peft's suite of the oldest version
 # Each sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
 
@@ -17,7 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow test-hour check test-oldest test-peft benchmark setup clean python-is-new-enough
+.PHONY: demo test test-slow test-hour check test-oldest test-peft bench setup clean python-is-new-enough
 
 setup: $(VENV)/.ready
 
@@ -53,8 +54,9 @@ test-peft: setup
 	@echo "== peft's own tests, with FVAE-LoRA in LoRA's place"
 	@$(BIN)/python tests/peft_suite/run.py
 
-benchmark: setup
-	@$(BIN)/python benchmarks/cost.py
+bench: setup
+	@echo "== cost beside LoRA's: on a quiet machine, some ten minutes; the record is benchmarks/cost.json"
+	@$(BIN)/python benchmarks/cost.py --out benchmarks/cost.json $(BENCH_FLAGS)
 
 python-is-new-enough:
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not installed; Python 3.11 or later is needed" >&2; exit 2; }

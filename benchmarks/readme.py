@@ -1,6 +1,6 @@
 """Writes the tables of README.md and of the studies' pages from what was measured: none is typed by hand.
 
-python benchmarks/cost.py --repeats 9 --json > benchmarks/cost.json
+make bench
 python benchmarks/readme.py
 """
 
@@ -53,22 +53,23 @@ def demo_data() -> str:
 
 
 def cost_table() -> str:
-    """Ratios to LoRA of a training step and of an eval forward."""
-    results = json.loads((PROJECT / "benchmarks" / "cost.json").read_text(encoding="utf-8"))["results"]
-    methods = list(dict.fromkeys(name.partition(": ")[2] for name in results))
-    lines = ["| | training step | eval forward |", "|---|---:|---:|"]
-    for method in methods:
-        cells = []
-        for kind in ("training step", "eval forward"):
-            row = results[f"{kind}: {method}"]
-            low, high = row["ratio_range"]
-            cells.append(
-                f"{row['median_s']:.2f} s"
-                if method == "lora"
-                else f"{row['ratio_to_lora']:.2f} ({low:.2f} to {high:.2f})"
-            )
-        lines.append(f"| {method} | {cells[0]} | {cells[1]} |")
+    """Ratios to LoRA of a training step, of its peak memory and of an eval forward, with targets."""
+    rows = json.loads((PROJECT / "benchmarks" / "cost.json").read_text(encoding="utf-8"))["rows"]
+    found = {(row["what"], row["method"]): row for row in rows}
+    columns = {"training step": "seconds", "peak memory of a step": "bytes", "eval forward": "seconds"}
+    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [_cost_cell(found[what, method], unit, method == "lora") for what, unit in columns.items()]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cost_cell(row: dict[str, Any], unit: str, absolute: bool) -> str:
+    if absolute:
+        return f"{row['seconds']:.2f} s" if unit == "seconds" else f"{row['bytes'] / 2**20:.0f} MB"
+    spread = f" ({row['low']:.2f} to {row['high']:.2f})" if "low" in row else ""
+    target = f", target {row['target']:.2f}" if "target" in row else ""
+    return f"{row['ratio']:.2f}{spread}{target}"
 
 
 LINEAR = {"fvae.encoder_hidden_dims": []}

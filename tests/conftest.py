@@ -15,6 +15,9 @@ import torch
 import transformers
 from torch import Tensor
 
+import fvae_lora.objective
+from fvae_lora.vae import raised
+
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40)
@@ -47,7 +50,11 @@ def with_noises(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Tensor]], lis
 
     def use(noises: list[Tensor]) -> list[Tensor]:
         left = list(noises)
-        monkeypatch.setattr(torch, "randn_like", lambda mean: left.pop(0).to(mean).reshape(mean.shape))
+
+        def given(x: Tensor, dims: int, parameter: Tensor) -> Tensor:
+            return left.pop(0).to(parameter).reshape(*x.shape[:-1], dims)
+
+        monkeypatch.setattr(fvae_lora.objective, "standard_normal", given)
         return left
 
     return use
@@ -56,4 +63,8 @@ def with_noises(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Tensor]], lis
 @pytest.fixture
 def without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every sample is its mean: what two runs differ in is then not the noise."""
-    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+
+    def zeros(x: Tensor, dims: int, parameter: Tensor) -> Tensor:
+        return raised(x.new_zeros(*x.shape[:-1], dims, dtype=parameter.dtype))
+
+    monkeypatch.setattr(fvae_lora.objective, "standard_normal", zeros)

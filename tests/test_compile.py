@@ -31,7 +31,7 @@ def _nothing_compiled_yet() -> Iterator[None]:
 @pytest.fixture
 def means(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every sample is its mean; the compiler has its own view of torch's functions, hence ours are replaced."""
-    monkeypatch.setattr(fvae_lora.objective, "draw", lambda mean, logvar: mean)
+    monkeypatch.setattr(fvae_lora.objective, "draw", lambda mean, logvar, noise: mean)
 
 
 def compiled(model: PeftModel, **options: Any) -> tuple[PeftModel, CompileCounterWithBackend]:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from by_hand import adapted
-from fvae_lora import FVAELoraTrainer, elbo_terms
+from fvae_lora import FVAELoraConfig, FVAELoraTrainer, elbo_terms
 from fvae_lora.layer import FVAELoraLayer
 from fvae_lora.loss_log import LossLog
+from fvae_lora.objective import LayerElbo, TokenWeights
 from fvae_lora.recorder import Forward, Run
 from tiny import batch_for
 
@@ -201,10 +202,11 @@ def test_numbers_are_read_from_the_device_at_logging_steps_alone(
 
     # Tensors without data: whatever reads a number raises.
     meta: dict[str, Any] = {"device": "meta"}
-    run = Run.__new__(Run)
-    run.layer, run.adapter = "layer", "default"
-    run.names, run.weighted = ("reconstruction", "kl_z1"), torch.ones(2, **meta)
-    run.terms = type("Terms", (), {"weights": type("Weights", (), {"count": torch.ones((), **meta)})})()
+    weights = TokenWeights(None, torch.ones((), **meta))
+    elbo = LayerElbo(
+        FVAELoraConfig(), weights, torch.ones((), **meta), torch.ones(3, **meta), (), torch.ones(0, **meta)
+    )
+    run = Run("layer", "default", elbo, True)
     forward = Forward(per_token={("layer", "default"): torch.ones((), **meta)})
     forward.runs.append(run)
     log = LossLog()
@@ -214,8 +216,8 @@ def test_numbers_are_read_from_the_device_at_logging_steps_alone(
         log.means(2, lambda sums: sums, False)
 
     def reduced(sums: Tensor) -> Tensor:
-        assert sums.shape == (3,)
-        return torch.tensor([2.0, 4.0, -6.0])
+        assert sums.shape == (4,)
+        return torch.tensor([2.0, 4.0, -6.0, 8.0])
 
     log.add(torch.ones((), **meta), [forward], 2, 0)
     assert log.means(2, reduced, True) == {
@@ -224,4 +226,6 @@ def test_numbers_are_read_from_the_device_at_logging_steps_alone(
         "elbo/layer/reconstruction": 2.0,
         "elbo/kl_z1": -3.0,
         "elbo/layer/kl_z1": -3.0,
+        "elbo/gamma": 4.0,
+        "elbo/layer/gamma": 4.0,
     }

@@ -21,8 +21,8 @@ from .loss import add_elbo, elbo_loss, elbo_terms  # noqa: E402
 from .module_names import resolve_targets  # noqa: E402
 from .reference import FVAEPEFTConfig, load_reference_adapter  # noqa: E402
 from .to_lora import ConversionReport, convert_to_lora  # noqa: E402
-from .vae import LOGVAR_RANGE  # noqa: E402
 from .uncertainty import UncertainPrediction, predict_with_uncertainty  # noqa: E402
+from .vae import LOGVAR_RANGE  # noqa: E402
 
 registration.register()
 

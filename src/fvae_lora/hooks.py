@@ -145,7 +145,7 @@ def _watch(recorder: Recorder, forward: Forward, output: Any) -> None:
         if tensor.requires_grad:
             tensor.register_hook(enter)
     # A compiled region is one node of the graph, layers and ELBO together.
-    compiled = [run.negative_elbo.grad_fn for run in forward.runs if run.node is None]
+    compiled = [run.elbo.negative.grad_fn for run in forward.runs if run.node is None]
     for node in {id(node): node for node in compiled if node is not None}.values():
         node.register_prehook(lambda _: check_reached(reference))
 

@@ -15,8 +15,10 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from . import objective
 from .config import FVAELoraConfig
-from .objective import Posterior, TokenWeights, elbo
+from .kernels.run import run
+from .objective import Draws, Posterior, TokenWeights
 from .recorder import Recorder
 from .vae import FVAE, raised
 
@@ -157,14 +159,15 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         trains = self.training and self.recorder.trains()
         if not (trains or config.sample_at_inference):
             return F.linear(vae.encode_mean("encoder1", encoder_input) * self.scaling[adapter], B)
-        q1 = Posterior.drawn(vae, "encoder1", encoder_input)
-        output = F.linear((q1.sample * self.scaling[adapter]).to(B.dtype), B)
         if trains and not torch.compiler.is_compiling():
             self.recorder.ran.add(self.name)
         if trains and config.has_residual:
-            terms = elbo(vae, x, encoder_input, q1, self._token_weights(x))
-            output = self.recorder.record(self.name, adapter, output, terms)
-        return output
+            z1, elbo = run(vae, x, encoder_input, Draws.of(vae, x, self._token_weights(x)))
+        else:
+            noise = objective.standard_normal(x, vae.rank, B)
+            z1, elbo = Posterior.drawn(vae.encode("encoder1", encoder_input), noise).sample, None
+        output = F.linear((z1 * self.scaling[adapter]).to(B.dtype), B)
+        return output if elbo is None else self.recorder.record(self.name, adapter, output, elbo)
 
     @property
     def trains(self) -> bool:

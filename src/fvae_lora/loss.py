@@ -115,10 +115,9 @@ def elbo_terms(model: nn.Module) -> dict[str, dict[str, float]]:
 
 def _mean_terms(runs: Sequence[Run]) -> dict[str, float]:
     counts = torch.stack([torch.as_tensor(run.tokens, dtype=torch.float64).cpu() for run in runs])
-    names = list(runs[0].terms.terms())
-    values = torch.stack([torch.stack(list(run.terms.terms().values())).double().cpu() for run in runs])
+    values = torch.stack([run.elbo.terms.double().cpu() for run in runs])
     means = (values * counts[:, None]).sum(0) / counts.sum().clamp(min=1)
-    return dict(zip(names, means.tolist(), strict=True))
+    return dict(zip(runs[0].elbo.names, means.tolist(), strict=True))
 
 
 def recorders(model: nn.Module) -> list[Recorder]:

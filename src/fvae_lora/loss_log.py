@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .objective import coefficients
 from .recorder import Forward
 
 Term = tuple[str, ...]  # ("task_loss",), or a layer's name, an adapter's and that of a term of the ELBO
@@ -37,8 +38,10 @@ class LossLog:
         values = [task_loss.detach().reshape(1)]
         for forward in forwards:
             for run in forward.runs:
-                terms += [(*run.key, name) for name in run.names]
-                values.append((run.weighted * (run.tokens * forward.per_token[run.key])).neg().to(task_loss.device))
+                terms += [(*run.key, name) for name in coefficients(run.elbo.config)]
+                values.append(
+                    (run.elbo.weighted * (run.tokens * forward.per_token[run.key])).neg().to(task_loss.device)
+                )
         part = torch.cat(values) / divisor
         if not self._sums:
             self._first_step = step

@@ -13,6 +13,7 @@ Source: "Latent Space Factorization in LoRA", arXiv 2510.19640; the Gaussian int
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -122,130 +123,178 @@ class TokenWeights:
         return chosen, TokenWeights(ones * (tokens / max(k, 1)), self.count)
 
 
+def standard_normal(x: Tensor, dims: int, parameter: Tensor) -> Tensor:
+    """Noise from torch's global generator, which gradient checkpointing replays.
+
+    Args:
+        x: (..., d).
+        dims: How many numbers for each of its tokens.
+        parameter: One of the autoencoder's; the noise has its dtype, raised to at least fp32.
+
+    Returns:
+        (..., dims).
+    """
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    # Not randn_like: torch.compile takes two of that of one tensor for the same noise.
+    return torch.randn(*x.shape[:-1], dims, dtype=dtype, device=x.device)
+
+
+@dataclass
+class Draws:
+    """All that chance has a part in when a layer runs in training.
+
+    Args:
+        noise1: What z1 is drawn with, (..., r).
+        noise2: What z2 is drawn with, (k, residual_dim) for the chosen tokens or (..., residual_dim) for all.
+        chosen: The tokens that the ELBO is estimated on, (k,), indices into the flattened ones; ``None`` for all.
+        weights: How much each of these counts.
+    """
+
+    noise1: Tensor
+    noise2: Tensor
+    chosen: Tensor | None
+    weights: TokenWeights
+
+    @classmethod
+    def of(cls, vae: FVAE, x: Tensor, weights: TokenWeights) -> Draws:
+        """What a run on x, (..., d), of which the tokens have some weights, needs."""
+        noise1 = standard_normal(x, vae.rank, vae.log_tau)
+        chosen = None
+        if vae.config.elbo_token_fraction < 1:
+            chosen, weights = weights.sample(x.shape[:-1], vae.config.elbo_token_fraction, x.device)
+        read = x if chosen is None else x.reshape(-1, x.shape[-1])[: len(chosen)]
+        return cls(noise1, standard_normal(read, vae.residual_dim, vae.log_tau), chosen, weights)
+
+
 @dataclass
 class Posterior:
-    """What a layer's forward hands to its objective, each (..., r) and in at least fp32."""
+    """Mean, log-variance and a sample of a latent, each (..., r) and in at least fp32."""
 
     mean: Tensor
     logvar: Tensor
     sample: Tensor
 
     @classmethod
-    def drawn(cls, vae: FVAE, encoder: str, x: Tensor) -> Posterior:
-        """What an encoder, ``"encoder1"`` or ``"encoder2"``, makes of its input (..., d), and a sample of that."""
-        mean, logvar = vae.encode(encoder, x)
-        return cls(mean, logvar, draw(mean, logvar))
+    def drawn(cls, moments: tuple[Tensor, Tensor], noise: Tensor) -> Posterior:
+        """The posterior of that mean and log-variance, with ``mean + sigma * noise`` as its sample."""
+        return cls(*moments, draw(*moments, noise))
 
-    def flat(self, chosen: Tensor) -> Posterior:
-        """The chosen tokens alone, (k, r)."""
-        return Posterior(*(t.reshape(-1, t.shape[-1])[chosen] for t in (self.mean, self.logvar, self.sample)))
-
-    def detached(self) -> Posterior:
-        """The same without graph."""
-        return Posterior(self.mean.detach(), self.logvar.detach(), self.sample.detach())
+    def chosen(self, tokens: Tensor | None) -> Posterior:
+        """Some tokens alone, (k, r), by their indices; all, (..., r), without."""
+        if tokens is None:
+            return self
+        return Posterior(*(t.reshape(-1, t.shape[-1])[tokens] for t in (self.mean, self.logvar, self.sample)))
 
 
-def elbo(vae: FVAE, x: Tensor, encoder_input: Tensor, q1: Posterior, weights: TokenWeights) -> LayerElbo:
-    """The ELBO of one layer: from its input and the first posterior, which the layer's output has used already.
+ClosedForm = Callable[[FVAELoraConfig, Posterior, Posterior], Tensor]
+
+CLOSED_FORMS: dict[str, ClosedForm] = {
+    "kl_z1": lambda _, q1, q2: kl_to_prior(q1.mean, q1.logvar),
+    "kl_z2": lambda c, q1, q2: kl_to_prior(q2.mean, q2.logvar, c.residual_prior_mean, c.residual_prior_std),
+    "gamma": lambda c, q1, q2: gamma(
+        q1.mean, q1.logvar, q2.mean, q2.logvar, c.residual_prior_mean, c.residual_prior_std
+    ),
+    "w2": lambda _, q1, q2: w2(q1.mean, q1.logvar, q2.mean, q2.logvar),
+    "z1_l2": lambda _, q1, q2: q1.sample.square().mean(-1),
+    "z2_l2": lambda c, q1, q2: (q2.sample - c.residual_prior_mean).square().mean(-1),
+}
+"""Every term but the reconstruction, from the two posteriors, one number per token.
+
+``z1_l2`` and ``z2_l2`` are the reference's: of the sample, and a mean over dimensions.
+"""
+
+
+def coefficients(config: FVAELoraConfig) -> dict[str, float]:
+    """The terms of the configured objective by name, each with its weight and sign in L, which is to be maximised."""
+    delta = config.factorization_weight
+    terms = {"reconstruction": config.reconstruction_weight, "kl_z1": -config.kl_weight}
+    if config.objective == "vae2lat":
+        return terms | {"kl_z2": -config.kl_weight}
+    if config.objective == "fvae":
+        return terms | {"gamma": delta}
+    w1 = delta if config.factorization_weight_z1 is None else config.factorization_weight_z1
+    w2 = delta if config.factorization_weight_z2 is None else config.factorization_weight_z2
+    return terms | {"z1_l2": w1, "z2_l2": -w2}
+
+
+def closed_forms(
+    names: Iterable[str], config: FVAELoraConfig, weights: TokenWeights, q1: Posterior, q2: Posterior
+) -> dict[str, Tensor]:
+    """Some terms in closed form by name, means over the tokens that count."""
+    return {name: weights.mean(CLOSED_FORMS[name](config, q1, q2)) for name in names if name != "reconstruction"}
+
+
+@dataclass
+class LayerElbo:
+    """The ELBO of one layer's run, its terms means over the tokens that count.
+
+    Args:
+        config: The adapter's configuration.
+        weights: Which tokens count, and how many.
+        negative: The weighted sum of the terms, to be minimised; nothing else has a graph.
+        weighted: The terms of the objective in the order of `coefficients`, with these, (terms,).
+        names: The names of `terms`.
+        terms: What `fvae_lora.elbo_terms` shows, without weights, (terms,).
+    """
+
+    config: FVAELoraConfig
+    weights: TokenWeights
+    negative: Tensor
+    weighted: Tensor
+    names: tuple[str, ...]
+    terms: Tensor
+
+    @classmethod
+    def of(
+        cls, config: FVAELoraConfig, weights: TokenWeights, reconstruction: Tensor, q1: Posterior, q2: Posterior
+    ) -> LayerElbo:
+        """The ELBO of two posteriors.
+
+        Args:
+            config: The adapter's configuration.
+            weights: Which tokens count.
+            reconstruction: E[log p(x | z1, z2)], a scalar.
+            q1: Posterior of z1.
+            q2: Posterior of z2.
+        """
+        trained = coefficients(config)
+        values = {"reconstruction": reconstruction, **closed_forms(trained, config, weights, q1, q2)}
+        weighted = torch.stack([weight * values[name] for name, weight in trained.items()])
+        with torch.no_grad():
+            shown = ["gamma", "w2"] if q1.mean.shape[-1] == q2.mean.shape[-1] else ["gamma"]
+            values |= closed_forms([name for name in shown if name not in values], config, weights, q1, q2)
+            terms = torch.stack(list(values.values()))
+        return cls(config, weights, -weighted.sum(), weighted.detach(), tuple(values), terms)
+
+
+def run(vae: FVAE, x: Tensor, encoder_input: Tensor, draws: Draws) -> tuple[Tensor, LayerElbo]:
+    """What a layer's autoencoder makes of its input: the plain path.
 
     Args:
         vae: The layer's autoencoder, with the second encoder and the decoder.
-        x: The layer's input and the reconstruction's target, (..., d); the gradient reaches it, unless the
+        x: The layer's input and the reconstruction's target, (..., d); the gradient of the ELBO reaches it, unless the
             configuration stops it there.
         encoder_input: x after dropout, in the encoders' dtype, (..., d).
-        q1: Posterior of z1, with the sample that reached B.
-        weights: Which tokens count.
+        draws: The noise, and which tokens count.
 
     Returns:
-        The layer's terms.
+        z1, (..., r), and the ELBO.
     """
-    config = vae.config
-    if config.elbo_token_fraction < 1:
-        chosen, weights = weights.sample(x.shape[:-1], config.elbo_token_fraction, x.device)
-        x, encoder_input = (t.reshape(-1, t.shape[-1])[chosen] for t in (x, encoder_input))
-        q1 = q1.flat(chosen)
+    config, chosen = vae.config, draws.chosen
+    q1 = Posterior.drawn(vae.encode("encoder1", encoder_input), draws.noise1)
+    z1 = q1.sample
     if config.elbo_stop_gradient:
         x, encoder_input = x.detach(), encoder_input.detach()
-        q1 = Posterior.drawn(vae, "encoder1", encoder_input)  # through the one at hand the task's gradient reaches x
-    q2 = Posterior.drawn(vae, "encoder2", encoder_input)
-    reconstruction = summed_log_likelihood(
+        q1 = Posterior.drawn(vae.encode("encoder1", encoder_input), draws.noise1)  # through z1 the task's reaches x
+    if chosen is not None:
+        x, encoder_input = (t.reshape(-1, t.shape[-1])[chosen] for t in (x, encoder_input))
+    q1, q2 = q1.chosen(chosen), Posterior.drawn(vae.encode("encoder2", encoder_input), draws.noise2)
+    summed = summed_log_likelihood(
         x,
         vae.decode_hidden(q1.sample, q2.sample),
         vae.decoder_output_weight,
         vae.decoder_output_bias,
         vae.log_tau,
-        weights.mask,
+        draws.weights.mask,
     )
-    return LayerElbo(config, weights, weights.scaled(reconstruction), q1, q2)
-
-
-@dataclass
-class LayerElbo:
-    """The terms of one layer's ELBO, means over the tokens that count."""
-
-    config: FVAELoraConfig
-    weights: TokenWeights
-    reconstruction: Tensor
-    q1: Posterior
-    q2: Posterior
-
-    def kl_z1(self) -> Tensor:
-        """KL(q1 || p1)."""
-        return self.weights.mean(kl_to_prior(self.q1.mean, self.q1.logvar))
-
-    def kl_z2(self) -> Tensor:
-        """KL(q2 || p2)."""
-        m, s = self.config.residual_prior_mean, self.config.residual_prior_std
-        return self.weights.mean(kl_to_prior(self.q2.mean, self.q2.logvar, m, s))
-
-    def gamma(self) -> Tensor:
-        """The factorisation term Gamma."""
-        m, s = self.config.residual_prior_mean, self.config.residual_prior_std
-        return self.weights.mean(gamma(self.q1.mean, self.q1.logvar, self.q2.mean, self.q2.logvar, m, s))
-
-    def w2(self) -> Tensor:
-        """W2^2(q1, q2), a diagnostic."""
-        return self.weights.mean(w2(self.q1.mean, self.q1.logvar, self.q2.mean, self.q2.logvar))
-
-    def z1_l2(self) -> Tensor:
-        """The reference's mean of z1^2, of the sample and over dimensions."""
-        return self.weights.mean(self.q1.sample.square().mean(-1))
-
-    def z2_l2(self) -> Tensor:
-        """The reference's mean of (z2 - m)^2, of the sample and over dimensions."""
-        return self.weights.mean((self.q2.sample - self.config.residual_prior_mean).square().mean(-1))
-
-    def weighted(self) -> dict[str, Tensor]:
-        """The terms of the configured objective by name, each with its weight and sign.
-
-        Their sum is L, to be maximised.
-        """
-        config = self.config
-        delta = config.factorization_weight
-        terms = {
-            "reconstruction": config.reconstruction_weight * self.reconstruction,
-            "kl_z1": -config.kl_weight * self.kl_z1(),
-        }
-        if config.objective == "vae2lat":
-            return terms | {"kl_z2": -config.kl_weight * self.kl_z2()}
-        if config.objective == "fvae":
-            return terms | {"gamma": delta * self.gamma()}
-        w1 = delta if config.factorization_weight_z1 is None else config.factorization_weight_z1
-        w2 = delta if config.factorization_weight_z2 is None else config.factorization_weight_z2
-        return terms | {"z1_l2": w1 * self.z1_l2(), "z2_l2": -w2 * self.z2_l2()}
-
-    def detached(self) -> LayerElbo:
-        """The same without graph, to read the terms from later."""
-        q1, q2 = self.q1.detached(), self.q2.detached()
-        return LayerElbo(self.config, self.weights, self.reconstruction.detach(), q1, q2)
-
-    def terms(self) -> dict[str, Tensor]:
-        """The unweighted terms by name, scalars, with the signs of `fvae_lora.elbo_terms`."""
-        terms = {"reconstruction": self.reconstruction, "kl_z1": self.kl_z1(), "gamma": self.gamma()}
-        if self.q1.mean.shape[-1] == self.q2.mean.shape[-1]:
-            terms["w2"] = self.w2()
-        if self.config.objective == "vae2lat":
-            terms["kl_z2"] = self.kl_z2()
-        if self.config.objective == "reference":
-            terms |= {"z1_l2": self.z1_l2(), "z2_l2": self.z2_l2()}
-        return terms
+    return z1, LayerElbo.of(config, draws.weights, draws.weights.scaled(summed), q1, q2)

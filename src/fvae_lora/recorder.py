@@ -19,7 +19,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .masks import TokenMasks
-from .objective import LayerElbo, TokenWeights
+from .objective import LayerElbo
 from .transforms import is_transforming
 
 ADVICE = (
@@ -55,10 +55,7 @@ class Run:
 
     layer: str
     adapter: str
-    negative_elbo: Tensor  # weighted by the objective, a mean over the tokens that count
-    names: tuple[str, ...]  # of the objective's terms
-    weighted: Tensor  # these terms with their weights, of which the sum is the ELBO; without graph
-    terms: LayerElbo  # without graph
+    elbo: LayerElbo
     grad_enabled: bool
     node: weakref.ref[Any] | None = None  # of the layer's output in the graph; None in a compiled region
 
@@ -70,11 +67,11 @@ class Run:
     @property
     def tokens(self) -> Tensor | int:
         """How many tokens count."""
-        return self.terms.weights.count
+        return self.elbo.weights.count
 
     def release(self) -> None:
         """Let go of the graph."""
-        self.negative_elbo = self.negative_elbo.detach()
+        self.elbo = replace(self.elbo, negative=self.elbo.negative.detach())
 
 
 @dataclass(eq=False)
@@ -116,7 +113,7 @@ class Forward:
         for run in reversed(self.runs.copy()):
             kept = self.outputs if not run.grad_enabled else run.node
             if kept is None or kept() is None:
-                unused = unused or run.negative_elbo.requires_grad
+                unused = unused or run.elbo.negative.requires_grad
                 run.release()
                 self.runs.remove(run)
         return unused
@@ -245,33 +242,28 @@ class Recorder:
             vars(self).clear()
             vars(self).update(kept)
 
-    def record(self, layer: str, adapter: str, output: Tensor, terms: LayerElbo) -> Tensor:
+    def record(self, layer: str, adapter: str, output: Tensor, elbo: LayerElbo) -> Tensor:
         """Record the ELBO of a layer's run.
 
         Args:
             layer: Name of the adapted module inside the model.
             adapter: The adapter's name.
             output: The layer's output, (..., out).
-            terms: Its ELBO.
+            elbo: Its ELBO.
 
         Returns:
             The output to go on with.
         """
-        named = terms.weighted()
-        weighted = torch.stack(list(named.values()))
-        negative_elbo = -weighted.sum()
         if (rerun := self._rerun()) is not None:
-            return _hand_over(rerun, (layer, adapter), output, negative_elbo, terms.weights)
+            return _hand_over(rerun, (layer, adapter), output, elbo)
         forward = self.running or self._outside((layer, adapter))
         if not forward.runs:
             self.forwards.append(forward)
-        run = Run(
-            layer, adapter, negative_elbo, tuple(named), weighted.detach(), terms.detached(), torch.is_grad_enabled()
-        )
+        run = Run(layer, adapter, elbo, torch.is_grad_enabled())
         forward.runs.append(run)
         if torch.compiler.is_compiling() or is_transforming():
             return output
-        attached: Tensor = _Attach.apply(output, negative_elbo, weakref.ref(forward), None)
+        attached: Tensor = _Attach.apply(output, elbo.negative, weakref.ref(forward), None)
         if attached.grad_fn is not None:
             run.node = weakref.ref(attached.grad_fn)
         return attached
@@ -285,7 +277,7 @@ class Recorder:
         return Forward()
 
 
-def _hand_over(forward: Forward, key: Key, output: Tensor, negative_elbo: Tensor, weights: TokenWeights) -> Tensor:
+def _hand_over(forward: Forward, key: Key, output: Tensor, elbo: LayerElbo) -> Tensor:
     """What a layer returns that checkpointing runs again inside the backward."""
     runs = forward.by_key().get(key)
     if runs and runs[0].grad_enabled:
@@ -299,8 +291,8 @@ def _hand_over(forward: Forward, key: Key, output: Tensor, negative_elbo: Tensor
     if forward.scale is None or not runs:
         raise _not_in_loss(forward)
     forward.handed_over.add(key)
-    coefficient = forward.scale.to(negative_elbo) * (forward.per_token[key] * weights.count)
-    return _Attach.apply(output, negative_elbo, None, coefficient)
+    coefficient = forward.scale.to(elbo.negative) * (forward.per_token[key] * elbo.weights.count)
+    return _Attach.apply(output, elbo.negative, None, coefficient)
 
 
 def is_inside_backward() -> bool:
@@ -320,13 +312,15 @@ class _Attach(torch.autograd.Function):
     def forward(ctx, output, negative_elbo, forward_pass, coefficient):  # type: ignore[no-untyped-def]
         # A weak reference: the forward holds the graph, and the graph must not hold itself.
         ctx.forward_pass, ctx.coefficient = forward_pass, coefficient
+        ctx.set_materialize_grads(False)
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor | None):  # type: ignore[no-untyped-def]
         if ctx.coefficient is not None:
             return grad, ctx.coefficient, None, None
-        check_reached(ctx.forward_pass)
+        if grad is not None:
+            check_reached(ctx.forward_pass)
         return grad, None, None, None
 
 
@@ -386,7 +380,7 @@ def add(loss: Tensor, forwards: Sequence[Forward], shares: Shares, state: State 
         ``loss + negative ELBO``.
     """
     per_token = _per_token(forwards, shares)
-    values = [run.negative_elbo * (run.tokens * per_token[run.key]) for forward in forwards for run in forward.runs]
+    values = [run.elbo.negative * (run.tokens * per_token[run.key]) for forward in forwards for run in forward.runs]
     for forward in forwards:
         if torch.is_grad_enabled() and forward.state is State.WAITING:
             forward.state = state
@@ -406,7 +400,7 @@ def _per_token(forwards: Sequence[Forward], shares: Shares) -> dict[Key, Tensor 
     masks = next((forward.masks for forward in forwards if forward.masks is not None), None)
     weights: dict[Key, Tensor | float] = {}
     for (layer, adapter), runs in groups.items():
-        config = runs[0].terms.config
+        config = runs[0].elbo.config
         weight = config.elbo_weight / (layers[adapter] if config.layer_reduction == "mean" else 1)
         share = shares.get("input" if masks is None else masks.sequence(layer), 1.0)
         tokens = sum((run.tokens for run in runs), start=0)
@@ -422,7 +416,7 @@ def task_weight(forwards: Sequence[Forward]) -> float:
     Raises:
         ValueError: If they do not.
     """
-    weights = {run.terms.config.task_weight for forward in forwards for run in forward.runs}
+    weights = {run.elbo.config.task_weight for forward in forwards for run in forward.runs}
     if len(weights) > 1:
         raise ValueError(f"task_weight must be the same for all active adapters, not {sorted(weights)}")
     return weights.pop()

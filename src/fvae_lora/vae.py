@@ -130,7 +130,7 @@ class FVAE(nn.Module):
         return raised(mean), raised(logvar).clamp(*LOGVAR_RANGE)
 
     def decode_hidden(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """The decoder up to its last layer; that one belongs to the likelihood, see `objective.log_likelihood`.
+        """The decoder up to its last layer; that one belongs to the likelihood, see `kernels.likelihood`.
 
         Args:
             z1: Task latent, (..., r).
@@ -139,24 +139,17 @@ class FVAE(nn.Module):
         Returns:
             The last hidden layer, (..., h).
         """
-        fused = (z1 + z2) / 2 if self.config.latent_fusion == "average" else torch.cat([z1, z2], dim=-1)
-        fused = fused.to(self.log_tau.dtype)
+        fused = self.fuse(z1, z2).to(self.log_tau.dtype)
         return self._hidden("decoder", fused, self.decoder_depth, self.decoder_dropout)
 
+    def fuse(self, z1: Tensor, z2: Tensor) -> Tensor:
+        """What the decoder reads of both latents, (..., r) and (..., residual_dim)."""
+        return (z1 + z2) / 2 if self.config.latent_fusion == "average" else torch.cat([z1, z2], dim=-1)
 
-def draw(mean: Tensor, logvar: Tensor) -> Tensor:
-    """A sample ``mean + sigma * eps`` by the reparametrisation trick, eps from torch's global generator.
 
-    That generator is the one that gradient checkpointing replays.
-
-    Args:
-        mean: (..., r).
-        logvar: log sigma^2, (..., r).
-
-    Returns:
-        The sample, (..., r).
-    """
-    return mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+def draw(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """A sample ``mean + sigma * noise`` by the reparametrisation trick, each (..., r)."""
+    return mean + torch.exp(0.5 * logvar) * noise
 
 
 def raised(x: Tensor) -> Tensor:
