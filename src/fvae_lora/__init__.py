@@ -14,10 +14,10 @@ registration.add_peft_type()
 
 from . import adapter_folder  # noqa: E402
 from .config import FVAELoraConfig  # noqa: E402
-from .export import export_for_inference, is_training_only  # noqa: E402
 from .loss import add_elbo, elbo_loss, elbo_terms  # noqa: E402
 from .module_names import resolve_targets  # noqa: E402
 from .reference import FVAEPEFTConfig, load_reference_adapter  # noqa: E402
+from .to_inference import export_for_inference, is_training_only  # noqa: E402
 from .to_lora import ConversionReport, convert_to_lora  # noqa: E402
 
 registration.register()

@@ -25,7 +25,7 @@ from . import adapter_folder
 from .config import FVAELoraConfig
 from .hooks import call_by_name, forget, recorder_of
 from .layer import FVAELoraLayer, features, layer_class
-from .loading import LoadOptions
+from .load_options import LoadOptions
 from .module_names import is_all_linear, resolve_targets, some, todays_name, todays_parameter, warn_of_experts
 from .vae import FVAE
 

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from .adapter_folder import PEFT_PREFIX, new_folder
 from .config import FVAELoraConfig
-from .export import deterministic_config, write_adapter
 from .layer import FVAELoraConv2d, FVAELoraLayer
+from .to_inference import deterministic_config, write_adapter
 from .vae import FVAE, raised
 
 BIAS_CHOICES = ("keep", "fold")

@@ -182,7 +182,7 @@ def compare(
     from fvae_lora_experiments.report import print_table, summary_rows
     from fvae_lora_experiments.sweep.grid import Grid, print_choices
     from fvae_lora_experiments.sweep.plan import contenders, parse_list, parse_values, runs_of
-    from fvae_lora_experiments.sweep.sweep import sweep
+    from fvae_lora_experiments.sweep.run_sweep import sweep
 
     signals.unwind()
     if processes and gpus:

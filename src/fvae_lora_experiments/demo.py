@@ -10,7 +10,7 @@ from fvae_lora_experiments.data.summary import print_summary
 from fvae_lora_experiments.report import print_table, summary_rows, write_page
 from fvae_lora_experiments.sweep.local import LocalLauncher
 from fvae_lora_experiments.sweep.plan import plan
-from fvae_lora_experiments.sweep.sweep import sweep
+from fvae_lora_experiments.sweep.run_sweep import sweep
 
 RECIPE = "image/demo"
 METHODS = ("fvae-lora", "lora", "linear-probe")

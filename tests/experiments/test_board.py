@@ -11,8 +11,8 @@ from rich.console import Console
 
 from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.schema import Recipe
-from fvae_lora_experiments.sweep.board import Board
 from fvae_lora_experiments.sweep.plan import Planned
+from fvae_lora_experiments.sweep.progress_display import Board
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_a_log_gets_a_line_now_and_then_while_no_run_ends(runs: list[Planned], m
     console = Console(file=io.StringIO(), width=80)
     with Board(4, runs[1:4], console) as board:
         board.show(runs[1:3])
-        monkeypatch.setattr("fvae_lora_experiments.sweep.board.PAUSE_S", 0)
+        monkeypatch.setattr("fvae_lora_experiments.sweep.progress_display.PAUSE_S", 0)
         board.show(runs[1:3])
     assert console.file.getvalue() == "1/4 done, 2 running, 0 failed, 1 waiting\n"  # type: ignore[attr-defined]
 

@@ -113,7 +113,7 @@ def test_compare_begins_with_the_summary_of_each_data_set_once(
     settings = [*small, "train.epochs=1", "data.validation_share=0.25"]
     compare = ["compare", "image/default", *settings, "--methods", "linear-probe", "--out", tmp_path / "runs"]
     asked: list[int] = []
-    monkeypatch.setattr("fvae_lora_experiments.sweep.sweep.sweep", lambda runs, *_: asked.append(len(runs)) or [])
+    monkeypatch.setattr("fvae_lora_experiments.sweep.run_sweep.sweep", lambda runs, *_: asked.append(len(runs)) or [])
     code, out, err = cli(*compare, "--dataset", f"{data},{pictures}", "--seeds", "1,2")
     assert (code, err, asked) == (0, "", [4])
     assert out.count("Data: ") == 2
@@ -127,7 +127,9 @@ def test_compare_begins_with_the_summary_of_each_data_set_once(
 def test_a_comparison_on_data_that_are_refused_says_so_as_its_runs_do(
     cli: Cli, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fvae_lora_experiments.sweep.sweep.sweep", lambda *_: ["a: dataset no/where: no such folder"])
+    monkeypatch.setattr(
+        "fvae_lora_experiments.sweep.run_sweep.sweep", lambda *_: ["a: dataset no/where: no such folder"]
+    )
     code, out, err = cli("compare", "image/default", *small, "--dataset", "no/where", "--out", tmp_path / "runs")
     assert code == 1
     assert "Data: " not in out

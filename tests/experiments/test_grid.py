@@ -39,7 +39,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                     failures.append(str(error))
         return failures
 
-    monkeypatch.setattr("fvae_lora_experiments.sweep.sweep.sweep", sweep)
+    monkeypatch.setattr("fvae_lora_experiments.sweep.run_sweep.sweep", sweep)
     return names
 
 

@@ -15,8 +15,8 @@ from sweeps import states
 from fvae_lora_experiments.errors import RunError, UserError
 from fvae_lora_experiments.sweep.launcher import slurm
 from fvae_lora_experiments.sweep.plan import Planned, plan
+from fvae_lora_experiments.sweep.run_sweep import sweep
 from fvae_lora_experiments.sweep.slurm import SlurmLauncher
-from fvae_lora_experiments.sweep.sweep import sweep
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -18,7 +18,7 @@ from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.report import summary_rows
 from fvae_lora_experiments.sweep.local import THREAD_LIMITS, LocalLauncher
 from fvae_lora_experiments.sweep.plan import Planned, parse_list, parse_values, plan
-from fvae_lora_experiments.sweep.sweep import sweep
+from fvae_lora_experiments.sweep.run_sweep import sweep
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -19,7 +19,7 @@ from fvae_lora_experiments.run.runner import run
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.sweep.local import LocalLauncher
 from fvae_lora_experiments.sweep.plan import plan
-from fvae_lora_experiments.sweep.sweep import child, sweep
+from fvae_lora_experiments.sweep.run_sweep import child, sweep
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -4,7 +4,7 @@ Everything is derived from the records (`run.json`, `metrics.jsonl`); nothing he
 """
 
 from fvae_lora_experiments.report.aggregate import summary_rows
-from fvae_lora_experiments.report.files import write_csv, write_latex, write_markdown
+from fvae_lora_experiments.report.formats import write_csv, write_latex, write_markdown
 from fvae_lora_experiments.report.page import write_page
 from fvae_lora_experiments.report.rows import Row
 from fvae_lora_experiments.report.terminal import print_table

@@ -9,9 +9,9 @@ from rich.console import Console
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.places import without_places
 from fvae_lora_experiments.signals import Terminated
-from fvae_lora_experiments.sweep.board import Board
 from fvae_lora_experiments.sweep.launcher import LETTING_GO_S, Ended, Launcher
 from fvae_lora_experiments.sweep.plan import Planned
+from fvae_lora_experiments.sweep.progress_display import Board
 
 REFUSED = 2
 """The exit code of a run that could not be begun as it was asked for."""
