@@ -314,7 +314,7 @@ class Mixture(nn.Module):
 
 
 def test_an_expert_without_a_token_is_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(idle, "PATIENCE", 5)
+    monkeypatch.setattr(idle, "WATCHED_FORWARDS", 5)
     batch = {"x": torch.randn(2, 4)}
     assert not trained(Mixture(), "all-linear", 4, batch)
     (message,) = trained(Mixture(), "all-linear", 12, batch)

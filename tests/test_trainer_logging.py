@@ -17,7 +17,7 @@ from by_hand import adapted
 from fvae_lora import FVAELoraTrainer, elbo_terms
 from fvae_lora.layer import FVAELoraLayer
 from fvae_lora.loss_log import LossLog
-from fvae_lora.recorder import Forward, Run
+from fvae_lora.recorder import Forward, LayerRun
 from tiny import batch_for
 
 SIGNS = {"reconstruction": -1.0, "kl_z1": 1.0, "gamma": -1.0, "kl_z2": 1.0, "z1_l2": -1.0, "z2_l2": 1.0}
@@ -201,7 +201,7 @@ def test_numbers_are_read_from_the_device_at_logging_steps_alone(
 
     # Tensors without data: whatever reads a number raises.
     meta: dict[str, Any] = {"device": "meta"}
-    run = Run.__new__(Run)
+    run = LayerRun.__new__(LayerRun)
     run.layer, run.adapter = "layer", "default"
     run.names, run.weighted = ("reconstruction", "kl_z1"), torch.ones(2, **meta)
     run.terms = type("Terms", (), {"weights": type("Weights", (), {"count": torch.ones((), **meta)})})()

@@ -18,7 +18,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .module_names import some
+from .module_names import abbreviated
 
 PEFT_PREFIX = "base_model.model."
 MARKER = "<!-- fvae-lora: how to load -->"
@@ -66,7 +66,7 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
     if wrong := sorted(key for key, dtype in dtypes.items() if not dtype.startswith(("F", "BF"))):
-        raise ValueError(f"{path} must hold floating-point numbers, not {dtypes[wrong[0]]}, in {some(wrong)}")
+        raise ValueError(f"{path} must hold floating-point numbers, not {dtypes[wrong[0]]}, in {abbreviated(wrong)}")
     return shapes
 
 
@@ -89,9 +89,11 @@ def check_names(
     """
     own = {key for key in found if f".{prefix}" in f".{key}"}
     if missing := sorted(expected.keys() - own):
-        raise ValueError(f"the adapter does not fit {type(model).__name__}: it lacks {some(missing)}")
+        raise ValueError(f"the adapter does not fit {type(model).__name__}: it lacks {abbreviated(missing)}")
     if extra := sorted(own - expected.keys()):
-        raise ValueError(f"the adapter does not fit {type(model).__name__}, which has no place for {some(extra)}")
+        raise ValueError(
+            f"the adapter does not fit {type(model).__name__}, which has no place for {abbreviated(extra)}"
+        )
 
 
 def check_shapes(
@@ -136,7 +138,7 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         inside.replace(target)
 
 
-def say_how_to_load(folder: Path, rank: int, base_model: str | None) -> None:
+def write_loading_instructions(folder: Path, rank: int, base_model: str | None) -> None:
     """Add to the README of an adapter's folder what must be installed and imported to load it.
 
     Args:

@@ -34,7 +34,7 @@ FLAGS = (
     "ensure_weight_tying",
     "init_weights",
 )
-LARGEST = 2**20  # of dimensions: what is larger is a mistake, or meant to exhaust the memory of who loads it
+MAX_DIMENSION = 2**20  # of dimensions: what is larger is a mistake, or meant to exhaust the memory of who loads it
 AUTO_LIBRARIES = ("transformers", "sentence_transformers", "diffusers")
 PEFT_SAVES_BIASES = tuple(map(int, peft.__version__.split(".")[:2])) >= (0, 21)
 
@@ -171,7 +171,7 @@ class FVAELoraConfig(PeftConfig):
         Raises:
             ValueError: If the folder's configuration is unreadable, or its weights are truncated.
         """
-        module_names.teach_transformers()
+        module_names.register_old_names()
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         local = (folder / CONFIG_NAME).is_file()
         if local:
@@ -190,7 +190,7 @@ class FVAELoraConfig(PeftConfig):
             **kwargs: As in `peft.PeftConfig.save_pretrained`.
         """
         super().save_pretrained(str(save_directory), **kwargs)
-        adapter_folder.say_how_to_load(Path(save_directory), self.r, self.base_model_name_or_path)
+        adapter_folder.write_loading_instructions(Path(save_directory), self.r, self.base_model_name_or_path)
 
     @property
     def checkpoint_shapes(self) -> Mapping[str, tuple[int, ...]] | None:
@@ -222,12 +222,12 @@ class FVAELoraConfig(PeftConfig):
             _require(value is None or one or _is_list_of(value, str), name, value, "a list of names, or None")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), str):
-                _require(_is_expression(value), name, value, "a regular expression")
+                _require(_is_regex(value), name, value, "a regular expression")
         value = self.layers_to_transform
         _require(value is None or _is_index(value) or _is_indices(value), "layers_to_transform", value, "layer indices")
         for name in ("rank_pattern", "alpha_pattern"):
             value = {} if getattr(self, name) is None else getattr(self, name)
-            fits = isinstance(value, Mapping) and all(isinstance(key, str) and _is_expression(key) for key in value)
+            fits = isinstance(value, Mapping) and all(isinstance(key, str) and _is_regex(key) for key in value)
             _require(fits, name, value, "a mapping from names or regular expressions to numbers")
             setattr(self, name, value)
         value = self.trainable_token_indices
@@ -250,7 +250,7 @@ class FVAELoraConfig(PeftConfig):
         for name in ("r", "residual_dim"):
             value = getattr(self, name)
             optional = value is None and name == "residual_dim"
-            _require(optional or _is_count(value), name, value, f"a positive integer, at most {LARGEST}")
+            _require(optional or _is_count(value), name, value, f"a positive integer, at most {MAX_DIMENSION}")
         for name in ("encoder_hidden_dims", "decoder_hidden_dims"):
             value = getattr(self, name)
             if isinstance(value, tuple):
@@ -323,7 +323,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_DIMENSION
 
 
 def _is_index(value: object) -> bool:
@@ -338,7 +338,7 @@ def _is_list_of(value: object, kind: type) -> bool:
     return isinstance(value, list | tuple | set) and all(isinstance(item, kind) for item in value)
 
 
-def _is_expression(value: str) -> bool:
+def _is_regex(value: str) -> bool:
     try:
         re.compile(value)
     except (re.error, RecursionError, OverflowError):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .idle import warn_of_idle_layers
-from .masks import SEQUENCES, TokenMasks, warn_of_padding
+from .masks import SEQUENCE_KINDS, TokenMasks, warn_of_padding
 from .model_loss import is_normalised, loss_key, share_of_items, with_loss
-from .recorder import Forward, Recorder, State, add, check_reached, is_inside_backward, task_weight
+from .recorder import Forward, Recorder, State, add_to_loss, check_reached, is_inside_backward, task_weight
 from .transforms import is_transforming
 
 ATTRIBUTE = "_fvae_lora_recorder"
@@ -31,7 +31,7 @@ def recorder_of(model: nn.Module) -> Recorder:
     return recorder
 
 
-def call_by_name(model: nn.Module) -> None:
+def run_hooks_on_forward(model: nn.Module) -> None:
     """Make ``model.forward(...)`` a call of the model, which runs its hooks.
 
     Who holds a model that an adapter was injected into may call its forward by name, as sentence-transformers does.
@@ -39,26 +39,26 @@ def call_by_name(model: nn.Module) -> None:
     Args:
         model: The adapted model.
     """
-    if not isinstance(vars(model).get("forward"), _Forward):
+    if not isinstance(vars(model).get("forward"), _HookedForward):
         # As accelerate does it: a partial goes along with copies of the model, and keeps its signature.
-        model.forward = functools.update_wrapper(_Forward(_forward, model, model.forward), model.forward)
+        model.forward = functools.update_wrapper(_HookedForward(_hooked_forward, model, model.forward), model.forward)
 
 
-class _Forward(functools.partial[Any]):
+class _HookedForward(functools.partial[Any]):
     """The forward of a model whose hooks are to run."""
 
 
-def _forward(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _hooked_forward(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if getattr(model, ATTRIBUTE).running is None and not torch.compiler.is_compiling():
         return model(*args, **kwargs)
     return original(*args, **kwargs)
 
 
-def forget(model: nn.Module) -> None:
+def remove_hooks(model: nn.Module) -> None:
     """Take recorder and hooks off a model that has no adapted layers any more."""
     if ATTRIBUTE in vars(model):
         delattr(model, ATTRIBUTE)
-    if isinstance(vars(model).get("forward"), _Forward):
+    if isinstance(vars(model).get("forward"), _HookedForward):
         del model.forward
     for hooks, hook in ((model._forward_pre_hooks, _begin_forward), (model._forward_hooks, _end_forward)):
         for key in [key for key, registered in hooks.items() if registered is hook]:
@@ -83,7 +83,7 @@ def _open_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if getattr(model, "_is_replica", False):
         raise RuntimeError("FVAE-LoRA does not support torch.nn.DataParallel; use torchrun or accelerate launch")
     recorder: Recorder = getattr(model, ATTRIBUTE)
-    inputs = _by_name(model, args, kwargs)
+    inputs = _named_arguments(model, args, kwargs)
     masks = TokenMasks.of(model, {**(recorder.micro_batch or {}), **inputs})
     recorder.begin(Forward(masks, trains=torch.is_grad_enabled(), inside_backward=is_inside_backward()))
     num_items = inputs.get("num_items_in_batch")
@@ -105,22 +105,22 @@ def _close_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return None
     if forward.masks is not None and not recorder.warned_of_padding:
         recorder.warned_of_padding = warn_of_padding(forward.masks)
-    inputs = _by_name(model, args, kwargs)
+    inputs = _named_arguments(model, args, kwargs)
     if (key := loss_key(output, inputs)) is not None:
         loss = output if key is Ellipsis else output[key]
         share = share_of_items(model, inputs)
         if share is not None and not is_normalised(model, recorder, loss, inputs["num_items_in_batch"]):
             loss = loss * share  # the model returned the mean over this micro-batch alone
         if recorder.micro_batch is None:
-            shares: dict[str, float] = {} if share is None else dict.fromkeys(SEQUENCES, share)
-            loss = add(task_weight([forward]) * loss, [forward], shares, State.RETURNED)
+            shares: dict[str, float] = {} if share is None else dict.fromkeys(SEQUENCE_KINDS, share)
+            loss = add_to_loss(task_weight([forward]) * loss, [forward], shares, State.RETURNED)
         output = with_loss(output, key, loss)
     if not is_transforming():
-        _watch(recorder, forward, output)
+        _watch_backward(recorder, forward, output)
     return output
 
 
-def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return dict(inspect.signature(model.forward).bind_partial(*args).arguments) | kwargs if args else kwargs
 
 
@@ -128,7 +128,7 @@ class _Outputs:
     """Lives as long as the graph of what a forward returned."""
 
 
-def _watch(recorder: Recorder, forward: Forward, output: Any) -> None:
+def _watch_backward(recorder: Recorder, forward: Forward, output: Any) -> None:
     """Have a backward say whose it is, as soon as it reaches one of the outputs."""
     # Weak references: an output's graph is part of what the forward holds, and must not hold itself.
     owner, reference, outputs = weakref.ref(recorder), weakref.ref(forward), _Outputs()

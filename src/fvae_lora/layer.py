@@ -72,8 +72,8 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.in_features, self.out_features = features(self.get_base_layer())
         self.merged_adapters: list[str] = []
-        self.register_load_state_dict_pre_hook(_with_todays_names)
-        self._bias_is_ours = False  # merging gave the base layer one
+        self.register_load_state_dict_pre_hook(_rename_old_parameters)
+        self._added_bias = False  # merging gave the base layer one
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, r, lora_alpha)
@@ -230,9 +230,9 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
             adapter = self.merged_adapters.pop()
             weight, bias = self.linear_update(adapter)
             self._add_to_base(adapter, -weight, -bias, safe=False)
-        if self._bias_is_ours:
+        if self._added_bias:
             self.get_base_layer().bias = None
-            self._bias_is_ours = False
+            self._added_bias = False
 
     def _add_to_base(self, adapter: str, weight: Tensor, bias: Tensor, safe: bool) -> None:
         base = self.get_base_layer()
@@ -252,7 +252,7 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         if base.bias is None:
             base.bias = nn.Parameter(new_bias, requires_grad=False)
-            self._bias_is_ours = True
+            self._added_bias = True
         else:
             base.bias.data = new_bias
 
@@ -268,8 +268,8 @@ class _UpProjection(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, r).normal_(0, B_STD))
 
 
-def _with_todays_names(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Rename what version 0.1 wrote; see `fvae_lora.module_names.todays_parameter`."""
+def _rename_old_parameters(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Rename what version 0.1 wrote; see `fvae_lora.module_names.current_parameter`."""
     for adapter in layer.fvae_lora_B:
         if (weight := state_dict.pop(f"{prefix}fvae_lora_B.{adapter}", None)) is not None:
             state_dict[f"{prefix}fvae_lora_B.{adapter}.weight"] = weight

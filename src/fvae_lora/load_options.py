@@ -26,7 +26,7 @@ class LoadOptions:
     ignore_mismatched_sizes: bool = False
 
     @classmethod
-    def of_the_running_call(cls) -> LoadOptions | None:
+    def from_running_call(cls) -> LoadOptions | None:
         """The options of peft's call that is loading an adapter; ``None`` if none is."""
         frame = sys._getframe()
         while frame.f_code not in LOADERS:

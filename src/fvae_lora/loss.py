@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer import FVAELoraLayer
-from .recorder import Forward, Recorder, Run, Shares, State, add, by_key, task_weight
+from .recorder import Forward, LayerRun, Recorder, Shares, State, add_to_loss, group_by_layer, task_weight
 
 
 def elbo_loss(model: nn.Module) -> Tensor:
@@ -34,7 +34,7 @@ def elbo_loss(model: nn.Module) -> Tensor:
         warnings.warn("this forward's own loss contains the ELBO already; do not add it a second time", stacklevel=2)
     total.requires_grad_(torch.is_grad_enabled())
     for group in groups:
-        total = add(total, group, group[0].shares)
+        total = add_to_loss(total, group, group[0].shares)
     return total
 
 
@@ -83,7 +83,7 @@ def with_elbo(task_loss: Tensor, groups: Sequence[tuple[Sequence[Forward], Share
         raise ValueError(f"the ELBO is added to a scalar loss, not to one of shape {tuple(task_loss.shape)}")
     loss = task_weight([forward for forwards, _ in recorded for forward in forwards]) * task_loss
     for forwards, shares in recorded:
-        loss = add(loss, forwards, shares)
+        loss = add_to_loss(loss, forwards, shares)
     return loss
 
 
@@ -106,14 +106,14 @@ def elbo_terms(model: nn.Module) -> dict[str, dict[str, float]]:
     """
     terms = {}
     for group in last_forwards(model):
-        runs_by_key = by_key(group)
+        runs_by_key = group_by_layer(group)
         single = len({adapter for _, adapter in runs_by_key}) == 1
         for (layer, adapter), runs in runs_by_key.items():
             terms[layer if single else f"{layer}.{adapter}"] = _mean_terms(runs)
     return terms
 
 
-def _mean_terms(runs: Sequence[Run]) -> dict[str, float]:
+def _mean_terms(runs: Sequence[LayerRun]) -> dict[str, float]:
     counts = torch.stack([torch.as_tensor(run.tokens, dtype=torch.float64).cpu() for run in runs])
     names = list(runs[0].terms.terms())
     values = torch.stack([torch.stack(list(run.terms.terms().values())).double().cpu() for run in runs])

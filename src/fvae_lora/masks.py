@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .module_names import some
+from .module_names import abbreviated
 from .objective import TokenWeights
 
-Sequence = Literal["input", "decoder", "image"]
-SEQUENCES: tuple[Sequence, ...] = get_args(Sequence)
+SequenceKind = Literal["input", "decoder", "image"]
+SEQUENCE_KINDS: tuple[SequenceKind, ...] = get_args(SequenceKind)
 IGNORED_LABEL = -100
 CROSS_ATTENTION = {"encoder_attn", "EncDecAttention", "crossattention", "cross_attn", "cross_attention"}
-MASKED = -5000.0  # what is added to a score that is not to count is at most this; position biases are above it
+MASKED_SCORE = -5000.0  # what is added to a score that is not to count is at most this; position biases are above it
 PADDING_METHODS = ("_pad_to_window_size", "_pad_to_block_size")
-TORCHS_TRANSFORMERS = (nn.Transformer, nn.MultiheadAttention)
+TORCH_TRANSFORMERS = (nn.Transformer, nn.MultiheadAttention)
 PADDING_MASKS = {"input": ("key_padding_mask", "src_key_padding_mask"), "decoder": ("tgt_key_padding_mask",)}
 KEYS_AND_VALUES = {"k", "v", "k_proj", "v_proj", "key", "value", "k_lin", "v_lin"}
 
@@ -46,15 +46,17 @@ class TokenMasks:
     decoder: Tensor | None
     has_decoder: bool = False
     _found: dict[tuple[Any, ...], TokenWeights | None] = field(default_factory=dict)
-    _unfit: dict[str, tuple[Sequence, int]] = field(default_factory=dict)  # by layer: what it reads, how many tokens
+    _unmatched: dict[str, tuple[SequenceKind, int]] = field(
+        default_factory=dict
+    )  # by layer: what it reads, how many tokens
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Mapping[str, Any]) -> TokenMasks:
         """Find the masks in the arguments of a model's forward, given by name."""
-        mask = _kept(inputs.get("attention_mask"), inputs)
-        decoder = _kept(inputs.get("decoder_attention_mask"), {})
-        mask = _not_padding("input", inputs) if mask is None else mask
-        decoder = _not_padding("decoder", inputs) if decoder is None else decoder
+        mask = _kept_tokens(inputs.get("attention_mask"), inputs)
+        decoder = _kept_tokens(inputs.get("decoder_attention_mask"), {})
+        mask = _from_padding_mask("input", inputs) if mask is None else mask
+        decoder = _from_padding_mask("decoder", inputs) if decoder is None else decoder
         has_decoder = is_encoder_decoder(model) or any(name in inputs for name in PADDING_MASKS["decoder"])
         labels = inputs.get("labels")
         if decoder is None and isinstance(labels, Tensor) and labels.dim() == 2:
@@ -63,7 +65,7 @@ class TokenMasks:
             decoder = mask  # or, without labels to read, the input
         return cls(model, mask, decoder, has_decoder)
 
-    def sequence(self, layer: str) -> Sequence:
+    def sequence(self, layer: str) -> SequenceKind:
         """The sequence that a layer reads.
 
         Args:
@@ -98,16 +100,20 @@ class TokenMasks:
             self._found[key] = self._weights(mask, sequence_first, x)
         if (found := self._found[key]) is not None:
             return found
-        self._unfit[layer] = (sequence, tokens.numel())
+        self._unmatched[layer] = (sequence, tokens.numel())
         return TokenWeights(None, tokens.numel())
 
     def _weights(self, mask: Tensor | None, sequence_first: bool, x: Tensor) -> TokenWeights | None:
         tokens = x.shape[:-1]
         if mask is None or tokens.numel() == len(mask) != mask.numel():
             return TokenWeights(None, tokens.numel())  # the latter is one vector for each sample, as of a pooler
-        if len(tokens) == 2 and mask.shape != tokens and (frames := _frames(self.model, mask, tokens[1])) is not None:
+        if (
+            len(tokens) == 2
+            and mask.shape != tokens
+            and (frames := _frame_mask(self.model, mask, tokens[1])) is not None
+        ):
             mask = frames
-        fitted = _fitted(_padded(self.model, mask, tokens), tokens, sequence_first)
+        fitted = _fit_to_tokens(_pad_to_windows(self.model, mask, tokens), tokens, sequence_first)
         if fitted is None:
             return None
         counted = fitted.to(x.device, torch.float32 if x.dtype != torch.float64 else x.dtype)
@@ -119,13 +125,13 @@ class TokenMasks:
         The tokens of a layer that reads as many as are no padding are those.
         """
         layers = []
-        for layer, (sequence, tokens) in self._unfit.items():
+        for layer, (sequence, tokens) in self._unmatched.items():
             mask = self._mask(sequence)
             if mask is not None and int(mask.sum()) not in (mask.numel(), tokens):
                 layers.append(layer)
         return layers
 
-    def _mask(self, sequence: Sequence) -> Tensor | None:
+    def _mask(self, sequence: SequenceKind) -> Tensor | None:
         return {"input": self.input, "decoder": self.decoder, "image": None}[sequence]
 
 
@@ -134,13 +140,14 @@ def warn_of_padding(masks: TokenMasks) -> bool:
     layers = masks.layers_that_count_padding()
     if layers:
         warnings.warn(
-            f"every token counts in the ELBO of {some(layers)}, padding too: the mask does not fit what they read",
+            f"every token counts in the ELBO of {abbreviated(layers)}, padding included: "
+            "the mask does not fit their input",
             stacklevel=2,
         )
     return bool(layers)
 
 
-def _kept(mask: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+def _kept_tokens(mask: Any, inputs: Mapping[str, Any]) -> Tensor | None:
     """Which tokens an attention mask of any layout keeps, (batch, length) of bool.
 
     Args:
@@ -152,7 +159,7 @@ def _kept(mask: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         ``None`` where there is no mask, or one that is not a tensor.
     """
     if isinstance(mask, Mapping):
-        kinds = [_kept(value, inputs) for value in mask.values()]
+        kinds = [_kept_tokens(value, inputs) for value in mask.values()]
         known = [kind for kind in kinds if kind is not None]
         return torch.stack(known).any(0) if known and len(known) == len(kinds) else None
     if not isinstance(mask, Tensor) or mask.dim() == 0:
@@ -181,18 +188,18 @@ def _attended(mask: Tensor) -> Tensor:
     added = (mask < 0).any()
     if mask.dim() > 2 and mask.is_floating_point():
         added = added | ~(mask > 0).any()  # nothing but zeros adds nothing
-    return torch.where(added, mask > MASKED, mask != 0)
+    return torch.where(added, mask > MASKED_SCORE, mask != 0)
 
 
-def _not_padding(sequence: str, inputs: Mapping[str, Any]) -> Tensor | None:
+def _from_padding_mask(sequence: str, inputs: Mapping[str, Any]) -> Tensor | None:
     """The same from the masks of torch's own transformer, which are true, or very negative, where padding is."""
     for name in PADDING_MASKS[sequence]:
         if isinstance(mask := inputs.get(name), Tensor):
-            return (mask > MASKED if mask.is_floating_point() else mask == 0).reshape(-1, mask.shape[-1])
+            return (mask > MASKED_SCORE if mask.is_floating_point() else mask == 0).reshape(-1, mask.shape[-1])
     return None
 
 
-def _fitted(mask: Tensor, tokens: torch.Size, sequence_first: bool) -> Tensor | None:
+def _fit_to_tokens(mask: Tensor, tokens: torch.Size, sequence_first: bool) -> Tensor | None:
     """A mask, (batch, length), in the shape of a layer's tokens; ``None`` if there is no telling which is which."""
     batch, length = mask.shape
     masks = (mask.T, mask) if sequence_first else (mask, mask.T)
@@ -217,10 +224,10 @@ def _is_sequence_first(model: nn.Module, layer: str) -> bool:
     parts = layer.split(".")[:-1]
     above = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
     around = [module for parent in above for module in (parent, *parent.children())]
-    return any(isinstance(m, TORCHS_TRANSFORMERS) and getattr(m, "batch_first", None) is False for m in around)
+    return any(isinstance(m, TORCH_TRANSFORMERS) and getattr(m, "batch_first", None) is False for m in around)
 
 
-def _padded(model: nn.Module, mask: Tensor, tokens: torch.Size) -> Tensor:
+def _pad_to_windows(model: nn.Module, mask: Tensor, tokens: torch.Size) -> Tensor:
     """The mask of what a model reads that pads its input to a whole number of windows or blocks."""
     missing = tokens.numel() // len(mask) - mask.shape[1] if len(tokens) == 2 and len(mask) in tokens else 0
     if missing <= 0 or not any(hasattr(module, name) for module in model.modules() for name in PADDING_METHODS):
@@ -228,7 +235,7 @@ def _padded(model: nn.Module, mask: Tensor, tokens: torch.Size) -> Tensor:
     return F.pad(mask, (0, missing))
 
 
-def count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[Sequence, int]:
+def count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[SequenceKind, int]:
     """How many tokens of a batch count, before the model has seen it.
 
     Args:
@@ -243,7 +250,7 @@ def count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[Sequence, 
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     main = tensors.get(getattr(model, "main_input_name", "input_ids"), next(iter(tensors.values()), torch.ones(1)))
     samples = torch.ones_like(main, dtype=torch.bool) if masks.input is None and main.dim() == 2 else masks.input
-    frames = None if samples is None else _frames(model, samples)
+    frames = None if samples is None else _frame_mask(model, samples)
     mask = masks.input if frames is None else frames
     return {
         "input": main.numel() if mask is None else int(mask.sum()),
@@ -252,7 +259,7 @@ def count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[Sequence, 
     }
 
 
-def _frames(model: nn.Module, mask: Tensor, length: int | None = None) -> Tensor | None:
+def _frame_mask(model: nn.Module, mask: Tensor, length: int | None = None) -> Tensor | None:
     """The mask of an audio model's frames, after its convolutions, from that of its samples.
 
     Args:

@@ -29,7 +29,7 @@ SYNONYMS = (
 )
 
 
-def todays_parameter(name: str) -> str:
+def current_parameter(name: str) -> str:
     """The name of a parameter in an adapter's file, given that of version 0.1.
 
     B was a parameter then and is a layer with a weight: who builds on peft looks for an adapter's name between two
@@ -39,7 +39,7 @@ def todays_parameter(name: str) -> str:
 
 
 @functools.cache
-def teach_transformers() -> None:
+def register_old_names() -> None:
     """Have transformers' ``load_adapter`` know the names of version 0.1, too; it goes by a list of its own.
 
     Such lists are kept by model, with one for what is older than today's models of any kind.
@@ -49,7 +49,7 @@ def teach_transformers() -> None:
     register_checkpoint_conversion_mapping("legacy", [*known, with_adapters_name], overwrite=True)
 
 
-def todays_name(model: nn.Module, name: str) -> str:
+def current_name(model: nn.Module, name: str) -> str:
     """The name that a model of today's transformers has for a module, given that of an older version.
 
     Args:
@@ -100,7 +100,7 @@ def _resolve(model: nn.Module, names: list[str], target: str) -> str:
 
     if found(target):
         return target
-    if (renamed := todays_name(model, target)) != target:
+    if (renamed := current_name(model, target)) != target:
         return renamed
     parent, _, last = target.rpartition(".")
     others = next((group for group in SYNONYMS if last in group), set())
@@ -173,7 +173,7 @@ def _no_match(model: nn.Module, target: str) -> str:
     return message + (f"; no layers, and so no targets, are {', '.join(experts)}" if experts else "")
 
 
-def some(names: list[str], limit: int = 3) -> str:
+def abbreviated(names: list[str], limit: int = 3) -> str:
     """The first of some names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

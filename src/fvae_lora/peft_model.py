@@ -23,10 +23,10 @@ from torch import nn
 
 from . import adapter_folder
 from .config import FVAELoraConfig
-from .hooks import call_by_name, forget, recorder_of
+from .hooks import recorder_of, remove_hooks, run_hooks_on_forward
 from .layer import FVAELoraLayer, features, layer_class
 from .load_options import LoadOptions
-from .module_names import is_all_linear, resolve_targets, some, todays_name, todays_parameter, warn_of_experts
+from .module_names import abbreviated, current_name, current_parameter, is_all_linear, resolve_targets, warn_of_experts
 from .vae import FVAE
 
 
@@ -62,7 +62,7 @@ class FVAELoraModel(BaseTuner):
         object.__setattr__(self, "_keep_mode", isinstance(peft_config, PeftConfig))  # before nn.Module.__init__
         super().__init__(model, peft_config, adapter_name, **kwargs)
         if self._keep_mode:
-            call_by_name(self.model)
+            run_hooks_on_forward(self.model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted model's, by way of its hooks: peft before 0.21 called its `forward` without them."""
@@ -107,11 +107,11 @@ class FVAELoraModel(BaseTuner):
             raise ValueError(f"target_modules: {str(error).partition('] ')[2] or error}") from None
 
     def _check_checkpoint(self, config: FVAELoraConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
-        options = LoadOptions.of_the_running_call() or LoadOptions()
+        options = LoadOptions.from_running_call() or LoadOptions()
         found = {}
         for key, shape in (config.checkpoint_shapes or {}).items():
             layer, separator, rest = options.renamed(key).partition(f".{self.prefix}")
-            found[todays_parameter(todays_name(model, layer) + separator + rest) if separator else layer] = shape
+            found[current_parameter(current_name(model, layer) + separator + rest) if separator else layer] = shape
         expected: dict[str, tuple[int, ...]] = {}
         for name, module in targets.items():
             in_features, out_features = features(module)
@@ -129,7 +129,7 @@ class FVAELoraModel(BaseTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, *, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """What peft, from 0.21 on, does with the names in an adapter's file; earlier ones leave them to the layers."""
-        state_dict = {todays_parameter(name): value for name, value in state_dict.items()}
+        state_dict = {current_parameter(name): value for name, value in state_dict.items()}
         remapped: dict[str, Any] = super()._remap_adapter_state_dict_for_load(state_dict=state_dict, **kwargs)
         return remapped
 
@@ -202,11 +202,11 @@ class FVAELoraModel(BaseTuner):
         if merge and without_bias:
             # transformers ignores keys that a model's class does not know.
             warnings.warn(
-                f"merging gives a bias to {some(without_bias)}; {type(model).__name__} has none there, so "
+                f"merging gives a bias to {abbreviated(without_bias)}; {type(model).__name__} has none there, so "
                 "its from_pretrained would leave the saved bias out",
                 stacklevel=3,
             )
-        forget(model)
+        remove_hooks(model)
         return model
 
 

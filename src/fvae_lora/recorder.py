@@ -2,14 +2,14 @@ r"""How a layer's ELBO reaches the loss.
 
 1. A layer that runs in training mode hands its negative ELBO, a mean over tokens, to its model's `Recorder`
    (`Recorder.record`), which keeps it with the `Forward` that is running.
-2. `add` takes the forwards that wait for a loss, sums over layers with the weights of the configuration, and adds the
-   sum to the loss: a hook on the model does that to the model's own loss (`fvae_lora.hooks`), `fvae_lora.add_elbo` and
-   `fvae_lora.FVAELoraTrainer` to others.
-3. In the backward, the loss is reached first (`_Add`) and the layers after it (`_Attach`). A gradient that reaches a
-   layer but not the sum comes from a loss without the ELBO, and is an error: the ELBO never vanishes silently.
+2. `add_to_loss` takes the forwards that are waiting for a loss, sums over layers with the configuration's weights, and
+   adds the sum to the loss: a hook on the model does so for the model's own loss (`fvae_lora.hooks`),
+   `fvae_lora.add_elbo` and `fvae_lora.FVAELoraTrainer` for any other.
+3. The backward reaches the loss first (`_Add`), then the layers (`_Attach`). A gradient that reaches a layer but not
+   the sum comes from a loss without the ELBO, which is an error: the ELBO never vanishes silently.
 
-Reentrant gradient checkpointing runs layers without a graph, and again, with one, inside the backward. Such a layer
-hands its ELBO's gradient on by itself then, scaled by the gradient that reached the loss.
+Reentrant gradient checkpointing runs layers without a graph first, and again with one inside the backward. Such a
+layer passes on its ELBO's gradient itself, scaled by the gradient that reached the loss.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .transforms import is_transforming
 
 ADVICE = "add it with fvae_lora.add_elbo(loss, model), or train with fvae_lora.FVAELoraTrainer"
 
-Key = tuple[str, str]  # a layer's name and an adapter's
+LayerKey = tuple[str, str]  # a layer's name and an adapter's
 Shares = Mapping[str, float]  # of the optimizer step's tokens that a forward has, for each sequence
 
 
@@ -46,7 +46,7 @@ class State(Enum):
 
 
 @dataclass
-class Run:
+class LayerRun:
     """One run of one layer."""
 
     layer: str
@@ -59,7 +59,7 @@ class Run:
     node: weakref.ref[Any] | None = None  # of the layer's output in the graph; None in a compiled region
 
     @property
-    def key(self) -> Key:
+    def key(self) -> LayerKey:
         """The layer's name and the adapter's."""
         return self.layer, self.adapter
 
@@ -87,16 +87,16 @@ class Forward:
     trains: bool = True
     inside_backward: bool = False
     state: State = State.WAITING
-    runs: list[Run] = field(default_factory=list)
+    runs: list[LayerRun] = field(default_factory=list)
     shares: Shares = field(default_factory=dict)
-    per_token: dict[Key, Tensor | float] = field(default_factory=dict)
+    per_token: dict[LayerKey, Tensor | float] = field(default_factory=dict)
     scale: Tensor | None = None  # the gradient that reached the sum
     outputs: weakref.ref[Any] | None = None  # alive as long as a graph hangs on what the model returned
-    handed_over: set[Key] = field(default_factory=set)
+    handed_over: set[LayerKey] = field(default_factory=set)
 
-    def by_key(self) -> dict[Key, list[Run]]:
+    def runs_by_layer(self) -> dict[LayerKey, list[LayerRun]]:
         """The runs of each layer and adapter."""
-        return by_key([self])
+        return group_by_layer([self])
 
     def release(self) -> None:
         """Let go of the graph."""
@@ -117,7 +117,7 @@ class Forward:
                 self.runs.remove(run)
         return unused
 
-    def check(self) -> None:
+    def check_in_loss(self) -> None:
         """A gradient has reached a layer: is the ELBO in the loss that it comes from?"""
         if self.state is State.ADDED:
             self.state = State.MISSED
@@ -140,9 +140,9 @@ def _not_in_loss(forward: Forward | None) -> RuntimeError:
     return RuntimeError(f"the ELBO of FVAE-LoRA is not in the loss that runs backward; {where}{ADVICE}")
 
 
-def by_key(forwards: Sequence[Forward]) -> dict[Key, list[Run]]:
+def group_by_layer(forwards: Sequence[Forward]) -> dict[LayerKey, list[LayerRun]]:
     """The runs of each layer and adapter in some forwards."""
-    groups: dict[Key, list[Run]] = defaultdict(list)
+    groups: dict[LayerKey, list[LayerRun]] = defaultdict(list)
     for forward in forwards:
         for run in forward.runs:
             groups[run.key].append(run)
@@ -194,7 +194,7 @@ class Recorder:
 
     def begin(self, forward: Forward) -> None:
         """Start a forward pass."""
-        self._let_go()
+        self._drop_finished()
         self.running, self.backward = forward, None
 
     def end(self) -> Forward:
@@ -206,12 +206,12 @@ class Recorder:
 
     def clear(self) -> None:
         """Forget what waits for a loss, as at the beginning of a Trainer's micro-batch."""
-        self._let_go()
+        self._drop_finished()
         for forward in self.forwards:
             forward.release()
         self.forwards = []
 
-    def _let_go(self) -> None:
+    def _drop_finished(self) -> None:
         """Keep the forwards that wait for a loss and may still get one; that one was left out must not go unseen."""
         if any(forward.state is State.MISSED for forward in self.forwards):
             self.forwards = []
@@ -242,10 +242,10 @@ class Recorder:
         negative_elbo = -weighted.sum()
         if (rerun := self._rerun()) is not None:
             return _hand_over(rerun, (layer, adapter), output, negative_elbo, terms.weights)
-        forward = self.running or self._outside((layer, adapter))
+        forward = self.running or self._forward_of_part((layer, adapter))
         if not forward.runs:
             self.forwards.append(forward)
-        run = Run(
+        run = LayerRun(
             layer, adapter, negative_elbo, tuple(named), weighted.detach(), terms.detached(), torch.is_grad_enabled()
         )
         forward.runs.append(run)
@@ -256,18 +256,18 @@ class Recorder:
             run.node = weakref.ref(attached.grad_fn)
         return attached
 
-    def _outside(self, key: Key) -> Forward:
+    def _forward_of_part(self, key: LayerKey) -> Forward:
         """The forward of a layer that runs outside one of the adapted model, as when somebody calls a part of it."""
         last = self.forwards[-1] if self.forwards else None
-        if last is not None and last.masks is None and last.state is State.WAITING and key not in last.by_key():
+        if last is not None and last.masks is None and last.state is State.WAITING and key not in last.runs_by_layer():
             return last
-        self._let_go()
+        self._drop_finished()
         return Forward(inside_backward=is_inside_backward())
 
 
-def _hand_over(forward: Forward, key: Key, output: Tensor, negative_elbo: Tensor, weights: TokenWeights) -> Tensor:
+def _hand_over(forward: Forward, key: LayerKey, output: Tensor, negative_elbo: Tensor, weights: TokenWeights) -> Tensor:
     """What a layer returns that checkpointing runs again inside the backward."""
-    runs = forward.by_key().get(key)
+    runs = forward.runs_by_layer().get(key)
     if runs and runs[0].grad_enabled:
         return output  # it has a graph, which only wants its tensors back
     if forward.scale is None or not runs:
@@ -305,10 +305,10 @@ class _Attach(torch.autograd.Function):
 
 
 def check_reached(reference: weakref.ref[Forward]) -> None:
-    """A gradient has reached a layer; see `Forward.check`."""
+    """A gradient has reached a layer; see `Forward.check_in_loss`."""
     if (forward := reference()) is None:
         raise _not_in_loss(None)  # it was dropped before its ELBO was added
-    forward.check()
+    forward.check_in_loss()
 
 
 class _Add(torch.autograd.Function):
@@ -344,7 +344,7 @@ def _trainable(forward: Forward, layer: str) -> bool:
     return forward.masks is None or any(p.requires_grad for p in forward.masks.model.get_submodule(layer).parameters())
 
 
-def add(loss: Tensor, forwards: Sequence[Forward], shares: Shares, state: State = State.ADDED) -> Tensor:
+def add_to_loss(loss: Tensor, forwards: Sequence[Forward], shares: Shares, state: State = State.ADDED) -> Tensor:
     """Add the ELBO of a model's forward passes to a scalar.
 
     Each layer's is the mean over the tokens of all its runs, times the share of these tokens in the optimizer's step;
@@ -373,12 +373,12 @@ def add(loss: Tensor, forwards: Sequence[Forward], shares: Shares, state: State 
     return _Add.apply(loss, negative_elbo, forwards)
 
 
-def _per_token(forwards: Sequence[Forward], shares: Shares) -> dict[Key, Tensor | float]:
+def _per_token(forwards: Sequence[Forward], shares: Shares) -> dict[LayerKey, Tensor | float]:
     """The weight in the loss of one token's ELBO, for each layer and adapter."""
-    groups = by_key(forwards)
+    groups = group_by_layer(forwards)
     layers = Counter(adapter for _, adapter in groups)
     masks = next((forward.masks for forward in forwards if forward.masks is not None), None)
-    weights: dict[Key, Tensor | float] = {}
+    weights: dict[LayerKey, Tensor | float] = {}
     for (layer, adapter), runs in groups.items():
         config = runs[0].terms.config
         weight = config.elbo_weight / (layers[adapter] if config.layer_reduction == "mean" else 1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import adapter_folder
 from .config import FVAELoraConfig
-from .module_names import todays_name
+from .module_names import current_name
 from .registration import REFERENCE_TYPES
 
 TAU_OFFSET = 1e-5  # the reference adds it to the stored tau
@@ -217,7 +217,7 @@ def convert_state_dict(state: Mapping[str, Tensor], model: nn.Module) -> dict[st
             if not (value > 0).all():
                 raise ValueError(f"{key}: tau must be positive")
             value = torch.log(value)
-        layer = todays_name(model, match["layer"])
+        layer = current_name(model, match["layer"])
         converted[f"{adapter_folder.PEFT_PREFIX}{layer}.{our_name(match['rest'])}"] = value
     return converted
 

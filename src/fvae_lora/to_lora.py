@@ -175,7 +175,7 @@ def convert_to_lora(
         if exact or calibration is None:
             encoders = {name: _own_encoder(layer.fvae_lora_vae[adapter_name]) for name, layer in layers.items()}
         else:
-            moments = _observe(model, layers, adapter_name, calibration)
+            moments = _collect_moments(model, layers, adapter_name, calibration)
             encoders = {name: _fit(layers[name], adapter_name, moments.get(name), bias) for name in layers}
         worst = max(encoders, key=lambda name: encoders[name].error)
         if not encoders[worst].error <= max_error:
@@ -184,7 +184,7 @@ def convert_to_lora(
                 f"{max_error:g} is allowed; allow more, or train with encoder_hidden_dims=[] (a linear encoder)"
             )
         before = dict(evaluate(model)) if evaluate is not None else {}
-        with _replaced(layers, adapter_name, encoders):
+        with _as_converted(layers, adapter_name, encoders):
             after = dict(evaluate(model)) if evaluate is not None else {}
         rank = max(layer.r[adapter_name] for layer in layers.values())
         state = _lora_state(model, layers, adapter_name, encoders, rank, bias)
@@ -278,7 +278,7 @@ class Moments:
         return 0.0 if whole == 0 and missing == 0 else float((missing / whole).sqrt())
 
 
-def _observe(
+def _collect_moments(
     model: PeftModel,
     layers: Mapping[str, FVAELoraLayer],
     adapter_name: str,
@@ -330,7 +330,7 @@ def _fit(layer: FVAELoraLayer, adapter_name: str, moments: Moments | None, bias:
 
 
 @contextmanager
-def _replaced(
+def _as_converted(
     layers: Mapping[str, FVAELoraLayer], adapter_name: str, encoders: Mapping[str, AffineEncoder]
 ) -> Iterator[None]:
     """Have the layers compute what the LoRA will."""

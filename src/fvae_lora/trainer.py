@@ -63,7 +63,7 @@ class ElboTrainerMixin(_Base):
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of one optimizer's step, whose tokens are counted here."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        root = _root(self.model)
+        root = _adapted_model(self.model)
         if root is not None and batches and isinstance(batches[0], Mapping):
             counts = torch.tensor([list(count_tokens(root, batch).values()) for batch in batches], device=device)
             self._tokens_in_step = self.accelerator.reduce(counts.sum(0), "sum").tolist()
@@ -81,7 +81,7 @@ class ElboTrainerMixin(_Base):
         Returns:
             The loss, detached.
         """
-        if _root(self.model) is None:
+        if _adapted_model(self.model) is None:
             step: Tensor = super().training_step(model, inputs, *args, **kwargs)
             return step
         if self.args.n_gpu > 1:
@@ -122,7 +122,7 @@ class ElboTrainerMixin(_Base):
 
     def _shares(self, inputs: Mapping[str, Any], num_items: Tensor | int | None) -> dict[str, float]:
         """This micro-batch's share of the step's tokens, in the scale that the Trainer's later steps expect."""
-        root = _root(self.model)
+        root = _adapted_model(self.model)
         if self._tokens_in_step is None or root is None:
             return {}
         # The gradients of the processes are averaged.
@@ -142,6 +142,6 @@ class FVAELoraTrainer(ElboTrainerMixin, Trainer):
     """`transformers.Trainer` with `ElboTrainerMixin`."""
 
 
-def _root(model: nn.Module) -> nn.Module | None:
+def _adapted_model(model: nn.Module) -> nn.Module | None:
     """The first adapted model inside a model, whose forward the hooks watch."""
     return next((module for module in model.modules() if ATTRIBUTE in vars(module)), None)

@@ -5,7 +5,7 @@ from fvae_lora_experiments import signals
 
 def main() -> None:
     """Runs the command line, which Ctrl-C and SIGTERM end with one line from the first moment on."""
-    signals.end_at_once()
+    signals.exit_on_signal()
 
     from fvae_lora_experiments import cli
 

@@ -12,10 +12,10 @@ from fvae_lora_experiments.data.source import official_splits, place_of, read_ta
 from fvae_lora_experiments.data.summary import Summary, summarise
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import DataSettings, Recipe
-from fvae_lora_experiments.sweep.plan import Planned
+from fvae_lora_experiments.sweep.plan import PlannedRun
 from fvae_lora_experiments.tasks import load_task
 
-RECIPES = {
+DEFAULT_RECIPES = {
     "image": "image/default",
     "text": "text/default",
     "commonsense": "commonsense/default",
@@ -25,7 +25,7 @@ RECIPES = {
 """The recipe by which each task looks at a data set alone."""
 
 
-def look(recipe: Recipe, with_model: bool = True) -> Summary:
+def inspect_data(recipe: Recipe, with_model: bool = True) -> Summary:
     """What training by `recipe` would see of its data.
 
     Args:
@@ -41,7 +41,7 @@ def look(recipe: Recipe, with_model: bool = True) -> Summary:
     return replace(summary, cut=task.truncated(task.split(official)) if with_model else {})
 
 
-def look_at_each(runs: Iterable[Planned], seen: set[str]) -> Iterator[Summary]:
+def inspect_each(runs: Iterable[PlannedRun], seen: set[str]) -> Iterator[Summary]:
     """A summary of each data set of the runs that are not done, but for those in `seen` and those that are refused.
 
     The runs on these say so themselves.
@@ -52,12 +52,12 @@ def look_at_each(runs: Iterable[Planned], seen: set[str]) -> Iterator[Summary]:
             continue
         seen.add(kept)
         try:
-            yield look(run.recipe)
+            yield inspect_data(run.recipe)
         except UserError:
             continue
 
 
-def task_of(data: str) -> str:
+def guess_task(data: str) -> str:
     """The task that a data set is for, by its columns; images where there are none.
 
     Raises:

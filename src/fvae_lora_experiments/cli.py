@@ -18,7 +18,7 @@ from fvae_lora_experiments.run import distributed
 
 if TYPE_CHECKING:
     from fvae_lora_experiments.sweep.launcher import Launcher
-    from fvae_lora_experiments.sweep.plan import Planned
+    from fvae_lora_experiments.sweep.plan import PlannedRun
 
 
 class Command(TyperCommand):
@@ -68,13 +68,13 @@ DataRoot = Annotated[
 
 
 @app.callback(invoke_without_command=True)
-def refuse_what_is_no_run(context: typer.Context) -> None:
+def refuse_several_processes(context: typer.Context) -> None:
     """Each of the processes that torchrun starts would do the whole command.
 
     Raises:
         UserError: there are several, and the command is not `train`.
     """
-    if distributed.count() > 1 and context.invoked_subcommand != "train":
+    if distributed.process_count() > 1 and context.invoked_subcommand != "train":
         raise UserError(f"{context.invoked_subcommand}: not for several processes; torchrun is for train")
     if context.invoked_subcommand is None:
         print(context.get_help())
@@ -100,24 +100,24 @@ def train(
     """
     from fvae_lora_experiments.recipe import load_recipe
 
-    options = _given(model=model, dataset=dataset, method=method, seed=seed)
+    options = _without_none(model=model, dataset=dataset, method=method, seed=seed)
     chosen = load_recipe(recipe, overrides or [], options)
     folder = out or Path("runs") / f"{chosen.method}-seed{chosen.seed}"
     use_one_gpu()
 
     from fvae_lora_experiments.report import print_table, summary_rows
-    from fvae_lora_experiments.run.runner import run
+    from fvae_lora_experiments.run.runner import run_recipe
 
     silence_libraries()
-    signals.unwind()
-    run(chosen, folder, quiet)
-    distributed.leave()
+    signals.raise_on_signal()
+    run_recipe(chosen, folder, quiet)
+    distributed.disconnect()
     if distributed.is_main():
         print_table(summary_rows(folder), console)
         console.print(f"The run is in {folder}", highlight=False)
 
 
-class Where(StrEnum):
+class LauncherName(StrEnum):
     """Where `compare` does its runs."""
 
     local = "local"
@@ -148,8 +148,8 @@ def compare(
         str | None, typer.Option(help="Seeds of the runs that choose, none of --seeds (default: 0).")
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder of the runs.")] = Path("runs"),
-    launcher: Annotated[Where, typer.Option(help="Runs are processes of this machine, or jobs of SLURM.")] = (
-        Where.local
+    launcher: Annotated[LauncherName, typer.Option(help="Runs are processes of this machine, or jobs of SLURM.")] = (
+        LauncherName.local
     ),
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 1,
     gpus: Annotated[
@@ -177,33 +177,33 @@ def compare(
     takes from its own variables (SBATCH_MEM_PER_NODE, SBATCH_QOS, SBATCH_CONSTRAINT). Their output is in OUT/.slurm
     until all runs of their array are complete.
     """
-    from fvae_lora_experiments.check import look_at_each
+    from fvae_lora_experiments.check import inspect_each
     from fvae_lora_experiments.data.summary import print_summary
     from fvae_lora_experiments.report import print_table, summary_rows
     from fvae_lora_experiments.sweep.grid import Grid, print_choices
     from fvae_lora_experiments.sweep.plan import contenders, parse_list, parse_values, runs_of
-    from fvae_lora_experiments.sweep.run_sweep import sweep
+    from fvae_lora_experiments.sweep.run_sweep import run_sweep
 
-    signals.unwind()
+    signals.raise_on_signal()
     if processes and gpus:
         raise UserError(f"--processes {processes}: for runs without GPUs; --gpus {gpus} has a process for each")
     size = {"processes": processes or gpus or 1, "gpus": 0 if processes else gpus}
-    launch = _launcher(launcher, out, jobs, size, partition=partition, account=account, time=time, cpus=cpus)
+    launch = _make_launcher(launcher, out, jobs, size, partition=partition, account=account, time=time, cpus=cpus)
     compared = contenders(
         recipe,
         out,
         parse_list("--methods", methods),
         overrides or [],
-        _given(model=model, dataset=dataset),
+        _without_none(model=model, dataset=dataset),
         parse_values("--vary", vary or []),
     )
     result_seeds = parse_list("--seeds", seeds)
     tried, lost = [], []
     seen: set[str] = set()
 
-    def show_data(runs: list["Planned"]) -> None:
+    def show_data(runs: list["PlannedRun"]) -> None:
         silence_libraries()
-        for summary in look_at_each(runs, seen):
+        for summary in inspect_each(runs, seen):
             print_summary(summary, console)
 
     if grid:
@@ -211,7 +211,7 @@ def compare(
         points = Grid(compared, parse_values("--grid", grid), choosing, result_seeds)
         tried = points.runs()
         show_data(tried)
-        sweep(tried, launch, console)
+        run_sweep(tried, launch, console)
         choices = points.choices()
         print_choices(choices, console)
         compared = [choice.best.contender for choice in choices if choice.best]
@@ -220,7 +220,7 @@ def compare(
         raise UserError("--selection-seeds: of use with --grid only")
     runs = runs_of(compared, result_seeds)
     show_data(runs)
-    failures = sweep(runs, launch, console)
+    failures = run_sweep(runs, launch, console)
     if any(out.rglob("run.json")):
         print_table(summary_rows(out), console)
     if failures:
@@ -235,12 +235,12 @@ def compare(
         )
 
 
-def _launcher(where: Where, out: Path, jobs: int, size: dict[str, Any], **of_slurm: Any) -> "Launcher":
-    if where is Where.slurm:
+def _make_launcher(where: LauncherName, out: Path, jobs: int, size: dict[str, Any], **slurm_options: Any) -> "Launcher":
+    if where is LauncherName.slurm:
         from fvae_lora_experiments.sweep.slurm import SlurmLauncher
 
-        return SlurmLauncher(out / ".slurm", jobs, **size, **of_slurm)
-    for option in _given(**of_slurm):
+        return SlurmLauncher(out / ".slurm", jobs, **size, **slurm_options)
+    for option in _without_none(**slurm_options):
         raise UserError(f"--{option}: only with --launcher slurm")
 
     from fvae_lora_experiments.sweep.local import LocalLauncher
@@ -261,9 +261,9 @@ def evaluate(
     from fvae_lora_experiments.run import runner
 
     silence_libraries()
-    signals.unwind()
+    signals.raise_on_signal()
     scores = runner.evaluate(run, model, dataset)
-    _, record = runner.finished_run(run)
+    _, record = runner.read_finished_run(run)
     width = max(map(len, scores)) + 2
     for name, value in scores.items():
         console.print(f"{name:<{width}}{value:.6f}  recorded {record.metrics.test[name]:.6f}", highlight=False)
@@ -281,22 +281,22 @@ def check(
     ] = None,
 ) -> None:
     """Shows what training would see of the data, and what is wrong with them; exit code 2 where it would be refused."""
-    from fvae_lora_experiments.check import RECIPES, look, task_of
+    from fvae_lora_experiments.check import DEFAULT_RECIPES, guess_task, inspect_data
     from fvae_lora_experiments.data.summary import print_summary
-    from fvae_lora_experiments.recipe import load_recipe, shipped
+    from fvae_lora_experiments.recipe import load_recipe, shipped_recipes
 
-    signals.unwind()
+    signals.raise_on_signal()
     silence_libraries()
-    if what in shipped() or Path(what).suffix in (".yaml", ".yml"):
-        recipe = load_recipe(what, overrides or [], _given(model=model, dataset=dataset))
-        print_summary(look(recipe), console)
+    if what in shipped_recipes() or Path(what).suffix in (".yaml", ".yml"):
+        recipe = load_recipe(what, overrides or [], _without_none(model=model, dataset=dataset))
+        print_summary(inspect_data(recipe), console)
         return
-    if task is not None and task not in RECIPES:
-        raise UserError(f"--task {task}: no such task; allowed are {', '.join(RECIPES)}")
-    own = task or task_of(what)
-    recipe = load_recipe(RECIPES[own], overrides or [], {"model": model or "none", "dataset": what})
+    if task is not None and task not in DEFAULT_RECIPES:
+        raise UserError(f"--task {task}: no such task; allowed are {', '.join(DEFAULT_RECIPES)}")
+    own = task or guess_task(what)
+    recipe = load_recipe(DEFAULT_RECIPES[own], overrides or [], {"model": model or "none", "dataset": what})
     try:
-        print_summary(look(recipe, with_model=model is not None), console)
+        print_summary(inspect_data(recipe, with_model=model is not None), console)
     except UserError as error:
         if task is None:
             raise UserError(f"{error} (read for the task {own}; --task names another)") from error
@@ -309,9 +309,9 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="One seed, two epochs: does everything work?")] = False,
 ) -> None:
     """FVAE-LoRA, LoRA and a linear probe on handwritten digits; nothing is fetched."""
-    from fvae_lora_experiments.demo import demo as run_demo
+    from fvae_lora_experiments.demo import run_demo
 
-    signals.unwind()
+    signals.raise_on_signal()
     if failures := run_demo(out or Path("runs/demo-quick" if quick else "runs/demo"), quick, console):
         raise RunError(f"{len(failures)} runs failed")
 
@@ -339,7 +339,7 @@ def report(
         write_page,
     )
 
-    signals.unwind()
+    signals.raise_on_signal()
     rows = summary_rows(*runs)
     folder = out or (runs[0].parent if runs[0].is_file() else runs[0])
     folder.mkdir(parents=True, exist_ok=True)
@@ -406,12 +406,12 @@ def export(
     """Writes an adapter for inference alone, or as a plain LoRA that loads without this package."""
     use_one_gpu()
 
-    from fvae_lora_experiments.export import export_lora, export_small
+    from fvae_lora_experiments.export import export_inference, export_lora
 
     silence_libraries()
-    signals.unwind()
+    signals.raise_on_signal()
     if format is Format.inference:
-        export_small(source, out, model)
+        export_inference(source, out, model)
     else:
         report = export_lora(source, out, model, dataset, bias.value, max_error, rows)
         console.print(str(report), highlight=False, soft_wrap=True)
@@ -430,7 +430,7 @@ def import_reference(
     from fvae_lora_experiments import export
 
     silence_libraries()
-    signals.unwind()
+    signals.raise_on_signal()
     export.import_reference(folder, model, out)
     console.print(f"The adapter is in {out}", highlight=False)
 
@@ -447,13 +447,13 @@ def list_recipes() -> None:
     """The shipped recipes, the methods, and the models and data that need neither a folder nor a network."""
     from fvae_lora_experiments.data.image_source import BUILT_IN as DATASETS
     from fvae_lora_experiments.methods import METHODS
-    from fvae_lora_experiments.recipe import shipped
+    from fvae_lora_experiments.recipe import shipped_recipes
     from fvae_lora_experiments.tasks.image import BUILT_IN as MODELS
 
     table = Table(box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     for heading, entries in (
-        ("Recipes", {name: _first_comment(file) for name, file in shipped().items()}),
+        ("Recipes", {name: _first_comment(file) for name, file in shipped_recipes().items()}),
         ("Methods", {name: method.summary for name, method in METHODS.items()}),
         ("Models", dict.fromkeys(MODELS, "comes with the package; others: a folder, or a name on the hub")),
         ("Data sets", dict.fromkeys(DATASETS, "comes with a package; others: a folder, or a name on the hub")),
@@ -472,7 +472,7 @@ def show_recipe(
     ] = False,
 ) -> None:
     """Prints a recipe, or every key that recipes may have."""
-    from fvae_lora_experiments.recipe import as_yaml, keys, recipe_file, recipe_tree
+    from fvae_lora_experiments.recipe import as_yaml, recipe_file, recipe_keys, recipe_tree
 
     if recipe is None and not every:
         raise UserError("recipes show: expected a recipe, or --all")
@@ -480,7 +480,7 @@ def show_recipe(
         print(recipe_file(str(recipe)).read_text(encoding="utf-8"), end="")
         return
     here = {} if recipe is None else recipe_tree(recipe)
-    for key in keys():
+    for key in recipe_keys():
         value = as_yaml(here[key.name]) if key.name in here else key.default
         default = f"; {key.default} by default" if key.default not in (None, value) else ""
         print(f"{key.name}: {'(to be given)' if value is None else value}")
@@ -511,7 +511,7 @@ def _first_comment(file: Path) -> str:
     return " ".join(lines).partition(". ")[0].rstrip(".")
 
 
-def _given(**options: Any) -> dict[str, Any]:
+def _without_none(**options: Any) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
 
 
@@ -520,4 +520,4 @@ def main() -> None:
 
     143 after SIGTERM, if its signals are handled (`fvae_lora_experiments.__main__`).
     """
-    distributed.end(exit_code(lambda: app(standalone_mode=False)))
+    distributed.exit_process(exit_code(lambda: app(standalone_mode=False)))

@@ -31,7 +31,7 @@ from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.models.pretrained import load, load_adapter, load_model, loading
 from fvae_lora_experiments.places import is_local
 from fvae_lora_experiments.run.folder import RunFolder
-from fvae_lora_experiments.run.runner import finished_run, open_base, open_data, scorer
+from fvae_lora_experiments.run.runner import open_base, open_data, read_finished_run, scoring_trainer
 from fvae_lora_experiments.schema import ImageSettings
 from fvae_lora_experiments.tasks import load_task
 
@@ -49,7 +49,7 @@ OPTIONS = {"folder": "--out", "bias": "--bias", "max_error": "--max-error", "cal
 HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
 
 
-def export_small(source: Path, out: Path, model: str | None = None) -> None:
+def export_inference(source: Path, out: Path, model: str | None = None) -> None:
     """Writes the adapter for inference: encoder 1's mean and B alone.
 
     Args:
@@ -60,8 +60,8 @@ def export_small(source: Path, out: Path, model: str | None = None) -> None:
     Raises:
         UserError: no FVAE-LoRA adapter there, no base model for it, or `out` holds something.
     """
-    with _refusals():
-        export_for_inference(_adapted(source, model), out)
+    with _as_user_errors():
+        export_for_inference(_load_adapted(source, model), out)
 
 
 def export_lora(
@@ -88,22 +88,22 @@ def export_lora(
         What was done.
 
     Raises:
-        UserError: as `export_small`, and what `fvae_lora.convert_to_lora` refuses.
+        UserError: as `export_inference`, and what `fvae_lora.convert_to_lora` refuses.
     """
-    with _refusals():
-        folder = _adapter_folder(source)
+    with _as_user_errors():
+        folder = _find_adapter(source)
         linear = adapter_folder.check_json(folder / "adapter_config.json").get("encoder_hidden_dims") == []
         if folder == source and not (linear and bias == "keep"):
             raise UserError(f"{source}: an adapter alone; its encoders are fitted on data, so give its run's folder")
         if linear and bias == "keep":
-            return convert_to_lora(_adapted(source, model), out, max_error=max_error, bias=bias)
-        recipe, record = finished_run(source, model, dataset)
+            return convert_to_lora(_load_adapted(source, model), out, max_error=max_error, bias=bias)
+        recipe, record = read_finished_run(source, model, dataset)
         base, processor = open_base(recipe, record)
         plain = recipe.model_copy(update={"image": ImageSettings()})  # fitted on images as they will be seen
         splits = load_task(plain).datasets(open_data(recipe, record), base, processor)
         generator = torch.Generator().manual_seed(recipe.seed)
         chosen = torch.randperm(len(splits["train"]), generator=generator)[:rows].tolist()
-        with scorer(load_adapter(base, folder), recipe, quiet=True) as trainer:
+        with scoring_trainer(load_adapter(base, folder), recipe, quiet=True) as trainer:
 
             def score(_: PeftModel) -> dict[str, float]:
                 scores = trainer.score(splits["validation"], "validation")
@@ -128,12 +128,12 @@ def import_reference(folder: Path, model: str, out: Path) -> None:
     if not (folder / "adapter_config.json").is_file():
         what = "holds no adapter_config.json" if folder.is_dir() else "no such folder"
         raise UserError(f"{folder}: {what}; expected the folder of an adapter that the reference implementation saved")
-    with _refusals(), adapter_folder.new_folder(out) as inside:
-        load_reference_adapter(_base_of(folder, model), folder).save_pretrained(inside)
+    with _as_user_errors(), adapter_folder.new_folder(out) as inside:
+        load_reference_adapter(_load_base(folder, model), folder).save_pretrained(inside)
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
+def _as_user_errors() -> Iterator[None]:
     """What the method refuses is, here, the user's mistake, and its arguments are options."""
     try:
         yield
@@ -142,7 +142,7 @@ def _refusals() -> Iterator[None]:
         raise UserError(f"{OPTIONS.get(argument, argument)}{colon}{reason}") from error
 
 
-def _adapter_folder(source: Path) -> Path:
+def _find_adapter(source: Path) -> Path:
     """Where the FVAE-LoRA adapter of a run lies; `source` itself if it is no run."""
     folder = RunFolder(source).adapter if RunFolder(source).record_file.exists() else source
     if not (folder / "adapter_config.json").is_file():
@@ -153,13 +153,13 @@ def _adapter_folder(source: Path) -> Path:
     return folder
 
 
-def _adapted(source: Path, model: str | None) -> PeftModel:
-    folder = _adapter_folder(source)
-    base = _base_of(source, model) if folder == source else open_base(*finished_run(source, model))[0]
+def _load_adapted(source: Path, model: str | None) -> PeftModel:
+    folder = _find_adapter(source)
+    base = _load_base(source, model) if folder == source else open_base(*read_finished_run(source, model))[0]
     return load_adapter(base, folder)
 
 
-def _base_of(adapter: Path, model: str | None) -> PreTrainedModel:
+def _load_base(adapter: Path, model: str | None) -> PreTrainedModel:
     """The base model of an adapter, with a head of the size that the adapter's has."""
     fields = adapter_folder.check_json(adapter / "adapter_config.json")
     name = model or fields.get("base_model_name_or_path")
@@ -170,10 +170,10 @@ def _base_of(adapter: Path, model: str | None) -> PreTrainedModel:
     heads = [shape[0] for key, shape in adapter_folder.shapes(adapter).items() if key.endswith(HEADS)]
     options: dict[str, Any] = {"num_labels": heads[0]} if heads else {}
     with loading(name, "as the adapter's base model"):
-        return load_model(_class(fields, name), name, **options)[0]
+        return load_model(_model_class(fields, name), name, **options)[0]
 
 
-def _class(fields: Mapping[str, Any], model: str) -> Any:
+def _model_class(fields: Mapping[str, Any], model: str) -> Any:
     """The class of an adapter's base model: as the adapter names it, or else as the model does."""
     if (task := TASK_CLASSES.get(fields.get("task_type") or "")) is not None:
         return task

@@ -54,7 +54,7 @@ class Method:
         except ValueError as error:
             raise UserError(f"recipe: {error}") from error
         ablate(adapted, **recipe.ablation.model_dump())
-        _keep_statistics(adapted)
+        _freeze_batch_norms(adapted)
         return adapted
 
     def inference_parameters(self, model: nn.Module, trained: Collection[str]) -> int:
@@ -63,7 +63,7 @@ class Method:
         return sum(n - int(n * self.training_only(name)) for name, n in counts)
 
 
-def _where(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
+def _target_modules(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
     from fvae_lora_experiments.models.heads import head_modules
     from fvae_lora_experiments.models.targets import adapted_modules, in_layers
 
@@ -81,7 +81,7 @@ def _fvae_lora(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
         r=recipe.adapter.r,
         lora_alpha=recipe.adapter.alpha,
         lora_dropout=recipe.adapter.dropout,
-        **_where(recipe, model),
+        **_target_modules(recipe, model),
         **recipe.fvae.model_dump(),
     )
 
@@ -93,7 +93,7 @@ def _lora(recipe: Recipe, model: PreTrainedModel, **variant: Any) -> PeftConfig:
         r=recipe.adapter.r,
         lora_alpha=recipe.adapter.alpha or recipe.adapter.r,
         lora_dropout=recipe.adapter.dropout,
-        **_where(recipe, model),
+        **_target_modules(recipe, model),
         **variant,
     )
 
@@ -101,7 +101,7 @@ def _lora(recipe: Recipe, model: PreTrainedModel, **variant: Any) -> PeftConfig:
 def _hira(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
     from peft import HiraConfig
 
-    return HiraConfig(r=recipe.adapter.r, hira_dropout=recipe.adapter.dropout, **_where(recipe, model))
+    return HiraConfig(r=recipe.adapter.r, hira_dropout=recipe.adapter.dropout, **_target_modules(recipe, model))
 
 
 def _adalora(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
@@ -116,20 +116,20 @@ def _adalora(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
         total_step=1,  # until training begins and its length is known (`adalora.RankSchedule`)
         tinit=0,
         tfinal=0,
-        **_where(recipe, model),
+        **_target_modules(recipe, model),
     )
 
 
 def _vera(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
     from peft import VeraConfig
 
-    return VeraConfig(r=recipe.adapter.r, vera_dropout=recipe.adapter.dropout, **_where(recipe, model))
+    return VeraConfig(r=recipe.adapter.r, vera_dropout=recipe.adapter.dropout, **_target_modules(recipe, model))
 
 
 def _pvera(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
     from peft import PveraConfig
 
-    return PveraConfig(r=recipe.adapter.r, pvera_dropout=recipe.adapter.dropout, **_where(recipe, model))
+    return PveraConfig(r=recipe.adapter.r, pvera_dropout=recipe.adapter.dropout, **_target_modules(recipe, model))
 
 
 def _linear_probe(_: Recipe, model: PreTrainedModel) -> PeftConfig:
@@ -144,13 +144,13 @@ def _linear_probe(_: Recipe, model: PreTrainedModel) -> PeftConfig:
     return LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=head)
 
 
-def _for_training_alone(name: str) -> bool:
+def _is_training_only(name: str) -> bool:
     from fvae_lora import is_training_only
 
     return is_training_only(name)
 
 
-_fvae_method = partial(Method, config=_fvae_lora, training_only=_for_training_alone)
+_fvae_method = partial(Method, config=_fvae_lora, training_only=_is_training_only)
 
 METHODS: dict[str, Method] = {
     "fvae-lora": _fvae_method("LoRA whose down-projection is the encoder of a VAE with two latents"),
@@ -212,7 +212,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def _keep_statistics(model: nn.Module) -> None:
+def _freeze_batch_norms(model: nn.Module) -> None:
     """Frozen batch norms go on using the statistics of pre-training: an adapter's folder could not carry new ones."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -220,8 +220,8 @@ def _keep_statistics(model: nn.Module) -> None:
         frozen = not any(p.requires_grad for p in module.parameters())
         if frozen and isinstance(module, _BatchNorm):
             module.train(False)
-            module.train = partial(_stay, module)  # type: ignore
+            module.train = partial(_stay_in_eval, module)  # type: ignore
 
 
-def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
     return module

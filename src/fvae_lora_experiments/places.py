@@ -10,12 +10,12 @@ def is_local(name: str) -> bool:
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def short(name: str) -> str:
+def short_name(name: str) -> str:
     """A folder's own name; a name on the hub as it is."""
     return Path(name).resolve().name if is_local(name) else name
 
 
-def portable(name: str, folder: Path) -> str:
+def portable_path(name: str, folder: Path) -> str:
     """`name` as a record in `folder` may keep it: a path relative to `folder`, a name on the hub as it is.
 
     Where the relative path would lead through the directories above home (and so past a user's name), the last
@@ -31,12 +31,12 @@ def portable(name: str, folder: Path) -> str:
     return relative if relative.startswith(".") else f"./{relative}"
 
 
-def located(name: str, folder: Path) -> str:
-    """The inverse of `portable`: what to open for a `name` that the record in `folder` keeps."""
+def resolve_portable(name: str, folder: Path) -> str:
+    """The inverse of `portable_path`: what to open for a `name` that the record in `folder` keeps."""
     return str(folder / name) if name.startswith(".") else name
 
 
-def without_places(text: str, *places: Path) -> str:
+def without_paths(text: str, *places: Path) -> str:
     """`text` as a record may keep it: paths in it that lead through `places`, here, home or Python's begin there."""
     for place in (*places, Path.cwd(), Path.home(), Path(sys.prefix)):
         text = text.replace(f"{place.resolve()}/", "").replace(f"{place}/", "")

@@ -17,7 +17,7 @@ INTERRUPTED, TERMINATED = 130, 143
 
 def use_one_gpu() -> None:
     """A process has one device; the Trainer would silently give all GPUs to a lone process, and grow the batch."""
-    if distributed.count() == 1:
+    if distributed.process_count() == 1:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
 
@@ -44,21 +44,21 @@ def exit_code(command: Callable[[], Any]) -> int:
     except signals.Terminated:
         result = TERMINATED
     except (UserError, RunError) as error:
-        return _say(str(error), 2 if isinstance(error, UserError) else 1)
+        return _print_error(str(error), 2 if isinstance(error, UserError) else 1)
     except OSError as error:
-        return _say(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+        return _print_error(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong type
-            return _say(error.format_message(), 2)
+            return _print_error(error.format_message(), 2)
         if distributed.first_to_fail():
             traceback.print_exc()
         return 1
     if result in (INTERRUPTED, TERMINATED):  # typer, too, makes the first of Ctrl-C
-        return _say(signals.STOPPED, result)
+        return _print_error(signals.STOPPED_MESSAGE, result)
     return result if isinstance(result, int) else 0
 
 
-def _say(line: str, code: int) -> int:
+def _print_error(line: str, code: int) -> int:
     if distributed.first_to_fail():
         print(f"fvae-lora: {line}", file=sys.stderr)
     return code

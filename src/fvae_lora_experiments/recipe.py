@@ -14,16 +14,16 @@ from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.schema import Recipe, Section
 
-SHIPPED = Path(str(files("fvae_lora_experiments"))) / "recipes"
+RECIPES_FOLDER = Path(str(files("fvae_lora_experiments"))) / "recipes"
 
 
-def shipped() -> dict[str, Path]:
+def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with the package: name (`image/default`) to file."""
-    return {p.relative_to(SHIPPED).with_suffix("").as_posix(): p for p in sorted(SHIPPED.rglob("*.yaml"))}
+    return {p.relative_to(RECIPES_FOLDER).with_suffix("").as_posix(): p for p in sorted(RECIPES_FOLDER.rglob("*.yaml"))}
 
 
 @dataclass(frozen=True)
-class Key:
+class RecipeKey:
     """A dotted key of recipes: its default as YAML (None where it has to be given), what it may be, what it means."""
 
     name: str
@@ -32,22 +32,22 @@ class Key:
     meaning: str
 
 
-def keys(section: type[Section] = Recipe, prefix: str = "") -> list[Key]:
+def recipe_keys(section: type[Section] = Recipe, prefix: str = "") -> list[RecipeKey]:
     """Every key that a recipe may have, in the schema's order."""
     schema = section.model_json_schema()
     found = []
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            found += keys(field.annotation, f"{prefix}{name}.")
+            found += recipe_keys(field.annotation, f"{prefix}{name}.")
         else:
             default = None if field.is_required() else as_yaml(field.default)
-            meaning = re.sub(r"\b(None|True|False)\b", _in_yaml, " ".join((field.description or "").split()))
+            meaning = re.sub(r"\b(None|True|False)\b", _yaml_constant, " ".join((field.description or "").split()))
             allowed = ", ".join(METHODS) if name == "method" else _allowed(schema["properties"][name])
-            found.append(Key(f"{prefix}{name}", default, allowed, meaning))
+            found.append(RecipeKey(f"{prefix}{name}", default, allowed, meaning))
     return found
 
 
-def _in_yaml(constant: re.Match[str]) -> str:
+def _yaml_constant(constant: re.Match[str]) -> str:
     return {"None": "null"}.get(constant[0], constant[0].lower())
 
 
@@ -89,9 +89,11 @@ def recipe_file(name: str) -> Path:
     Raises:
         UserError: if there is neither.
     """
-    path = shipped().get(name, Path(name))
+    path = shipped_recipes().get(name, Path(name))
     if not path.is_file():
-        raise UserError(f"recipe {name}: no such file, and no shipped recipe; shipped are {', '.join(shipped())}")
+        raise UserError(
+            f"recipe {name}: no such file, and no shipped recipe; shipped are {', '.join(shipped_recipes())}"
+        )
     return path
 
 
@@ -159,14 +161,14 @@ def _read(name: str, inheriting: tuple[str, ...] = ()) -> dict[str, Any]:
         raise UserError(f"recipe {name}: expected keys and values, for example `method: lora`")
     if (base := tree.pop("extends", None)) is None:
         return tree
-    beside = str(base) if str(base) in shipped() else str(recipe_file(name).parent / str(base))
-    return _laid_over(_read(beside, (*inheriting, name)), tree)
+    beside = str(base) if str(base) in shipped_recipes() else str(recipe_file(name).parent / str(base))
+    return _deep_merge(_read(beside, (*inheriting, name)), tree)
 
 
-def _laid_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _deep_merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     both = below.keys() & above.keys()
     nested = {k for k in both if isinstance(below[k], dict) and isinstance(above[k], dict)}
-    return below | dict(above) | {key: _laid_over(below[key], above[key]) for key in nested}
+    return below | dict(above) | {key: _deep_merge(below[key], above[key]) for key in nested}
 
 
 def check_recipe(tree: Mapping[str, Any], where: str) -> Recipe:
@@ -213,7 +215,7 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _without_kinds(loc: tuple[int | str, ...]) -> list[int | str]:
+def _key_path(loc: tuple[int | str, ...]) -> list[int | str]:
     """Where an error is, without the names of the kinds that a value may be of, which follow those of the keys."""
     section: Any = Recipe
     kept: list[int | str] = []
@@ -226,7 +228,7 @@ def _without_kinds(loc: tuple[int | str, ...]) -> list[int | str]:
 
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
-    *parents, last = loc = _without_kinds(first["loc"])
+    *parents, last = loc = _key_path(first["loc"])
     key = ".".join(str(part) for part in loc)
     if first["type"] == "extra_forbidden":
         section: Any = Recipe

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-STOPPED = "stopped; the same command goes on where it was"
+STOPPED_MESSAGE = "stopped; the same command goes on where it was"
 
 Handler = Callable[[int, FrameType | None], NoReturn]
 
@@ -20,18 +20,18 @@ class Terminated(BaseException):
     """SIGTERM, raised where the main thread is, as KeyboardInterrupt is for SIGINT."""
 
 
-def end_at_once() -> None:
+def exit_on_signal() -> None:
     """Lets a signal end this process where it is."""
-    _handle_by(_end)
+    _install(_exit)
 
 
-def unwind() -> None:
+def raise_on_signal() -> None:
     """Lets the first signal raise KeyboardInterrupt or `Terminated`. Only for a process whose signals are handled."""
-    if signal.getsignal(signal.SIGINT) is _end or signal.getsignal(signal.SIGTERM) is _end:
-        _handle_by(_raise)
+    if signal.getsignal(signal.SIGINT) is _exit or signal.getsignal(signal.SIGTERM) is _exit:
+        _install(_raise_exception)
 
 
-def _handle_by(handler: Handler) -> None:
+def _install(handler: Handler) -> None:
     numbers = [signal.SIGINT]
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # one of several may hang in a call for the others, deaf to Python
         numbers.append(signal.SIGTERM)
@@ -40,12 +40,12 @@ def _handle_by(handler: Handler) -> None:
             signal.signal(number, handler)
 
 
-def _end(number: int, _: FrameType | None) -> NoReturn:
+def _exit(number: int, _: FrameType | None) -> NoReturn:
     if int(os.environ.get("RANK", 0)) == 0:
-        os.write(2, f"fvae-lora: {STOPPED}\n".encode())
+        os.write(2, f"fvae-lora: {STOPPED_MESSAGE}\n".encode())
     os._exit(128 + number)
 
 
-def _raise(number: int, _: FrameType | None) -> NoReturn:
-    end_at_once()
+def _raise_exception(number: int, _: FrameType | None) -> NoReturn:
+    exit_on_signal()
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt

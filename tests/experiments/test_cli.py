@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fvae_lora_experiments.recipe import Key, check_recipe, flatten, keys, recipe_file
+from fvae_lora_experiments.recipe import RecipeKey, check_recipe, flatten, recipe_file, recipe_keys
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -34,7 +34,7 @@ def test_progress_is_bars_on_a_terminal_lines_in_a_log_and_nothing_where_it_is_n
     code, out, err = cli(*train, "--out", tmp_path / "a")
     assert code == 0
     assert re.fullmatch(r"step 8 of 8, validation after epoch 2: loss \d\.\d{4}, accuracy \d\.\d{4}\n", err), err
-    monkeypatch.setattr("fvae_lora_experiments.run.progress.PAUSE_S", 0)
+    monkeypatch.setattr("fvae_lora_experiments.run.progress.REPORT_INTERVAL_S", 0)
     log = cli(*train, "--out", tmp_path / "b")[2].splitlines()
     assert [line.partition(" of 8")[0] for line in log] == [f"step {n}" for n in (*range(1, 9), 8)]
     assert re.search(r"step 6 of 8, validation after epoch 1: loss .*, accuracy .*, ends \d\d:\d\d, in \d:", log[5])
@@ -148,8 +148,8 @@ def test_every_key_is_listed_with_its_default_what_is_allowed_and_what_it_means(
     assert max(len(line) for line in out.splitlines()) <= 120
 
 
-@pytest.mark.parametrize("key", keys(), ids=lambda key: key.name)
-def test_every_key_has_a_meaning(key: Key) -> None:
+@pytest.mark.parametrize("key", recipe_keys(), ids=lambda key: key.name)
+def test_every_key_has_a_meaning(key: RecipeKey) -> None:
     assert key.meaning.endswith(".")
     assert len(key.meaning) > 15
     assert key.allowed

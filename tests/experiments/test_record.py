@@ -50,7 +50,7 @@ def test_what_a_newer_version_knows_is_kept(folder: RunFolder) -> None:
     folder.rewind(1)
     assert json.loads(folder.record_file.read_text()) == newer
     assert folder.metrics_file.read_text() == before
-    folder.close_as_failed("the disk is full")
+    folder.mark_failed("the disk is full")
     assert json.loads(folder.record_file.read_text())["energy"] == {"joules": 3.5}
 
 

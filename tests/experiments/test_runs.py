@@ -51,7 +51,7 @@ def test_a_file_of_runs_is_reported_as_their_folder_is(demo: Path, packed: Path,
 def test_the_report_of_a_file_lies_beside_it_and_that_of_several_where_one_says(
     demo: Path, packed: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    file = Path(shutil.copy(packed, tmp_path / "my-archive.jsonl.gz"))
+    file = Path(shutil.copy(packed, tmp_path / "my-runs.jsonl.gz"))
     assert cli("report", file)[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted((file.name, *REPORT))
     code, _, error = cli("report", demo, file)
@@ -103,7 +103,7 @@ def test_a_sweep_goes_on_from_unpacked_runs(tmp_path: Path) -> None:
 
     done = asked(tmp_path / "runs")
     done.folder.path.mkdir(parents=True)
-    done.folder.write(done.folder.opening(done.recipe).model_copy(update={"state": "complete"}))
+    done.folder.write(done.folder.initial_record(done.recipe).model_copy(update={"state": "complete"}))
     pack(tmp_path / "runs", tmp_path / "runs.jsonl.gz")
     assert not asked(tmp_path / "again").is_done()
     unpack(tmp_path / "runs.jsonl.gz", tmp_path / "again")
@@ -167,7 +167,7 @@ def test_names_on_the_hub_ways_up_and_a_data_set_s_own_classes_are_packed(tmp_pa
     ("file", "said"),
     [
         ("runs.jsonl.gz", "runs: cut: run.json: Invalid JSON"),
-        ("runs.zip", "expected a name that ends in archive.jsonl.gz"),
+        ("runs.zip", "expected a name that ends in runs.jsonl.gz"),
         ("old.runs.jsonl.gz", "exists already"),
     ],
 )

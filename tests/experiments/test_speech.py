@@ -51,7 +51,7 @@ from fvae_lora_experiments.data.published.timit import (
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.recipe import load_recipe
 from fvae_lora_experiments.run.record import Record
-from fvae_lora_experiments.run.runner import evaluate, run
+from fvae_lora_experiments.run.runner import evaluate, run_recipe
 from fvae_lora_experiments.run.state_cache import collate, use_cached_states
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import load_task, transcription
@@ -215,7 +215,7 @@ def test_what_a_method_learns_of_phonemes_is_saved(
 ) -> None:
     monkeypatch.setattr("fvae_lora_experiments.data.published.timit.DEVELOPMENT_SPEAKERS", CORE_TEST_SPEAKERS)
     recipe = phonemes(method=method, train__batch_size=6, train__learning_rate=0.2, adapter__r=4)
-    assert_saved(run(recipe, tmp_path, quiet=True))
+    assert_saved(run_recipe(recipe, tmp_path, quiet=True))
 
 
 @needs_espeak
@@ -285,8 +285,8 @@ def padded_and_alone(recipe: Recipe) -> tuple[float, float]:
 
     def elbo(*numbers: int) -> float:
         batch = task.collate([rows[i] for i in numbers])
+        model(**batch | {"input_values": batch["input_values"].double()})
         with torch.no_grad():
-            model(**batch | {"input_values": batch["input_values"].double()})
             return float(elbo_loss(model))
 
     alone = sum(elbo(i) * rows.frames[i] for i in range(3)) / sum(rows.frames[:3])
@@ -538,7 +538,7 @@ def test_what_a_method_learns_of_words_is_saved(writer: Path, recordings: Path, 
     options = {"model": str(writer), "dataset": str(recordings), "method": method, "adapter.r": 4}
     options |= {"train.epochs": 1, "train.batch_size": 3, "train.learning_rate": 0.2, "speech.max_new_tokens": 8}
     options |= {"data.protocol": "reference-on-test"}
-    assert_saved(run(load_recipe("speech/whisper", [], options), tmp_path, quiet=True))
+    assert_saved(run_recipe(load_recipe("speech/whisper", [], options), tmp_path, quiet=True))
 
 
 @pytest.mark.slow
@@ -586,7 +586,7 @@ def test_words_are_written_in_the_precision_of_the_run(
         return scores
 
     monkeypatch.setattr(TranscriptionTask, "generated_scores", spied)
-    run(load_recipe("speech/whisper", [], options), tmp_path, quiet=True)
+    run_recipe(load_recipe("speech/whisper", [], options), tmp_path, quiet=True)
     assert len(found) == 2
     assert {dtype for _, dtype in found} == {{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
 
@@ -630,8 +630,8 @@ def test_the_silence_that_whisper_adds_is_not_in_the_elbo(writer: Path, recordin
 
     def elbo(*numbers: int) -> float:
         batch = task.collate([rows[i] for i in numbers])
+        model(**batch | {"input_features": batch["input_features"].double()})
         with torch.no_grad():
-            model(**batch | {"input_features": batch["input_features"].double()})
             return float(elbo_loss(model))
 
     alone = sum(elbo(i) * n for i, n in enumerate(lengths)) / sum(lengths)

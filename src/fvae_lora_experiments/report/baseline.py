@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from fvae_lora_experiments.methods import METHODS
-from fvae_lora_experiments.report.numbers import half_width
+from fvae_lora_experiments.report.numbers import ci_half_width
 from fvae_lora_experiments.report.rows import Trials, differing
 from fvae_lora_experiments.run.record import Record
 
@@ -37,7 +37,7 @@ def differences(
     for each in results:
         if each.measured.method != BASELINE and (baseline := _baseline(each, baselines, gridded)):
             pairs = list(_pairs(each, baseline))
-            found[each] = Difference(len(pairs), statistics.fmean(pairs) if pairs else None, half_width(pairs))
+            found[each] = Difference(len(pairs), statistics.fmean(pairs) if pairs else None, ci_half_width(pairs))
     return found
 
 

@@ -15,7 +15,7 @@ from fvae_lora_experiments.report.numbers import (
     signed,
     title,
 )
-from fvae_lora_experiments.report.rows import Further, Row
+from fvae_lora_experiments.report.rows import ExtraScore, Row
 
 Column = Callable[[Row], str]
 
@@ -43,7 +43,7 @@ def difference(row: Row) -> str:
     return signed(shown(row.metric, row.difference, row.difference_half_width))
 
 
-def results(rows: Sequence[Row]) -> dict[str, Column]:
+def result_columns(rows: Sequence[Row]) -> dict[str, Column]:
     """Return the columns of the scores; those of the baseline and of the paper where a row has something in them."""
     metric = rows[0].metric
     lower = "" if rows[0].greater_is_better else " ↓"
@@ -56,13 +56,13 @@ def results(rows: Sequence[Row]) -> dict[str, Column]:
     return columns
 
 
-def further(rows: Sequence[Row]) -> dict[str, Column]:
+def extra_columns(rows: Sequence[Row]) -> dict[str, Column]:
     """Return a column for each test score beside the one by which the runs are judged, and the paper's beside it."""
     columns: dict[str, Column] = {}
-    for name in dict.fromkeys(score.name for row in rows for score in row.further):
-        columns[title(name)] = partial(_further, name, lambda found: shown(found.name, found.mean, found.std))
-        if any(score.name == name and score.paper is not None for row in rows for score in row.further):
-            columns[f"paper, {title(name)}"] = partial(_further, name, lambda found: percent(found.paper))
+    for name in dict.fromkeys(score.name for row in rows for score in row.extra_scores):
+        columns[title(name)] = partial(_extra_scores, name, lambda found: shown(found.name, found.mean, found.std))
+        if any(score.name == name and score.paper is not None for row in rows for score in row.extra_scores):
+            columns[f"paper, {title(name)}"] = partial(_extra_scores, name, lambda found: percent(found.paper))
     return columns
 
 
@@ -78,5 +78,5 @@ COSTS: dict[str, Column] = {
 """What it took: FLOPs are those of the whole training, and of a forward of one batch with the final model."""
 
 
-def _further(name: str, write: Callable[[Further], str], row: Row) -> str:
-    return next((write(score) for score in row.further if score.name == name), UNKNOWN)
+def _extra_scores(name: str, write: Callable[[ExtraScore], str], row: Row) -> str:
+    return next((write(score) for score in row.extra_scores if score.name == name), UNKNOWN)

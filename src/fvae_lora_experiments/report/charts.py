@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from fvae_lora_experiments.run.archive import Point
+from fvae_lora_experiments.run.archive import CurvePoint
 
 HEIGHT = 280
 LEFT, TOP, BOTTOM = 54, 12, 238
@@ -51,9 +51,9 @@ class Line:
     """A row's curve, the curves of its seeds, and the points where its marker stands: its end, if none."""
 
     mark: Mark
-    mean: Sequence[Point]
-    seeds: Sequence[Sequence[Point]]
-    marked: Sequence[Point] = ()
+    mean: Sequence[CurvePoint]
+    seeds: Sequence[Sequence[CurvePoint]]
+    marked: Sequence[CurvePoint] = ()
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,9 @@ def strip(scores: Sequence[float], low: float, high: float) -> Markup:
     ).format(dots, x(statistics.fmean(scores)))
 
 
-def spark(mean: Sequence[Point], low: Sequence[Point], high: Sequence[Point], y_range: tuple[float, float]) -> Markup:
+def spark(
+    mean: Sequence[CurvePoint], low: Sequence[CurvePoint], high: Sequence[CurvePoint], y_range: tuple[float, float]
+) -> Markup:
     """Draw a small curve with the range over seeds behind it; three curves on the same x."""
     x, y = Axis(mean[0][0], mean[-1][0], 1, 119), Axis(*y_range, 31, 1)
     band = _path(x, y, [*low, *reversed(high)])
@@ -206,7 +208,7 @@ def _marker(mark: Mark, x: float, y: float) -> Markup:
     return Markup('<path class="point" transform="translate({:g} {:g})" d="{}"/>').format(x, y, mark.outline)
 
 
-def _path(x: Axis, y: Axis, curve: Sequence[Point]) -> str:
+def _path(x: Axis, y: Axis, curve: Sequence[CurvePoint]) -> str:
     return "M" + " ".join(f"{x(px):g} {y(py):g}" for px, py in curve)
 
 

@@ -11,8 +11,8 @@ from fvae_lora_experiments.report.charts import COLOURS, Dot, Line, Mark, line_c
 from fvae_lora_experiments.report.curves import mean_curve, thinned
 from fvae_lora_experiments.report.numbers import factor, number, quantity, title
 from fvae_lora_experiments.report.rows import Group, Row
-from fvae_lora_experiments.report.tables import Compared, Table, grid_key, grid_lines, grids, tables
-from fvae_lora_experiments.run.archive import Point, Run
+from fvae_lora_experiments.report.tables import ComparedRows, Table, grid_key, grid_lines, grid_tables, tables
+from fvae_lora_experiments.run.archive import CurvePoint, StoredRun
 from fvae_lora_experiments.run.record import is_number, printable
 
 POINTS_IN_A_MEAN = 120
@@ -75,12 +75,12 @@ class Comparison:
     facts: dict[str, str]
 
 
-def comparison(groups: Sequence[Group], marks: dict[str, Mark]) -> Comparison:
+def draw_comparison(groups: Sequence[Group], marks: dict[str, Mark]) -> Comparison:
     """Draw everything about `groups`, which were measured alike; `marks` has a mark for each label and grid line."""
     finished = [group for group in groups if group.row.state == "complete"]
     points = [group.row for group in groups if group.row.state == "selection"]
     row = groups[0].row
-    measured = tables(Compared([group.row for group in finished], []))
+    measured = tables(ComparedRows([group.row for group in finished], []))
     scores = [score for group in finished for score in group.row.scores]
     low, high = min(scores, default=0.0), max(scores, default=0.0)
     scale = factor(row.metric)
@@ -92,7 +92,7 @@ def comparison(groups: Sequence[Group], marks: dict[str, Mark]) -> Comparison:
         rows=[(g.row, marks[g.row.label], strip(g.row.scores, low, high)) for g in finished],
         scale=(f"{scale * low:.1f}", f"{scale * high:.1f}"),
         tables=measured[1:],
-        grids=grids(points),
+        grids=grid_tables(points),
         grid_charts=list(_grid_charts(points, marks)),
         curves=[panel for chunk in _chunks(by_mark) if (panel := _curves(chunk, marks)).charts],
         costs=_costs([group.row for group in by_mark], marks),
@@ -181,7 +181,7 @@ def _without_common_parents(modules: Sequence[str]) -> list[str]:
     return [".".join(path[shared:] or path) for path in paths]
 
 
-def _development(seeds: Sequence[list[Point]]) -> tuple[Markup, str, str] | None:
+def _development(seeds: Sequence[list[CurvePoint]]) -> tuple[Markup, str, str] | None:
     mean = mean_curve(seeds)
     if not mean:
         return None
@@ -194,7 +194,7 @@ def _development(seeds: Sequence[list[Point]]) -> tuple[Markup, str, str] | None
     return curve, number(mean[0][1]), number(mean[-1][1])
 
 
-def _facts(runs: Sequence[Run]) -> dict[str, str]:
+def _facts(runs: Sequence[StoredRun]) -> dict[str, str]:
     """List what was measured on what, each fact with every value that the runs have for it."""
     records = [run.record for run in runs if run.record]
     facts = {

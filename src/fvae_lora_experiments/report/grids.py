@@ -6,13 +6,13 @@ from itertools import groupby
 
 from fvae_lora_experiments.report.rows import Trials, differing
 from fvae_lora_experiments.run.record import is_number, printable
-from fvae_lora_experiments.sweep.select import Best, Point, best_point
+from fvae_lora_experiments.sweep.select import BestPoint, GridPoint, best_point
 
 Values = tuple[float | str, ...]
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """A point of a grid: the value of each key that the grid of its method varies, and what was made of it."""
 
     point: tuple[tuple[str, float | str], ...]
@@ -27,7 +27,7 @@ class Grids:
 
     keys: Collection[str]
     """The keys that they chose from."""
-    places: Mapping[Trials, Place]
+    placements: Mapping[Trials, Placement]
     superseded: Collection[Trials]
     """Results at a point that is not chosen, for example because the grid has become wider since."""
 
@@ -44,7 +44,7 @@ def read_grids(points: Sequence[Trials], results: Sequence[Trials]) -> Grids:
 
     """
     gridded: set[str] = set()
-    places: dict[Trials, Place] = {}
+    placements: dict[Trials, Placement] = {}
     superseded: set[Trials] = set()
     for method in dict.fromkeys(point.measured.method for point in points):
         grid = [point for point in points if point.measured.method == method]
@@ -61,16 +61,16 @@ def read_grids(points: Sequence[Trials], results: Sequence[Trials]) -> Grids:
         values = dict(zip(grid, _at(grid, keys), strict=True))
         for point, at in values.items():
             edge = tuple(best[point].edge) if point in best else ()
-            places[point] = Place(tuple(zip(keys, at, strict=True)), point in best, edge)
+            placements[point] = Placement(tuple(zip(keys, at, strict=True)), point in best, edge)
         passed_over = {at for point, at in values.items() if point not in best}
         superseded |= {final for final, at in zip(finals, _at(finals, keys), strict=True) if at in passed_over}
-    return Grids(gridded, places, superseded)
+    return Grids(gridded, placements, superseded)
 
 
-def _best(grid: Sequence[Trials], finals: Sequence[Trials], keys: Sequence[str]) -> Best | None:
+def _best(grid: Sequence[Trials], finals: Sequence[Trials], keys: Sequence[str]) -> BestPoint | None:
     final_points = _at(finals, keys)
     points = [
-        Point({key: trials.recipe.get(key) for key in keys}, trials.selection_score, at in final_points)
+        GridPoint({key: trials.recipe.get(key) for key in keys}, trials.selection_score, at in final_points)
         for trials, at in zip(grid, _at(grid, keys), strict=True)
     ]
     return best_point(points, grid[0].measured.greater_is_better)

@@ -36,7 +36,7 @@ def spread(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def half_width(values: Sequence[float]) -> float | None:
+def ci_half_width(values: Sequence[float]) -> float | None:
     """Return half the width of the 95% confidence interval of the mean of `values`, by Student's t.
 
     It is t(n - 1) s / sqrt(n) with s the sample standard deviation: exact for normal values. None for fewer than two.

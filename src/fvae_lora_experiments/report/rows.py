@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fvae_lora_experiments.run.archive import Run
+from fvae_lora_experiments.run.archive import StoredRun
 from fvae_lora_experiments.run.record import Record
 from fvae_lora_experiments.sweep.select import mean_score
 
@@ -15,7 +15,7 @@ Recipe = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Further:
+class ExtraScore:
     """A test score beside the one by which the runs are judged: mean and standard deviation over seeds."""
 
     name: str
@@ -47,7 +47,7 @@ class Measured:
     method: str = ""
 
     @property
-    def comparison(self) -> tuple[str, str, str, str, str]:
+    def comparison_key(self) -> tuple[str, str, str, str, str]:
         """What was measured: rows that agree in task, data set, protocol, model and metric may be compared."""
         return self.task, self.dataset, self.protocol, self.model, self.metric
 
@@ -85,7 +85,7 @@ class Row(Measured):
     """Half the width of the 95% confidence interval of `difference`."""
     paper: float | None = None
     """What the paper published for this method and data set, in percent."""
-    further: tuple[Further, ...] = ()
+    extra_scores: tuple[ExtraScore, ...] = ()
     trainable_parameters: int | None = None
     inference_parameters: int | None = None
     time_s: float | None = None
@@ -118,7 +118,7 @@ class Group:
     """A row, the finished runs behind it by seed, and the recipe that they share."""
 
     row: Row
-    runs: Mapping[int, Run] = field(default_factory=dict)
+    runs: Mapping[int, StoredRun] = field(default_factory=dict)
     recipe: Recipe = field(default_factory=dict)
 
 
@@ -128,7 +128,7 @@ class Trials:
 
     measured: Measured
     recipe: Recipe
-    runs: dict[int, Run] = field(default_factory=dict)
+    runs: dict[int, StoredRun] = field(default_factory=dict)
     """The finished ones."""
     unfinished: dict[int, str] = field(default_factory=dict)
     """The state of each seed that began and is not complete."""

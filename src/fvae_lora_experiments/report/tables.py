@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from fvae_lora_experiments.report.baseline import BASELINE
-from fvae_lora_experiments.report.cells import COSTS, further, results, score
+from fvae_lora_experiments.report.cells import COSTS, extra_columns, result_columns, score
 from fvae_lora_experiments.report.numbers import UNKNOWN, percent, shown, title
 from fvae_lora_experiments.report.paper import paper, published
 from fvae_lora_experiments.report.rows import Row
@@ -24,7 +24,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedRows:
     """The rows that were measured alike: finished ones, and the points of their methods' grids."""
 
     rows: Sequence[Row]
@@ -38,35 +38,39 @@ class Compared:
     @property
     def name(self) -> str:
         """What was measured."""
-        return " · ".join(filter(None, self.any.comparison[:4]))
+        return " · ".join(filter(None, self.any.comparison_key[:4]))
 
 
-def comparisons(rows: Sequence[Row]) -> Iterator[Compared]:
+def compared_rows(rows: Sequence[Row]) -> Iterator[ComparedRows]:
     """Yield the rows that were measured alike together, for each of such sets."""
     counted = (row for row in rows if row.state in ("complete", "selection"))
-    for _, alike in groupby(counted, key=lambda row: row.comparison):
+    for _, alike in groupby(counted, key=lambda row: row.comparison_key):
         both = list(alike)
-        yield Compared(
+        yield ComparedRows(
             [row for row in both if row.state == "complete"], [row for row in both if row.state == "selection"]
         )
 
 
-def left_out(rows: Sequence[Row]) -> list[Row]:
+def uncounted(rows: Sequence[Row]) -> list[Row]:
     """Pick the runs that no number contains: failed, unfinished, unreadable, or there twice."""
     return [row for row in rows if row.state not in ("complete", "selection")]
 
 
-def tables(compared: Compared) -> list[Table]:
+def tables(compared: ComparedRows) -> list[Table]:
     """Return the tables of a comparison that have something to tell, the results first."""
-    return [*_measured(compared.rows), *grids(compared.points)]
+    return [*_measured(compared.rows), *grid_tables(compared.points)]
 
 
 def _measured(rows: Sequence[Row]) -> list[Table]:
     if not rows:
         return []
     made = (
-        ("Test scores", results(rows), _result_notes(rows)),
-        ("Further test scores", further(rows), ["Mean ± sample standard deviation over seeds.", *_paper_note(rows)]),
+        ("Test scores", result_columns(rows), _result_notes(rows)),
+        (
+            "Further test scores",
+            extra_columns(rows),
+            ["Mean ± sample standard deviation over seeds.", *_paper_note(rows)],
+        ),
         ("Settings and cost", COSTS, [COST_NOTE]),
     )
     return [
@@ -78,7 +82,7 @@ def _measured(rows: Sequence[Row]) -> list[Table]:
     ]
 
 
-def grids(points: Sequence[Row]) -> list[Table]:
+def grid_tables(points: Sequence[Row]) -> list[Table]:
     """Return the table of validation scores over the grids of all methods, if there is a grid.
 
     The key that most methods vary (the learning rate, if it is one of them) goes across, what else varies goes down.
@@ -125,7 +129,7 @@ def _point(row: Row) -> str:
     return shown(row.metric, row.validation_score) + (" *" if row.chosen else "")
 
 
-def overviews(rows: Sequence[Row]) -> list[Table]:
+def overview_tables(rows: Sequence[Row]) -> list[Table]:
     """Return a table of data sets across and methods down for each model that has results on several data sets.
 
     The mean over the data sets is that of methods which have every seed on every one of them. Where the paper has
@@ -218,10 +222,10 @@ def _result_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _paper_note(rows: Sequence[Row]) -> list[str]:
-    if all(row.paper is None and all(score.paper is None for score in row.further) for row in rows):
+    if all(row.paper is None and all(score.paper is None for score in row.extra_scores) for row in rows):
         return []
     row, (source, _) = rows[0], paper()
-    scores = [row.metric, *(score.name for row in rows for score in row.further)]
+    scores = [row.metric, *(score.name for row in rows for score in row.extra_scores)]
     settings = dict.fromkeys(found[0].setting for score in scores if (found := published(row.hub_name, score)))
     return [
         f"paper: as published in {source} ({'; '.join(settings)}), measured by its authors under their own protocol. "

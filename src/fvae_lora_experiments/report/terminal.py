@@ -8,23 +8,23 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from fvae_lora_experiments.report.rows import Row
-from fvae_lora_experiments.report.tables import Table, comparisons, left_out, overviews, tables
+from fvae_lora_experiments.report.tables import Table, compared_rows, overview_tables, tables, uncounted
 
 
 def print_table(rows: Sequence[Row], console: Console) -> None:
     """Print the tables of each comparison (task, data, protocol, model), an overview, and the runs not counted."""
     said: dict[str, None] = {}
-    for compared in comparisons(rows):
+    for compared in compared_rows(rows):
         console.print(Text(compared.name, style="bold"))
         for table in tables(compared):
             _print(table, console)
             said |= dict.fromkeys(table.notes)
-    for table in overviews(rows):
+    for table in overview_tables(rows):
         _print(table, console)
         said |= dict.fromkeys(table.notes)
     for note in said:
         console.print(Text(note, style="yellow" if note.startswith(("Warning", "incomplete")) else "dim"))
-    if rest := left_out(rows):
+    if rest := uncounted(rows):
         console.print(f"Not counted: {len(rest)}", style="bold")
     for row in rest:
         console.print(Text.assemble((f"{row.state:<10}", "red"), f" {row.run}  {row.reason}"))

@@ -28,14 +28,14 @@ from fvae_lora_experiments.run.folder import RunFolder, write_atomically
 from fvae_lora_experiments.run.record import Event, Record, parse_record, printable, read_events
 from fvae_lora_experiments.schema import Recipe
 
-Point = tuple[float, float]
+CurvePoint = tuple[float, float]
 
 ENDING = "runs.jsonl.gz"
 """How the name of a file of runs ends: by it a report finds the file in a folder."""
 
 
 @dataclass(frozen=True)
-class Run:
+class StoredRun:
     """A run: its name below the place where runs were looked for, its record, or None and the `error`."""
 
     name: str
@@ -57,12 +57,12 @@ class Run:
         """Its learning curve."""
         return self.read_events()
 
-    def curve(self, event: str, score: str) -> list[Point]:
+    def curve(self, event: str, score: str) -> list[CurvePoint]:
         """(epoch, score) of every such event, in order."""
         measured = [(e.epoch, e.scores) for e in self.events if e.event == event]
         return sorted({epoch: scores[score] for epoch, scores in measured if score in scores}.items())
 
-    def elbo(self) -> dict[str, dict[str, list[Point]]]:
+    def elbo(self) -> dict[str, dict[str, list[CurvePoint]]]:
         """{module: {term: [(epoch, value), ...]}}, modules and terms in order of appearance."""
         curves: dict[str, dict[str, dict[float, float]]] = {}
         for event in self.events:
@@ -76,7 +76,7 @@ class Run:
         }
 
 
-def read_runs(*places: Path) -> list[Run]:
+def read_runs(*places: Path) -> list[StoredRun]:
     """Reads all runs at or below `places`, sorted by path.
 
     Args:
@@ -92,40 +92,42 @@ def read_runs(*places: Path) -> list[Run]:
         if not found:
             what = f"no run (a folder with a run.json, or a file {ENDING}) in it"
             raise UserError(f"{place}: {what if place.exists() else 'no such folder or file'}")
-        above = place_name(place) if len(places) > 1 else ""
-        runs += [Run("/".join(filter(None, (above, r.name))), r.record, r.error, r.read_events) for r in found]
+        above = folder_name(place) if len(places) > 1 else ""
+        runs += [StoredRun("/".join(filter(None, (above, r.name))), r.record, r.error, r.read_events) for r in found]
     return sorted(runs, key=lambda run: PurePosixPath(run.name))
 
 
-def place_name(place: Path) -> str:
+def folder_name(place: Path) -> str:
     """What to call the runs of a place: as its folder is called."""
     folder = place.resolve()
     return printable((folder.parent if folder.is_file() else folder).name)
 
 
-def _below(root: Path) -> Iterator[Run]:
+def _below(root: Path) -> Iterator[StoredRun]:
     for parent, _, files in os.walk(root):
         folder = Path(parent)
         above = "" if folder == root else folder.relative_to(root).as_posix()
         if "run.json" in files or "metrics.jsonl" in files:
-            yield _in_folder(folder, printable(above) or place_name(root))
+            yield _in_folder(folder, printable(above) or folder_name(root))
         for file in files:
             if file.endswith(ENDING):
                 packed = (run for run in _packed_in(folder / file) if not (folder / run.name / "run.json").exists())
                 for run in packed:
-                    yield Run(printable(f"{above}/{run.name}".lstrip("/")), run.record, run.error, run.read_events)
+                    yield StoredRun(
+                        printable(f"{above}/{run.name}".lstrip("/")), run.record, run.error, run.read_events
+                    )
 
 
-def _in_folder(folder: Path, name: str) -> Run:
+def _in_folder(folder: Path, name: str) -> StoredRun:
     try:
-        return Run(name, parse_record((folder / "run.json").read_bytes()), "", RunFolder(folder).events)
+        return StoredRun(name, parse_record((folder / "run.json").read_bytes()), "", RunFolder(folder).events)
     except OSError as error:
-        return Run(name, None, f"run.json: {error.strerror}")
+        return StoredRun(name, None, f"run.json: {error.strerror}")
     except ValueError as error:
-        return Run(name, None, f"run.json: {error}")
+        return StoredRun(name, None, f"run.json: {error}")
 
 
-def _packed_in(file: Path) -> Iterator[Run]:
+def _packed_in(file: Path) -> Iterator[StoredRun]:
     try:
         with gzip.open(file, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
@@ -134,7 +136,7 @@ def _packed_in(file: Path) -> Iterator[Run]:
         raise UserError(f"{file}: not a whole file of runs: {printable(str(error))}") from error
 
 
-def _packed_run(line: str, where: str) -> Run:
+def _packed_run(line: str, where: str) -> StoredRun:
     try:
         packed = json.loads(line)
         name, record, curve = packed["run"], packed["record"], packed["curve"]
@@ -143,9 +145,9 @@ def _packed_run(line: str, where: str) -> Run:
     if not (isinstance(name, str) and isinstance(record, dict) and isinstance(curve, list)):
         raise UserError(f"{where}: not a run with its record and its curve")
     try:
-        return Run(printable(name), parse_record(record), "", partial(read_events, curve))
+        return StoredRun(printable(name), parse_record(record), "", partial(read_events, curve))
     except ValueError as error:
-        return Run(printable(name), None, f"run.json: {error}")
+        return StoredRun(printable(name), None, f"run.json: {error}")
 
 
 def pack(place: Path, file: Path) -> int:
@@ -201,19 +203,19 @@ def unpack(file: Path, folder: Path) -> int:
     return len(runs)
 
 
-def _refuse_namesakes(runs: Sequence[Run], place: Path) -> None:
+def _refuse_namesakes(runs: Sequence[StoredRun], place: Path) -> None:
     for run, following in pairwise(runs):
         if run.name == following.name:
             raise UserError(f"{place}: {run.name}: there are two runs of this name")
 
 
-def _contents(run: Run, place: Path) -> dict[str, Any]:
+def _contents(run: StoredRun, place: Path) -> dict[str, Any]:
     if run.record is None:
         raise UserError(f"{place}: {run.name}: {run.error}")
     curve = [event.contents() for event in run.events]
     contents = {"run": run.name, "record": run.record.contents(), "curve": curve}
     for where, text in _texts(contents):
-        if not where.startswith(("record.dataset.classes", "record.dataset.groups")) and _telling().search(text):
+        if not where.startswith(("record.dataset.classes", "record.dataset.groups")) and _identifying().search(text):
             raise UserError(
                 f"{place}: {run.name}: {where}: {printable(text)!r} tells where the run was done; a file of runs holds "
                 "no absolute path, host or user"
@@ -235,7 +237,7 @@ def _texts(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
 
 
 @cache
-def _telling() -> re.Pattern[str]:
+def _identifying() -> re.Pattern[str]:
     """What tells of a machine or of whose it is: a path that begins at a root or at a home, its name, its user's."""
     names = {socket.gethostname(), socket.gethostname().partition(".")[0], Path.home().name}
     with contextlib.suppress(KeyError, OSError):  # a user without a name

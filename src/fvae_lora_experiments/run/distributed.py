@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 
-PATIENCE = timedelta(days=1)
+TIMEOUT = timedelta(days=1)
 """How long the others wait while one downloads or generates. If one dies, their launcher ends them at once."""
 
 
-def count() -> int:
+def process_count() -> int:
     """How many processes do this run."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -54,7 +54,7 @@ def main_first() -> AbstractContextManager[None]:
     return first
 
 
-def leave() -> None:
+def disconnect() -> None:
     """Ends the connection to the others, when the run is done."""
     _state().destroy_process_group()
 
@@ -62,7 +62,7 @@ def leave() -> None:
 @functools.cache
 def first_to_fail() -> bool:
     """Whether no other process of the run failed before this one, which so has to say why: their failures follow."""
-    if count() == 1:
+    if process_count() == 1:
         return True
     from torch.distributed import TCPStore
 
@@ -74,9 +74,9 @@ def first_to_fail() -> bool:
         return is_main()
 
 
-def end(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """Ends this process; of several, one that failed at once: an orderly end would wait for the others."""
-    if code and count() > 1:
+    if code and process_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -87,4 +87,4 @@ def _state() -> PartialState:
     import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)

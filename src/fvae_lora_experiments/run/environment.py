@@ -48,7 +48,7 @@ def hardware() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "device": device,
-        "processes": distributed.count(),
+        "processes": distributed.process_count(),
         "cpu": _cpu_name(),
         "cores": cores(),
         "threads": torch.get_num_threads(),

@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.places import portable, short
+from fvae_lora_experiments.places import portable_path, short_name
 from fvae_lora_experiments.recipe import check_recipe, flatten
 from fvae_lora_experiments.run.distributed import main_only
 from fvae_lora_experiments.run.record import Event, Record, parse_events, parse_record
@@ -52,11 +52,11 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
 
     @contextlib.contextmanager
-    def locked(self, patience_s: float = 0) -> Iterator[None]:
+    def locked(self, wait_s: float = 0) -> Iterator[None]:
         """Holds the folder for this process; the system lets go of it however the process ends.
 
         Args:
-            patience_s: how long to wait for another process to let go.
+            wait_s: how long to wait for another process to let go.
 
         Raises:
             UserError: another process holds it, or it cannot be written to.
@@ -64,7 +64,7 @@ class RunFolder:
         existed = self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock", timeout=patience_s)
+            lock = FileLock(self.path / ".lock", timeout=wait_s)
             lock.acquire()
         except Timeout as error:
             raise UserError(f"{self.path}: another process is using this run's folder") from error
@@ -95,9 +95,9 @@ class RunFolder:
         except ValueError as error:
             raise UserError(f"{self.record_file}: not a whole record: {error}; nothing was changed") from error
 
-    def opening(self, recipe: Recipe, earlier: Record | None = None) -> Record:
+    def initial_record(self, recipe: Recipe, earlier: Record | None = None) -> Record:
         """What a record begins with: what was asked for, and what an `earlier` start of the run has found out."""
-        places = {"model": portable(recipe.model, self.path), "dataset": portable(recipe.dataset, self.path)}
+        places = {"model": portable_path(recipe.model, self.path), "dataset": portable_path(recipe.dataset, self.path)}
         asked = Record(
             schema=1,
             state="running",
@@ -123,7 +123,7 @@ class RunFolder:
         record = self.read()
         if record is not None:
             earlier = check_recipe(record.recipe, str(self.record_file)).model_dump()
-            there, here = flatten(earlier), flatten(self.opening(recipe).recipe)
+            there, here = flatten(earlier), flatten(self.initial_record(recipe).recipe)
             for key in sorted((there.keys() | here.keys()) - {"model", "dataset"}):
                 if there.get(key) != here.get(key):
                     raise UserError(
@@ -137,7 +137,7 @@ class RunFolder:
         """Replaces the record."""
         self._replace(record)
 
-    def close_as_failed(self, reason: str, opening: Record | None = None, diverged: bool = False) -> None:
+    def mark_failed(self, reason: str, opening: Record | None = None, diverged: bool = False) -> None:
         """Closes the record of a run that had begun; on a full disk a half-written checkpoint makes room for that.
 
         Whichever process failed may do that: the main one may hang, waiting for it.
@@ -224,7 +224,7 @@ class RunFolder:
         for file in (*part.glob("*.json"), *part.glob("*.md")):
             text = file.read_text(encoding="utf-8")
             for place in filter(None, (then, base)):
-                text = text.replace(place, short(base))
+                text = text.replace(place, short_name(base))
             file.write_text(text, encoding="utf-8")
         shutil.rmtree(self.adapter, ignore_errors=True)
         part.rename(self.adapter)

@@ -7,16 +7,16 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-PAUSE_S = 60.0
+REPORT_INTERVAL_S = 60.0
 """How long nothing is said for, unless something has come to its end."""
 
 
-def on_terminal() -> bool:
+def is_terminal() -> bool:
     """Whether somebody sees bars."""
     return sys.stderr.isatty()
 
 
-def ends(left: timedelta) -> str:
+def eta(left: timedelta) -> str:
     """`ends 14:05, in 0:12:03`."""
     then = datetime.now() + left
     return f"ends {then:%a %d %b %H:%M}" if left > timedelta(days=1) else f"ends {then:%H:%M}, in {left}"
@@ -27,13 +27,13 @@ class ProgressLines(TrainerCallback):
 
     def __init__(self, metric: str):
         self.metric, self.scores = metric, ""
-        self.began = self.said = time.monotonic()
-        self.began_with = 0
+        self.started = self.last_printed = time.monotonic()
+        self.steps_at_start = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """From here on time counts."""
-        self.began = self.said = time.monotonic()
-        self.began_with = state.global_step
+        self.started = self.last_printed = time.monotonic()
+        self.steps_at_start = state.global_step
 
     def on_evaluate(
         self,
@@ -50,15 +50,19 @@ class ProgressLines(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A step is done."""
-        if time.monotonic() - self.said >= PAUSE_S:
-            self._say(state)
+        if time.monotonic() - self.last_printed >= REPORT_INTERVAL_S:
+            self._print(state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The last line."""
-        self._say(state)
+        self._print(state)
 
-    def _say(self, state: TrainerState) -> None:
-        self.said = time.monotonic()
-        done, left = state.global_step - self.began_with, state.max_steps - state.global_step
-        end = f", {ends(timedelta(seconds=round((self.said - self.began) * left / done)))}" if left and done else ""
+    def _print(self, state: TrainerState) -> None:
+        self.last_printed = time.monotonic()
+        done, left = state.global_step - self.steps_at_start, state.max_steps - state.global_step
+        end = (
+            f", {eta(timedelta(seconds=round((self.last_printed - self.started) * left / done)))}"
+            if left and done
+            else ""
+        )
         print(f"step {state.global_step} of {state.max_steps}{self.scores}{end}", file=sys.stderr, flush=True)

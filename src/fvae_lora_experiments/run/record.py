@@ -31,7 +31,7 @@ def _terms(value: object) -> object:
     return {module: _numbers(terms) for module, terms in modules if isinstance(terms, dict)}
 
 
-def _refuse_no_number(value: object) -> object:
+def _require_number(value: object) -> object:
     if not is_number(value):
         raise ValueError("not a number")
     return value
@@ -39,7 +39,7 @@ def _refuse_no_number(value: object) -> object:
 
 Name = Annotated[str, BeforeValidator(printable)]
 Note = Annotated[str | None, BeforeValidator(lambda value: None if value is None else printable(value))]
-Count = Annotated[int, Field(ge=0, le=10**18)]
+NonNegative = Annotated[int, Field(ge=0, le=10**18)]
 Quantity = Annotated[int | float, Field(ge=0, le=1e30)]
 Measured = Annotated[int | float | None, BeforeValidator(lambda value: value if is_number(value) else None)]
 Scores = Annotated[dict[str, int | float], BeforeValidator(_numbers)]
@@ -54,7 +54,7 @@ class _Part(BaseModel):
         return self.model_dump(by_alias=True, exclude_unset=True)
 
 
-class Source(_Part):
+class SourceRecord(_Part):
     """A model: its name and the fingerprint of its contents."""
 
     name: Name = "unknown"
@@ -68,7 +68,7 @@ class TestedOn(_Part):
     splits: dict[str, Any] = {}
 
 
-class Dataset(Source):
+class DatasetRecord(SourceRecord):
     """A data set, and what was measured on it. A task adds facts of its own."""
 
     protocol: Name = ""
@@ -92,9 +92,9 @@ class Dataset(Source):
 class Parameters(_Part):
     """Numbers of parameters."""
 
-    total: Count | None = None
-    trainable: Count | None = None
-    inference: Count | None = None
+    total: NonNegative | None = None
+    trainable: NonNegative | None = None
+    inference: NonNegative | None = None
 
 
 class Time(_Part):
@@ -120,7 +120,7 @@ class Flops(_Part):
     eval_batch: Quantity | None = None
 
 
-class Metric(_Part):
+class MetricRecord(_Part):
     """The score by which a run selected its epoch and by which it is judged."""
 
     name: Name = "accuracy"
@@ -148,9 +148,9 @@ class Record(_Part):
     seed: int
     recipe: dict[str, Any] = {}
     """As it was resolved; places of model and data are relative to the run's folder."""
-    metric: Metric = Metric()
-    model: Source = Source()
-    dataset: Dataset = Dataset()
+    metric: MetricRecord = MetricRecord()
+    model: SourceRecord = SourceRecord()
+    dataset: DatasetRecord = DatasetRecord()
     parameters: Parameters = Parameters()
     versions: dict[str, Any] = {}
     git_commit: Note = None
@@ -176,8 +176,8 @@ class Event(_Part):
     """A line of `metrics.jsonl`: what was measured after a step, by the name of each score."""
 
     event: Literal["train", "validation", "test"]
-    step: Count = 0
-    epoch: Annotated[int | float, BeforeValidator(_refuse_no_number)]
+    step: NonNegative = 0
+    epoch: Annotated[int | float, BeforeValidator(_require_number)]
     loss: Measured = None
     learning_rate: Measured = None
     grad_norm: Measured = None
@@ -209,15 +209,15 @@ def parse_record(contents: str | bytes | dict[str, Any]) -> Record:
 
 def parse_events(text: str) -> list[Event]:
     """The learning curve in the text of a `metrics.jsonl`, without the line that a kill cut off."""
-    return _whole(Event.model_validate_json, text.splitlines())
+    return _valid_events(Event.model_validate_json, text.splitlines())
 
 
 def read_events(lines: Iterable[Any]) -> list[Event]:
     """The learning curve in `lines`, each as a dict."""
-    return _whole(Event.model_validate, lines)
+    return _valid_events(Event.model_validate, lines)
 
 
-def _whole(read: Callable[[Any], Event], lines: Iterable[Any]) -> list[Event]:
+def _valid_events(read: Callable[[Any], Event], lines: Iterable[Any]) -> list[Event]:
     events = []
     for line in lines:
         with contextlib.suppress(ValidationError):

@@ -35,22 +35,22 @@ from fvae_lora_experiments.errors import DivergenceError, RunError, UserError
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.models.heads import head_modules
 from fvae_lora_experiments.models.pretrained import load_adapter, loading
-from fvae_lora_experiments.places import located, short, without_places
+from fvae_lora_experiments.places import resolve_portable, short_name, without_paths
 from fvae_lora_experiments.recipe import check_recipe
 from fvae_lora_experiments.run import distributed
 from fvae_lora_experiments.run.environment import git_commit, hardware, peak_memory_mb, versions
 from fvae_lora_experiments.run.flops import inference_flops, training_flops
 from fvae_lora_experiments.run.folder import RunFolder, checkpoint_step
 from fvae_lora_experiments.run.record import (
-    Dataset,
+    DatasetRecord,
     Event,
     Flops,
     Memory,
-    Metric,
+    MetricRecord,
     Metrics,
     Parameters,
     Record,
-    Source,
+    SourceRecord,
     TestedOn,
     Time,
 )
@@ -59,26 +59,26 @@ from fvae_lora_experiments.run.trainer import (
     FolderCallback,
     RunTrainer,
     checkpoint_state,
-    finished,
+    is_training_over,
     load_whole_model,
     trainer_arguments,
 )
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import Task, load_task
 
-EXPECTED = (RunError, UserError, OSError, RuntimeError, ValueError, SafetensorError)
+RUN_FAILURES = (RunError, UserError, OSError, RuntimeError, ValueError, SafetensorError)
 """What a full disk, a small GPU or a model that does not fit the data raise. Anything else is a bug: its traceback
 is shown, and the run is marked as failed all the same."""
 
 
-def run(recipe: Recipe, path: Path, quiet: bool = False, on_other_data: bool = False) -> Record:
+def run_recipe(recipe: Recipe, path: Path, quiet: bool = False, accept_changed_data: bool = False) -> Record:
     """Trains, selects the epoch on validation, scores it once on test, and leaves the record in the folder `path`.
 
     Args:
         recipe: what to do.
         path: the run's folder. A run that was stopped there goes on; a complete one is only read.
         quiet: no progress bars.
-        on_other_data: whether a run whose training is complete may be scored on data that have changed since. Its
+        accept_changed_data: whether a run whose training is complete may be scored on data that have changed since. Its
             record says so then (`tested_on` beside the data that it was trained on).
 
     Returns:
@@ -94,14 +94,14 @@ def run(recipe: Recipe, path: Path, quiet: bool = False, on_other_data: bool = F
         distributed.wait()
         earlier = folder.read_for(recipe)
         if earlier is None or earlier.state != "complete":
-            prepared = _prepare(recipe, folder, folder.opening(recipe, earlier), quiet, on_other_data)
+            prepared = _prepare(recipe, folder, folder.initial_record(recipe, earlier), quiet, accept_changed_data)
             try:
-                earlier = _complete(prepared, folder, quiet)
+                earlier = _train_and_score(prepared, folder, quiet)
             except Exception as error:
-                reason = _in_one_line(error, recipe, path)
+                reason = _reason(error, recipe, path)
                 if distributed.first_to_fail():
-                    folder.close_as_failed(reason, diverged=isinstance(error, DivergenceError))
-                if isinstance(error, EXPECTED):
+                    folder.mark_failed(reason, diverged=isinstance(error, DivergenceError))
+                if isinstance(error, RUN_FAILURES):
                     raise RunError(f"{path}: {reason}") from error
                 raise
         if distributed.is_main():
@@ -131,8 +131,8 @@ def evaluate(path: Path, model: str | None = None, dataset: str | None = None, q
     if (record := folder.read()) and record.state != "complete":
         recipe = _recorded_recipe(record, path, model, dataset)
         if _is_trained(folder, recipe):
-            run(recipe, path, quiet, on_other_data=True)
-    recipe, record = finished_run(path, model, dataset)
+            run_recipe(recipe, path, quiet, accept_changed_data=True)
+    recipe, record = read_finished_run(path, model, dataset)
     if recipe.purpose == "selection":
         raise UserError(f"{path}: a point of a grid, which is not scored on the test split")
     if not folder.adapter.is_dir():
@@ -142,7 +142,7 @@ def evaluate(path: Path, model: str | None = None, dataset: str | None = None, q
     return _score(task, base, task.datasets(splits, base, processor)["test"], RunFolder(path), record, quiet)[0]
 
 
-def finished_run(path: Path, model: str | None = None, dataset: str | None = None) -> tuple[Recipe, Record]:
+def read_finished_run(path: Path, model: str | None = None, dataset: str | None = None) -> tuple[Recipe, Record]:
     """A finished run's recipe and record.
 
     Args:
@@ -162,14 +162,15 @@ def finished_run(path: Path, model: str | None = None, dataset: str | None = Non
 
 def _recorded_recipe(record: Record, path: Path, model: str | None, dataset: str | None) -> Recipe:
     places = {
-        key: given or located(record.recipe[key], path) for key, given in (("model", model), ("dataset", dataset))
+        key: given or resolve_portable(record.recipe[key], path)
+        for key, given in (("model", model), ("dataset", dataset))
     }
     return check_recipe(record.recipe | places, str(RunFolder(path).record_file))
 
 
 def _is_trained(folder: RunFolder, recipe: Recipe) -> bool:
     last = folder.last_checkpoint()
-    return last is not None and finished(checkpoint_state(last), recipe)
+    return last is not None and is_training_over(checkpoint_state(last), recipe)
 
 
 def open_data(recipe: Recipe, record: Record) -> Splits:
@@ -181,7 +182,7 @@ def open_data(recipe: Recipe, record: Record) -> Splits:
     task = load_task(recipe)
     official = task.open_source()
     if fingerprint(official, task.content) != record.dataset.test_fingerprint:
-        raise UserError(_other_contents("dataset", recipe.dataset, record.dataset))
+        raise UserError(_changed_since("dataset", recipe.dataset, record.dataset))
     return task.split(official)
 
 
@@ -193,12 +194,12 @@ def open_base(recipe: Recipe, record: Record) -> tuple[PreTrainedModel, Any]:
     """
     base, processor = load_task(recipe).load_model(record.dataset.classes)
     if _model_fingerprint(base) != record.model.fingerprint:
-        raise UserError(_other_contents("model", recipe.model, record.model))
+        raise UserError(_changed_since("model", recipe.model, record.model))
     return base, processor
 
 
 @contextlib.contextmanager
-def scorer(model: nn.Module, recipe: Recipe, quiet: bool = False) -> Iterator[RunTrainer]:
+def scoring_trainer(model: nn.Module, recipe: Recipe, quiet: bool = False) -> Iterator[RunTrainer]:
     """A Trainer that scores `model` on what the recipe's task made of a split."""
     task = load_task(recipe)
     with tempfile.TemporaryDirectory() as scratch:
@@ -222,7 +223,7 @@ class _Prepared:
     began: float
 
 
-def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, on_other_data: bool) -> _Prepared:
+def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, accept_changed_data: bool) -> _Prepared:
     """Opens data and model, and refuses what `record`, if a run has begun, was not started with."""
     began = time.monotonic()
     set_seed(recipe.seed)
@@ -237,13 +238,15 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, on_
     if note is not None and distributed.is_main():
         print(f"fvae-lora: warning: dataset {recipe.dataset}: {note}", file=sys.stderr)
     identity = task.identify(official)
-    base = Source(name=short(recipe.model), fingerprint=_model_fingerprint(model))
-    data = Dataset(name=short(recipe.dataset), fingerprint=identity.fingerprint, **_described(splits, recipe, note))
+    base = SourceRecord(name=short_name(recipe.model), fingerprint=_model_fingerprint(model))
+    data = DatasetRecord(
+        name=short_name(recipe.dataset), fingerprint=identity.fingerprint, **_describe_splits(splits, recipe, note)
+    )
     if record.model.fingerprint not in ("", base.fingerprint):  # a run that is only beginning knows nothing yet
-        raise UserError(_other_contents("model", base.name, record.model))
+        raise UserError(_changed_since("model", base.name, record.model))
     changed = record.dataset.fingerprint not in ("", data.fingerprint)
     if changed:
-        data = _on_other_data(record.dataset, data, folder, recipe, on_other_data)
+        data = _accept_changed_data(record.dataset, data, folder, recipe, accept_changed_data)
 
     with distributed.main_first():  # images that one has decoded are known to the others
         summary = summarise(task, official, identity, notes, quiet)
@@ -255,9 +258,9 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, on_
     total = sum(p.numel() for p in model.parameters())
     adapted = method.apply(model, recipe)
     trained = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
-    record.metric = Metric(**asdict(task.metric))
+    record.metric = MetricRecord(**asdict(task.metric))
     record.model = base
-    record.dataset = data if changed else Dataset(**facts, **summary.facts(), **data.contents())
+    record.dataset = data if changed else DatasetRecord(**facts, **summary.facts(), **data.contents())
     record.parameters = Parameters(
         total=total,
         trainable=sum(trained.values()),
@@ -270,7 +273,7 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, on_
     return _Prepared(recipe, task, arguments, rows, adapted, record, began)
 
 
-def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
+def _train_and_score(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
     """Trains from the last checkpoint on, scores, and closes the record."""
     recipe, record, rows = prepared.recipe, prepared.record, prepared.rows
     before, started = record.time, record.time.started or _now()
@@ -305,8 +308,8 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
     distributed.wait()
     best = next(e for e in folder.events() if e.event == "validation" and e.step == state.best_global_step)
     micro_batches = state.global_step * recipe.train.gradient_accumulation
-    share = _batch(prepared.task, rows["train"], prepared.arguments.per_device_train_batch_size)
-    step_flops = training_flops(prepared.model, share) * distributed.count()
+    share = _first_batch(prepared.task, rows["train"], prepared.arguments.per_device_train_batch_size)
+    step_flops = training_flops(prepared.model, share) * distributed.process_count()
     record.flops = Flops(train_step=step_flops, train_total=step_flops * micro_batches)
     record.metrics = Metrics(validation=best.scores | {"best_epoch": round(best.epoch)})
     if recipe.purpose == "result":
@@ -328,11 +331,15 @@ def _train(trainer: RunTrainer, recipe: Recipe, folder: RunFolder) -> TrainerSta
     with distributed.main_first():
         folder.drop_unfinished_checkpoints()
         last = folder.last_checkpoint()
-        if last is not None and not METHODS[recipe.method].resumable and not finished(checkpoint_state(last), recipe):
+        if (
+            last is not None
+            and not METHODS[recipe.method].resumable
+            and not is_training_over(checkpoint_state(last), recipe)
+        ):
             shutil.rmtree(folder.checkpoints)
             last = None
         folder.rewind(checkpoint_step(last) if last else 0)
-    if last is None or not finished(checkpoint_state(last), recipe):
+    if last is None or not is_training_over(checkpoint_state(last), recipe):
         if not distributed.is_main():
             set_seed(recipe.seed, device_specific=True)  # noise and augmentation of their own
         trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -346,14 +353,14 @@ def _score(
     """Scores on the test split's `rows` of `base` with what `adapter/` holds, the cost of a batch, and that model."""
     recipe = task.recipe
     model = _with_adapter(base, folder.adapter, recipe.train.cache_frozen)
-    with scorer(model, recipe, quiet) as trainer:
+    with scoring_trainer(model, recipe, quiet) as trainer:
         if recipe.train.cache_frozen:
             rows = use_cached_states(model, {"test": rows}, task, record, trainer.args.device, quiet)["test"]
         scores = trainer.score(rows, "test")
-    return scores, inference_flops(model, _batch(task, rows, recipe.train.batch_size)), model
+    return scores, inference_flops(model, _first_batch(task, rows, recipe.train.batch_size)), model
 
 
-def _batch(task: Task, rows: Any, size: int) -> dict[str, Any]:
+def _first_batch(task: Task, rows: Any, size: int) -> dict[str, Any]:
     return collate(task, [rows[i] for i in range(min(size, len(rows)))])
 
 
@@ -365,7 +372,7 @@ def _with_adapter(base: PreTrainedModel, adapter: Path, is_trainable: bool) -> n
     return base
 
 
-def _described(splits: Splits, recipe: Recipe, note: str | None) -> dict[str, Any]:
+def _describe_splits(splits: Splits, recipe: Recipe, note: str | None) -> dict[str, Any]:
     described: dict[str, Any] = {
         "protocol": recipe.data.protocol,
         "splits": splits.sizes,
@@ -393,20 +400,22 @@ def _model_fingerprint(model: nn.Module) -> str:
     return total.hexdigest()
 
 
-def _other_contents(what: str, name: str, known: Source) -> str:
+def _changed_since(what: str, name: str, known: SourceRecord) -> str:
     return f"{what} {name}: not what the run was started with ({known.name}, other contents)"
 
 
-def _on_other_data(known: Dataset, found: Dataset, folder: RunFolder, recipe: Recipe, on_other_data: bool) -> Dataset:
+def _accept_changed_data(
+    known: DatasetRecord, found: DatasetRecord, folder: RunFolder, recipe: Recipe, accept_changed_data: bool
+) -> DatasetRecord:
     """What the record of a run whose training is complete says of its data where they have changed since.
 
     Raises:
         UserError: training goes on; nobody asked for that; other classes.
     """
-    refusal = _other_contents("dataset", found.name, known)
+    refusal = _changed_since("dataset", found.name, known)
     if not _is_trained(folder, recipe):
         raise UserError(refusal)
-    if not on_other_data and found.fingerprint != known.test_fingerprint:
+    if not accept_changed_data and found.fingerprint != known.test_fingerprint:
         raise UserError(f"{refusal}; its training is complete: fvae-lora evaluate {folder.path} scores it on these")
     if found.classes != known.classes:
         raise UserError(f"{refusal}, and they have other classes")
@@ -414,7 +423,7 @@ def _on_other_data(known: Dataset, found: Dataset, folder: RunFolder, recipe: Re
     return known.model_copy(update={"tested_on": TestedOn(fingerprint=found.fingerprint, splits=found.splits)})
 
 
-def _in_one_line(error: Exception, recipe: Recipe, path: Path) -> str:
+def _reason(error: Exception, recipe: Recipe, path: Path) -> str:
     """The error without the places that only this machine has."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -422,7 +431,7 @@ def _in_one_line(error: Exception, recipe: Recipe, path: Path) -> str:
     elif "inline_container" in text or "PytorchStreamWriter" in text:  # how torch.save says that it could not write
         text = f"a checkpoint could not be written; {shutil.disk_usage(path).free / 1e6:.1f} MB are free on its disk"
     line = text.strip().partition("\n")[0] or type(error).__name__
-    return without_places(line, path, Path(recipe.dataset), Path(recipe.model))
+    return without_paths(line, path, Path(recipe.dataset), Path(recipe.model))
 
 
 def _now() -> str:

@@ -74,12 +74,14 @@ def use_cached_states(
         file = cache_folder() / f"{hashlib.sha256(json.dumps([identity, split]).encode()).hexdigest()}.safetensors"
         with FileLock(file.with_suffix(".lock")):
             if not file.exists():
-                items = _through(model.to(device), blocks[-1], rows[split], task, f"frozen blocks, {split}", quiet)
+                items = _hidden_states(
+                    model.to(device), blocks[-1], rows[split], task, f"frozen blocks, {split}", quiet
+                )
                 part = file.with_suffix(".part")
                 save_file(items, part)
                 part.replace(file)
         files[split] = file
-    _begin_after(model, blocks)
+    _skip_blocks(model, blocks)
     return {split: _CachedRows(rows[split], file) for split, file in files.items()}
 
 
@@ -134,16 +136,16 @@ def cache_folder() -> Path:
 
 
 @torch.no_grad()
-def _through(model: nn.Module, last: str, rows: Any, task: Task, what: str, quiet: bool) -> dict[str, Tensor]:
+def _hidden_states(model: nn.Module, last: str, rows: Any, task: Task, what: str, quiet: bool) -> dict[str, Tensor]:
     """What the block `last` puts out for every row, and the rows' tokens, masks and labels, `_packed`."""
     train = task.recipe.train
     device = next(model.parameters()).device
-    put_out: list[Tensor] = []
+    captured: list[Tensor] = []
     columns: dict[str, list[Tensor]] = {STATES: []}
 
     def stop(_: nn.Module, __: Any, output: Any) -> None:
-        put_out.append((output[0] if isinstance(output, tuple) else output).cpu())
-        raise _Enough
+        captured.append((output[0] if isinstance(output, tuple) else output).cpu())
+        raise _StopForward
 
     was_training = model.training
     model.eval()
@@ -152,9 +154,9 @@ def _through(model: nn.Module, last: str, rows: Any, task: Task, what: str, quie
         for start in tqdm(range(0, len(rows), train.batch_size), desc=what, disable=quiet or None):
             items = [rows[i] for i in range(start, min(start + train.batch_size, len(rows)))]
             batch = task.collate(items)
-            with suppress(_Enough), task.autocast(device):
+            with suppress(_StopForward), task.autocast(device):
                 model(**{key: value.to(device) for key, value in batch.items()})
-            columns[STATES] += _unpadded(put_out.pop(), batch.get("attention_mask"))
+            columns[STATES] += _unpadded(captured.pop(), batch.get("attention_mask"))
             for item in items:
                 for key, value in item.items():
                     if not _is_float_array(value := torch.as_tensor(value)):
@@ -206,22 +208,22 @@ def _unpacked(columns: Mapping[str, Tensor]) -> dict[str, Sequence[Tensor]]:
     }
 
 
-def _begin_after(model: nn.Module, blocks: list[str]) -> None:
+def _skip_blocks(model: nn.Module, blocks: list[str]) -> None:
     """Lets the blocks hand on the states that a batch has, and work as ever where it has none, in generation."""
-    given = _Given()
+    cached = _CachedStates()
     for name in blocks:
         block = model.get_submodule(name)
-        block.forward = partial(given.instead_of, block.forward)
+        block.forward = partial(cached.replay, block.forward)
     for module in set(_base_and_encoder(model)):
-        module.register_forward_pre_hook(given.take, with_kwargs=True)
-        module.register_forward_hook(given.forget, always_call=True)
+        module.register_forward_pre_hook(cached.take, with_kwargs=True)
+        module.register_forward_hook(cached.forget, always_call=True)
 
 
-class _Enough(Exception):  # noqa: N818
+class _StopForward(Exception):  # noqa: N818
     """The frozen blocks are through; nothing above them is needed."""
 
 
-class _Given:
+class _CachedStates:
     """The cached states of the batch at hand (rows, tokens, dims), if it has any."""
 
     states: Tensor | None = None
@@ -235,7 +237,7 @@ class _Given:
         """Lets go of the states: generation goes on with the parts of a model."""
         self.states = None
 
-    def instead_of(self, forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    def replay(self, forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """The states, or what a block's own `forward` makes."""
         return forward(*arguments, **options) if self.states is None else self.states
 

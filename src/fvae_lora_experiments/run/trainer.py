@@ -31,7 +31,7 @@ from fvae_lora_experiments.run import distributed
 from fvae_lora_experiments.run.adalora import RankSchedule, orthogonality
 from fvae_lora_experiments.run.environment import cores
 from fvae_lora_experiments.run.folder import RunFolder
-from fvae_lora_experiments.run.progress import ProgressLines, on_terminal
+from fvae_lora_experiments.run.progress import ProgressLines, is_terminal
 from fvae_lora_experiments.run.record import Event
 from fvae_lora_experiments.run.state_cache import collate
 from fvae_lora_experiments.schema import Recipe
@@ -40,7 +40,7 @@ from fvae_lora_experiments.tasks import Metric, Task
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second")
 """What a Trainer puts among the scores."""
 
-Scored = tuple[float, torch.Tensor, torch.Tensor]
+ScoredBatch = tuple[float, torch.Tensor, torch.Tensor]
 """A batch's loss, the task's outputs and the labels."""
 
 
@@ -57,7 +57,7 @@ class RunTrainer(FVAELoraTrainer):
         super().__init__(data_collator=partial(collate, task), **kwargs)
         self.task, self.quiet = task, quiet
         self.remove_callback(PrinterCallback)  # what a Trainer without bars has
-        if not quiet and not on_terminal():
+        if not quiet and not is_terminal():
             self.add_callback(ProgressLines(task.metric.name))
         self.is_adalora = isinstance(getattr(self.model, "base_model", None), AdaLoraModel)
         if self.is_adalora:
@@ -68,7 +68,7 @@ class RunTrainer(FVAELoraTrainer):
         loss = super().training_step(model, *args, **kwargs)
         if not torch.isfinite(loss):
             raise DivergenceError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}: {blame(self.model)}"
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}: {locate_divergence(self.model)}"
             )
         if self.is_adalora and self.accelerator.sync_gradients:  # once a step, however many micro-batches it has
             regulariser = orthogonality(self.model)
@@ -105,7 +105,7 @@ class RunTrainer(FVAELoraTrainer):
         """
         self.callback_handler.eval_dataloader = dataloader  # for the progress bar
         self.model.eval()
-        found: list[Scored] = []
+        found: list[ScoredBatch] = []
         for batch in dataloader:
             inputs = self._prepare_inputs(batch)
             with torch.no_grad():
@@ -125,7 +125,7 @@ class RunTrainer(FVAELoraTrainer):
         metrics = {f"{metric_key_prefix}_{name}": score for name, score in scores[0].items()}
         return EvalLoopOutput(None, None, metrics, len(items))
 
-    def _scores(self, batches: list[Scored], items: Any) -> dict[str, float]:
+    def _scores(self, batches: list[ScoredBatch], items: Any) -> dict[str, float]:
         rows = getattr(items, "source", items)  # those that cached ones stand for
         outputs, labels = EvalLoopContainer(), EvalLoopContainer()
         for _, batch_outputs, batch_labels in batches:
@@ -142,7 +142,7 @@ class RunTrainer(FVAELoraTrainer):
 
     def score(self, rows: Any, split: str) -> dict[str, float]:
         """`loss` and the task's scores of `rows`, one of its data sets, whose name is `split`."""
-        return scores_among(self.evaluate(rows, metric_key_prefix=split), split)
+        return logged_scores(self.evaluate(rows, metric_key_prefix=split), split)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if isinstance(self.model, PeftModel):
@@ -159,7 +159,7 @@ def load_whole_model(model: PreTrainedModel, folder: Path) -> None:
     model.load_state_dict(load_model(type(model), str(folder), dtype=torch.float32)[0].state_dict())
 
 
-def blame(model: nn.Module) -> str:
+def locate_divergence(model: nn.Module) -> str:
     """The first layer whose ELBO is not finite and its terms, or else the task's loss."""
     for module, terms in elbo_terms(model).items():
         wrong = {term: value for term, value in terms.items() if not math.isfinite(value)}
@@ -191,31 +191,31 @@ class FolderCallback(TrainerCallback):
                 line["elbo"] = terms
             self.folder.append(Event.model_validate(line))
         elif "eval_loss" in logs:
-            self.folder.append(Event.model_validate({"event": "validation", **where, **scores_among(logs, "eval")}))
+            self.folder.append(Event.model_validate({"event": "validation", **where, **logged_scores(logs, "eval")}))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The checkpoint is whole now: it and the best one stay."""
         distributed.wait()  # each adds its random state to a checkpoint
         self.folder.keep_checkpoints(state.global_step, state.best_global_step)
         self.on_checkpoint()
-        control.should_training_stop = finished(state, self.recipe)
+        control.should_training_stop = is_training_over(state, self.recipe)
 
 
-def reading_processes() -> int:
+def default_workers() -> int:
     """How many processes read the data where a recipe does not say: what keeps an accelerator busy.
 
     Without one there are none: they would take the cores that train.
     """
-    return min(8, max(1, cores() // distributed.count() - 1)) if torch.accelerator.is_available() else 0
+    return min(8, max(1, cores() // distributed.process_count() - 1)) if torch.accelerator.is_available() else 0
 
 
-def scores_among(logs: Mapping[str, float], prefix: str) -> dict[str, float]:
+def logged_scores(logs: Mapping[str, float], prefix: str) -> dict[str, float]:
     """What a Trainer logged of a split under `prefix`, without how long it took."""
     logged = {key.removeprefix(f"{prefix}_"): value for key, value in logs.items() if key.startswith(f"{prefix}_")}
     return {name: value for name, value in logged.items() if name not in TIMINGS}
 
 
-def finished(state: TrainerState, recipe: Recipe) -> bool:
+def is_training_over(state: TrainerState, recipe: Recipe) -> bool:
     """Whether training is over: all epochs done, or out of patience."""
     if state.global_step >= state.max_steps:
         return True
@@ -241,16 +241,17 @@ def trainer_arguments(recipe: Recipe, output: Path, metric: Metric, quiet: bool)
     train = recipe.train
     if train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision: fp16 needs a GPU; fp32 and bf16 are allowed here")
-    if train.batch_size % distributed.count():
+    processes = distributed.process_count()
+    if train.batch_size % processes:
         raise UserError(
-            f"train.batch_size: {train.batch_size} rows do not share out evenly among {distributed.count()} processes; "
-            f"multiples of {distributed.count()} are allowed"
+            f"train.batch_size: {train.batch_size} rows cannot be divided evenly among {processes} processes; "
+            f"multiples of {processes} are allowed"
         )
-    workers = reading_processes() if train.workers is None else train.workers
+    workers = default_workers() if train.workers is None else train.workers
     return TrainingArguments(
         output_dir=str(output),
         num_train_epochs=train.epochs,
-        per_device_train_batch_size=train.batch_size // distributed.count(),
+        per_device_train_batch_size=train.batch_size // processes,
         per_device_eval_batch_size=train.batch_size,
         gradient_accumulation_steps=train.gradient_accumulation,
         learning_rate=train.learning_rate,
@@ -276,6 +277,6 @@ def trainer_arguments(recipe: Recipe, output: Path, metric: Metric, quiet: bool)
         remove_unused_columns=False,
         label_names=["labels"],
         report_to="none",
-        disable_tqdm=quiet or not on_terminal(),
+        disable_tqdm=quiet or not is_terminal(),
         log_level_replica="error",
     )

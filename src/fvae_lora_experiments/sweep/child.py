@@ -21,7 +21,7 @@ GRACE_S = 2.0
 """How long the others of a run's processes may take to say why they fail, once one has failed."""
 
 
-def work(folder: str, recipe: str, count: int) -> NoReturn:
+def do_run(folder: str, recipe: str, count: int) -> NoReturn:
     """Does a run and ends this process with its exit code: see `process.exit_code`.
 
     Args:
@@ -36,17 +36,17 @@ def work(folder: str, recipe: str, count: int) -> NoReturn:
 
 
 def _run(folder: str, recipe: str) -> NoReturn:
-    distributed.end(exit_code(lambda: _do(Recipe.model_validate_json(recipe), Path(folder))))
+    distributed.exit_process(exit_code(lambda: _train(Recipe.model_validate_json(recipe), Path(folder))))
 
 
-def _do(recipe: Recipe, folder: Path) -> None:
+def _train(recipe: Recipe, folder: Path) -> None:
     use_one_gpu()
 
-    from fvae_lora_experiments.run.runner import run
+    from fvae_lora_experiments.run.runner import run_recipe
 
     silence_libraries()
-    run(recipe, folder, quiet=True)
-    distributed.leave()
+    run_recipe(recipe, folder, quiet=True)
+    distributed.disconnect()
 
 
 def serve(channel: Connection) -> None:
@@ -63,7 +63,7 @@ def serve(channel: Connection) -> None:
         except (EOFError, ConnectionError):
             return
         if count == 1 and not _can_fork():
-            _live_with(lambda: wait([channel]))
+            _exit_with_parent(lambda: wait([channel]))
             _run(folder, recipe)
         channel.send(_supervise(folder, recipe, count, [channel]))
 
@@ -85,7 +85,9 @@ def _supervise(folder: str, recipe: str, count: int, asking: Sequence[Connection
     store = torch.distributed.TCPStore(HOST, 0, is_master=True, wait_for_workers=False) if count > 1 else None
     process = get_context("fork").Process if _can_fork() else get_context("spawn").Process
     group = [
-        process(target=_member, args=(folder, recipe, _place(rank, count, store.port) if store else {}))
+        process(
+            target=_rank_process, args=(folder, recipe, _rank_environment(rank, count, store.port) if store else {})
+        )
         for rank in range(count)
     ]
     for member in group:
@@ -108,7 +110,7 @@ def _can_fork() -> bool:
     return sys.platform.startswith("linux") and not torch.cuda.is_available()
 
 
-def _place(rank: int, count: int, port: int) -> dict[str, str]:
+def _rank_environment(rank: int, count: int, port: int) -> dict[str, str]:
     """A process's place among those of its run, in torchrun's environment variables."""
     return {
         "RANK": str(rank),
@@ -122,15 +124,15 @@ def _place(rank: int, count: int, port: int) -> dict[str, str]:
     }
 
 
-def _member(folder: str, recipe: str, place: dict[str, str]) -> None:
+def _rank_process(folder: str, recipe: str, place: dict[str, str]) -> None:
     parent = parent_process()
     assert parent is not None
-    _live_with(parent.join)
+    _exit_with_parent(parent.join)
     os.environ |= place
     _run(folder, recipe)
 
 
-def _live_with(end: Callable[[], object]) -> None:
+def _exit_with_parent(end: Callable[[], object]) -> None:
     """Ends this process when `end` returns: however a sweep dies, no run outlives it and blocks the next one."""
 
     def die() -> None:

@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.run.record import Metric, Record
-from fvae_lora_experiments.sweep.plan import Contender, Planned, product_of, runs_of
-from fvae_lora_experiments.sweep.select import Best, Point, best_point, mean_score
+from fvae_lora_experiments.run.record import MetricRecord, Record
+from fvae_lora_experiments.sweep.plan import Contender, PlannedRun, combinations, runs_of
+from fvae_lora_experiments.sweep.select import BestPoint, GridPoint, best_point, mean_score
 
 
 class Grid:
@@ -42,30 +42,32 @@ class Grid:
         runs_of(contenders, seeds)  # refuses what is wrong with the results before anything is chosen
         self.keys = list(values)
         self.seeds, self.result_seeds = selection_seeds, seeds
-        self.points = [(asked, [asked.at(point) for point in product_of(values)]) for asked in contenders]
+        self.points = [
+            (contender, [contender.with_values(point) for point in combinations(values)]) for contender in contenders
+        ]
 
-    def runs(self) -> list[Planned]:
+    def runs(self) -> list[PlannedRun]:
         """The runs that choose."""
         return runs_of([point for _, points in self.points for point in points], self.seeds, "selection")
 
     def choices(self) -> list["Choice"]:
         """What the runs say, once they are over, of each contender."""
-        return [self._choice(asked, points) for asked, points in self.points]
+        return [self._choice(contender, points) for contender, points in self.points]
 
-    def _choice(self, asked: Contender, points: Sequence[Contender]) -> "Choice":
+    def _choice(self, contender: Contender, points: Sequence[Contender]) -> "Choice":
         records = [[p.run(seed, "selection").folder.read() for seed in self.seeds] for p in points]
-        complete = [r for of_point in records for r in of_point if r and r.state == "complete"]
-        metric = complete[0].metric if complete else Metric()
-        scores = [mean_score([_score(record) for record in of_point]) for of_point in records]
-        tried = [Tried(p, score, self._has_results(p)) for p, score in zip(points, scores, strict=True)]
-        return Choice(asked.name, self.keys, tried, metric.name, metric.greater_is_better)
+        complete = [r for point_records in records for r in point_records if r and r.state == "complete"]
+        metric = complete[0].metric if complete else MetricRecord()
+        scores = [mean_score([_score(record) for record in point_records]) for point_records in records]
+        tried = [ScoredPoint(p, score, self._has_results(p)) for p, score in zip(points, scores, strict=True)]
+        return Choice(contender.name, self.keys, tried, metric.name, metric.greater_is_better)
 
     def _has_results(self, point: Contender) -> bool:
         return any(point.run(seed).folder.record_file.exists() for seed in self.result_seeds)
 
 
 @dataclass(frozen=True)
-class Tried:
+class ScoredPoint:
     """A point of the grid and its mean validation score over the selection seeds; None if a run failed."""
 
     contender: Contender
@@ -79,24 +81,24 @@ class Choice:
 
     name: str
     keys: Sequence[str]
-    tried: Sequence[Tried]
+    tried: Sequence[ScoredPoint]
     metric: str
     greater_is_better: bool
 
     @cached_property
-    def _best(self) -> Best | None:
+    def _best(self) -> BestPoint | None:
         points = [
-            Point({key: tried.contender.values[key] for key in self.keys}, tried.score, tried.has_results)
+            GridPoint({key: tried.contender.values[key] for key in self.keys}, tried.score, tried.has_results)
             for tried in self.tried
         ]
         return best_point(points, self.greater_is_better)
 
     @property
-    def best(self) -> Tried | None:
+    def best(self) -> ScoredPoint | None:
         """The chosen point; None if all failed."""
         return None if self._best is None else self.tried[self._best.index]
 
-    def values(self, tried: Tried) -> str:
+    def values(self, tried: ScoredPoint) -> str:
         """The grid's keys and their values at a point."""
         return " ".join(f"{key.rpartition('.')[2]}={tried.contender.values[key]}" for key in self.keys)
 

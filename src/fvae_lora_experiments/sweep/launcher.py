@@ -5,9 +5,9 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fvae_lora_experiments.sweep.plan import Planned
+from fvae_lora_experiments.sweep.plan import PlannedRun
 
-LETTING_GO_S = 5.0
+LOCK_WAIT_S = 5.0
 """How long a process of an earlier, killed sweep may take to let go of its run's folder."""
 
 
@@ -22,7 +22,7 @@ class Ended:
         output: the end of what it wrote.
     """
 
-    run: Planned
+    run: PlannedRun
     code: int | None
     how: str
     output: str
@@ -34,20 +34,20 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class News:
+class Progress:
     """How a sweep stands: the runs that are under way, and those that ended since the last news."""
 
-    running: list[Planned] = field(default_factory=list)
+    running: list[PlannedRun] = field(default_factory=list)
     ended: list[Ended] = field(default_factory=list)
 
 
 class Launcher(Protocol):
     """A place where runs are done."""
 
-    def launch(self, runs: Sequence[Planned]) -> Generator[News, None, None]:
+    def launch(self, runs: Sequence[PlannedRun]) -> Generator[Progress, None, None]:
         """Does the runs, each in its own process, and gives news until every one has ended.
 
-        Closed early, it leaves nothing behind but what `parting` tells of.
+        Closed early, it leaves nothing behind but what `interrupt_message` tells of.
 
         Raises:
             UserError: the runs cannot be started here, a folder is in use. Nothing was started.
@@ -55,23 +55,23 @@ class Launcher(Protocol):
         ...
 
     @property
-    def parting(self) -> str:
+    def interrupt_message(self) -> str:
         """What goes on when the sweep is interrupted, or nothing."""
         ...
 
 
-def refuse_folders_in_use(runs: Sequence[Planned]) -> None:
+def refuse_folders_in_use(runs: Sequence[PlannedRun]) -> None:
     """Checks that the runs' folders can be written to and that nobody is at work there.
 
     Raises:
         UserError: they cannot, or somebody is.
     """
     for run in runs:
-        with run.folder.locked(LETTING_GO_S):
+        with run.folder.locked(LOCK_WAIT_S):
             pass
 
 
-def ending(code: int) -> str:
+def describe_exit(code: int) -> str:
     """An exit code in words; a shell's 128 + N, like a process's own -N, is signal N."""
     number = -code if code < 0 else code - 128
     try:

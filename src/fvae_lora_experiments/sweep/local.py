@@ -15,8 +15,8 @@ import torch
 
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.run.environment import cores
-from fvae_lora_experiments.sweep.launcher import Ended, News, ending, refuse_folders_in_use
-from fvae_lora_experiments.sweep.plan import Planned
+from fvae_lora_experiments.sweep.launcher import Ended, Progress, describe_exit, refuse_folders_in_use
+from fvae_lora_experiments.sweep.plan import PlannedRun
 
 POLL_S = 0.5
 OUTPUT_BYTES = 2**16
@@ -37,14 +37,14 @@ class LocalLauncher:
         UserError: there are not as many GPUs.
     """
 
-    parting = ""
+    interrupt_message = ""
 
     def __init__(self, jobs: int, processes: int = 1, gpus: int | None = None):
         self.processes = processes
         threads = {"OMP_NUM_THREADS": str(max(1, min(cores() // (jobs * processes), most_threads())))}
         self.shares = [threads | visible for visible in _gpus(jobs, gpus)]
 
-    def launch(self, runs: Sequence[Planned]) -> Generator[News, None, None]:
+    def launch(self, runs: Sequence[PlannedRun]) -> Generator[Progress, None, None]:
         """See `Launcher`."""
         refuse_folders_in_use(runs)
         waiting = list(runs)
@@ -56,7 +56,7 @@ class LocalLauncher:
                         worker.begin(waiting.pop(0))
                 wait([worker.channel for worker in workers if worker.run], POLL_S)
                 ended = [end for worker in workers if (end := worker.ended())]
-                yield News([worker.run for worker in workers if worker.run], ended)
+                yield Progress([worker.run for worker in workers if worker.run], ended)
         finally:
             for worker in workers:
                 worker.end()
@@ -67,11 +67,11 @@ class _Worker:
 
     def __init__(self, share: dict[str, str], processes: int):
         self.share, self.processes = share, processes
-        self.run: Planned | None = None
+        self.run: PlannedRun | None = None
         self.process: subprocess.Popen[bytes] | None = None
         self.output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
 
-    def begin(self, run: Planned) -> None:
+    def begin(self, run: PlannedRun) -> None:
         """Asks for a run."""
         if self.process is None or self.process.poll() is not None:
             self.channel, theirs = Pipe()
@@ -83,7 +83,7 @@ class _Worker:
                     stderr=subprocess.STDOUT,
                     env=os.environ | self.share,
                 )
-        self.run, self.said_before = run, self._said()
+        self.run, self.output_start = run, self._output_size()
         with contextlib.suppress(ConnectionError):  # it has ended: `ended` tells
             self.channel.send((str(run.folder.path), run.recipe.model_dump_json(), self.processes))
 
@@ -98,11 +98,11 @@ class _Worker:
         if code is None:
             return None
         run, self.run = self.run, None
-        begin = max(self.said_before, self._said() - OUTPUT_BYTES)
+        begin = max(self.output_start, self._output_size() - OUTPUT_BYTES)
         said = os.pread(self.output.fileno(), OUTPUT_BYTES, begin)  # the place in the file is the process's
-        return Ended(run, code, ending(code), said.decode(errors="replace"))
+        return Ended(run, code, describe_exit(code), said.decode(errors="replace"))
 
-    def _said(self) -> int:
+    def _output_size(self) -> int:
         return os.fstat(self.output.fileno()).st_size
 
     def end(self) -> None:

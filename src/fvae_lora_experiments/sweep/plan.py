@@ -15,12 +15,12 @@ from fvae_lora_experiments.recipe import flatten, load_recipe, parse_override
 from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.schema import Recipe
 
-OPTION_OF = {"method": "--methods", "seed": "--seeds", "dataset": "--dataset", "purpose": "--grid"}
+OPTION_FOR = {"method": "--methods", "seed": "--seeds", "dataset": "--dataset", "purpose": "--grid"}
 """Keys of a recipe that name a run's place in its sweep, and the option that each has for that."""
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """A run of a sweep."""
 
     recipe: Recipe
@@ -85,7 +85,7 @@ class Contender:
         settings = [f"{key.rpartition('.')[2]}={value}" for key, value in self.values.items()]
         return "/".join(filter(None, (self.place, _as_file_name("-".join((self.recipe.method, *settings))))))
 
-    def at(self, point: Mapping[str, Any]) -> "Contender":
+    def with_values(self, point: Mapping[str, Any]) -> "Contender":
         """This contender with other values of the keys in `point`.
 
         Raises:
@@ -96,7 +96,7 @@ class Contender:
             raise UserError(f"recipe {self.source}: {sections.pop()}: expected one of the keys below it")
         return moved
 
-    def run(self, seed: int, purpose: Literal["result", "selection"] = "result") -> Planned:
+    def run(self, seed: int, purpose: Literal["result", "selection"] = "result") -> PlannedRun:
         """Its run with that seed; a point of a grid (`selection`) lies in a folder apart.
 
         Raises:
@@ -105,24 +105,7 @@ class Contender:
         recipe = load_recipe(self.source, self.overrides, {**self.options, "seed": seed, "purpose": purpose})
         parent, _, own = f"{self.name}-seed{recipe.seed}".rpartition("/")
         name = "/".join(filter(None, (parent, "selection" if purpose == "selection" else "", own)))
-        return Planned(recipe, RunFolder(self.out / name), name)
-
-
-def plan(
-    recipe: str,
-    out: Path,
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    overrides: Sequence[str] = (),
-    options: Mapping[str, Any] | None = None,
-    variations: Mapping[str, Sequence[Any]] | None = None,
-) -> list[Planned]:
-    """Every run of `contenders` with every seed.
-
-    Raises:
-        UserError: an unknown key, a bad value, the same combination twice.
-    """
-    return runs_of(contenders(recipe, out, methods, overrides, options, variations), seeds)
+        return PlannedRun(recipe, RunFolder(self.out / name), name)
 
 
 def contenders(
@@ -148,7 +131,7 @@ def contenders(
     """
     for key, _ in map(parse_override, overrides):
         if key in ("method", "seed", "purpose"):
-            raise UserError(f"{key}: runs of a comparison differ in it; {OPTION_OF[key]} is for that")
+            raise UserError(f"{key}: runs of a comparison differ in it; {OPTION_FOR[key]} is for that")
     options = dict(options or {})
     recipes, datasets = _several(recipe), _several(options.pop("dataset", None))
     found = []
@@ -157,19 +140,19 @@ def contenders(
         place = _as_file_name("-".join(named))
         given = options if dataset is None else options | {"dataset": dataset}
         bases = [Contender(source, overrides, given | {"method": method}, out, place) for method in methods]
-        found += [base.at(point) for point in product_of(variations or {}) for base in bases]
+        found += [base.with_values(point) for point in combinations(variations or {}) for base in bases]
     return found
 
 
 def runs_of(
     contenders: Iterable[Contender], seeds: Sequence[int], purpose: Literal["result", "selection"] = "result"
-) -> list[Planned]:
+) -> list[PlannedRun]:
     """A run of each contender with each seed, all of the first seed first.
 
     Raises:
         UserError: not a seed; the same run twice.
     """
-    runs: dict[str, Planned] = {}
+    runs: dict[str, PlannedRun] = {}
     for seed, contender in itertools.product(seeds, list(contenders)):
         run = contender.run(seed, purpose)
         if run.name in runs:
@@ -178,7 +161,7 @@ def runs_of(
     return list(runs.values())
 
 
-def product_of(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+def combinations(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Every combination of a value of each key, the last key's values changing fastest."""
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
@@ -215,8 +198,8 @@ def parse_values(option: str, texts: Sequence[str]) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for text in texts:
         key, values = parse_override(text)
-        if key in OPTION_OF:
-            raise UserError(f"{option} {key}: not a key to vary; {OPTION_OF[key]} is for that")
+        if key in OPTION_FOR:
+            raise UserError(f"{option} {key}: not a key to vary; {OPTION_FOR[key]} is for that")
         if key in found:
             raise UserError(f"{option} {key}: given twice; expected all its values in one, for example {key}=1,2")
         found[key] = values if isinstance(values, list) else parse_list(f"{option} {key}", text.partition("=")[2])

@@ -7,17 +7,17 @@ from pathlib import Path
 from rich.console import Console
 
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.places import without_places
+from fvae_lora_experiments.places import without_paths
 from fvae_lora_experiments.signals import Terminated
-from fvae_lora_experiments.sweep.launcher import LETTING_GO_S, Ended, Launcher
-from fvae_lora_experiments.sweep.plan import Planned
-from fvae_lora_experiments.sweep.progress_display import Board
+from fvae_lora_experiments.sweep.launcher import LOCK_WAIT_S, Ended, Launcher
+from fvae_lora_experiments.sweep.plan import PlannedRun
+from fvae_lora_experiments.sweep.progress_display import ProgressDisplay
 
 REFUSED = 2
 """The exit code of a run that could not be begun as it was asked for."""
 
 
-def sweep(runs: Sequence[Planned], launcher: Launcher, console: Console) -> list[str]:
+def run_sweep(runs: Sequence[PlannedRun], launcher: Launcher, console: Console) -> list[str]:
     """Does the runs that are not done yet.
 
     Args:
@@ -37,16 +37,16 @@ def sweep(runs: Sequence[Planned], launcher: Launcher, console: Console) -> list
         console.print(f"{len(runs) - len(to_do)} of {len(runs)} runs are done already", highlight=False)
     failures: list[str] = []
     refused = 0
-    with Board(len(runs), to_do, console) as board, contextlib.closing(launcher.launch(to_do)) as launched:
+    with ProgressDisplay(len(runs), to_do, console) as display, contextlib.closing(launcher.launch(to_do)) as launched:
         try:
-            for news in launched:
-                ends = [(ended.run, _failure(ended)) for ended in news.ended]
-                board.show(news.running, ends)
+            for progress in launched:
+                ends = [(ended.run, _failure(ended)) for ended in progress.ended]
+                display.show(progress.running, ends)
                 failures += [f"{run.name}: {failure}" for run, failure in ends if failure]
-                refused += sum(ended.code == REFUSED for ended in news.ended)
+                refused += sum(ended.code == REFUSED for ended in progress.ended)
         except (KeyboardInterrupt, Terminated):
-            if launcher.parting:
-                console.print(launcher.parting, highlight=False)
+            if launcher.interrupt_message:
+                console.print(launcher.interrupt_message, highlight=False)
             raise
     if failures and refused == len(runs):
         raise UserError(failures[0])
@@ -68,7 +68,7 @@ def _failure(ended: Ended) -> str | None:
         return f"failed: {record.reason}"
     reason = ": ".join([ended.how, " | ".join(lines)]) if lines else ended.how
     recipe = ended.run.recipe
-    reason = without_places(reason, folder.path, Path(recipe.dataset), Path(recipe.model))
-    with contextlib.suppress(UserError), folder.locked(LETTING_GO_S):  # else it goes on, or is read-only
-        folder.close_as_failed(reason, folder.opening(recipe))
+    reason = without_paths(reason, folder.path, Path(recipe.dataset), Path(recipe.model))
+    with contextlib.suppress(UserError), folder.locked(LOCK_WAIT_S):  # else it goes on, or is read-only
+        folder.mark_failed(reason, folder.initial_record(recipe))
     return f"failed: {reason}"

@@ -10,7 +10,7 @@ from fvae_lora_experiments.run.record import is_number
 
 
 @dataclass(frozen=True)
-class Point:
+class GridPoint:
     """A point of a grid."""
 
     values: Mapping[str, Any]
@@ -22,7 +22,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Best:
+class BestPoint:
     """The chosen point."""
 
     index: int
@@ -33,7 +33,7 @@ class Best:
     """The keys with several numbers on whose smallest or largest it lies: a better one may lie outside."""
 
 
-def best_point(points: Sequence[Point], greater_is_better: bool) -> Best | None:
+def best_point(points: Sequence[GridPoint], greater_is_better: bool) -> BestPoint | None:
     """Chooses the point with the best score; of equals one that has results, or else the first.
 
     So a tie never makes results that exist those of an earlier choice.
@@ -47,10 +47,10 @@ def best_point(points: Sequence[Point], greater_is_better: bool) -> Best | None:
         return None
     best = max(scores, key=lambda i: (scores[i], points[i].has_results))
     equals = [i for i in scores if i != best and scores[i] == scores[best]]
-    return Best(best, equals, [key for key in points[best].values if _on_edge(points[best], points, key)])
+    return BestPoint(best, equals, [key for key in points[best].values if _on_edge(points[best], points, key)])
 
 
-def _on_edge(point: Point, points: Iterable[Point], key: str) -> bool:
+def _on_edge(point: GridPoint, points: Iterable[GridPoint], key: str) -> bool:
     numbers = {value for other in points if is_number(value := other.values.get(key))}
     return len(numbers) > 1 and point.values[key] in (min(numbers), max(numbers))
 

@@ -25,15 +25,15 @@ from filelock import FileLock
 
 from fvae_lora_experiments.errors import RunError, UserError
 from fvae_lora_experiments.run.folder import RunFolder, write_atomically
-from fvae_lora_experiments.sweep.launcher import Ended, News, ending, refuse_folders_in_use
-from fvae_lora_experiments.sweep.plan import Planned
+from fvae_lora_experiments.sweep.launcher import Ended, Progress, describe_exit, refuse_folders_in_use
+from fvae_lora_experiments.sweep.plan import PlannedRun
 
 NAME = "fvae-lora-"
 POLL_S, LONGEST_POLL_S = 0.5, 10.0
-SILENCE_S = 600.0
+NO_ANSWER_LIMIT_S = 600.0
 """How long SLURM may leave a running sweep without an answer."""
 
-OVER = {
+FINAL_STATES = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
     *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
 }
@@ -99,49 +99,49 @@ class SlurmLauncher:
             "use_srun": False,
             "stderr_to_stdout": True,
         }
-        self.jobs: dict[str, Planned] = {}
+        self.jobs: dict[str, PlannedRun] = {}
 
     @property
-    def parting(self) -> str:
+    def interrupt_message(self) -> str:
         """How to end the jobs."""
         arrays = sorted({number.partition("_")[0] for number in self.jobs})
         return f"the jobs go on: the same command waits for them, `scancel {' '.join(arrays)}` ends them"
 
-    def launch(self, runs: Sequence[Planned]) -> Generator[News, None, None]:
+    def launch(self, runs: Sequence[PlannedRun]) -> Generator[Progress, None, None]:
         """See `Launcher`. Runs that jobs of an earlier sweep are on are not submitted again but waited for."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder}: not a folder that can be written to: {error.strerror}") from error
         with FileLock(self.folder / ".lock"):  # of two sweeps, the second is to see the first one's jobs
-            self.jobs = self._under_way(runs)
+            self.jobs = self._earlier_jobs(runs)
             under_way = {run.folder.path for run in self.jobs.values()}
             new = [run for run in runs if run.folder.path not in under_way]
             refuse_folders_in_use(new)
             self.jobs |= self._submit(new)
-        last_news = last_answer = time.monotonic()
+        last_end = last_answer = time.monotonic()
         while self.jobs:
-            time.sleep(min(POLL_S + (time.monotonic() - last_news) / 10, LONGEST_POLL_S))
+            time.sleep(min(POLL_S + (time.monotonic() - last_end) / 10, LONGEST_POLL_S))
             try:
                 known = {job.number: job for job in _squeue()}
                 last_answer = time.monotonic()
             except UserError as error:
-                if time.monotonic() - last_answer > SILENCE_S:
+                if time.monotonic() - last_answer > NO_ANSWER_LIMIT_S:
                     raise RunError(f"{error}; the jobs may go on, the same command looks for them") from error
                 continue
-            over = [number for number in self.jobs if number not in known or known[number].state in OVER]
+            over = [number for number in self.jobs if number not in known or known[number].state in FINAL_STATES]
             ended = [self._ended(self.jobs.pop(number), number, known.get(number)) for number in over]
-            last_news = time.monotonic() if ended else last_news
-            yield News([run for number, run in self.jobs.items() if known[number].state != "PENDING"], ended)
-        self._tidy()
+            last_end = time.monotonic() if ended else last_end
+            yield Progress([run for number, run in self.jobs.items() if known[number].state != "PENDING"], ended)
+        self._remove_complete()
 
-    def _under_way(self, runs: Sequence[Planned]) -> dict[str, Planned]:
+    def _earlier_jobs(self, runs: Sequence[PlannedRun]) -> dict[str, PlannedRun]:
         """The jobs of earlier sweeps that are not over."""
         by_path = {_path(run): run for run in runs}
         jobs = {}
         for job in _squeue():
             folder = self.folder / job.name
-            if job.state in OVER or not job.name.startswith(NAME) or not (folder / "runs.json").exists():
+            if job.state in FINAL_STATES or not job.name.startswith(NAME) or not (folder / "runs.json").exists():
                 continue
             path, recipe = json.loads((folder / "runs.json").read_text(encoding="utf-8"))[job.index]
             if not (folder / f"{job.number}_submitted.pkl").exists():  # its sweep was killed in the act of submitting
@@ -154,9 +154,9 @@ class SlurmLauncher:
                 jobs[job.number] = run
         return jobs
 
-    def _submit(self, runs: Sequence[Planned]) -> dict[str, Planned]:
+    def _submit(self, runs: Sequence[PlannedRun]) -> dict[str, PlannedRun]:
         """Submits runs in as many arrays as SLURM's limit asks for, each to begin when the one before is over."""
-        jobs: dict[str, Planned] = {}
+        jobs: dict[str, PlannedRun] = {}
         arrays: list[str] = []
         longest = _longest_array() if runs else 1
         for start in range(0, len(runs), longest):
@@ -171,7 +171,7 @@ class SlurmLauncher:
             arrays.append(numbers[0].partition("_")[0])
         return jobs
 
-    def _submit_array(self, runs: Sequence[Planned], after: Sequence[str]) -> list[str]:
+    def _submit_array(self, runs: Sequence[PlannedRun], after: Sequence[str]) -> list[str]:
         import submitit
 
         folder = self.folder / f"{NAME}{uuid.uuid4().hex[:8]}"
@@ -189,7 +189,7 @@ class SlurmLauncher:
             raise UserError(f"--launcher slurm: {_first_line(str(error))}") from error
         return [job.job_id for job in jobs]
 
-    def _tidy(self) -> None:
+    def _remove_complete(self) -> None:
         """Removes what belongs to arrays of which every run is complete."""
         for notes in self.folder.glob(f"{NAME}*/runs.json"):
             paths = [Path(path) for path, _ in json.loads(notes.read_text(encoding="utf-8"))]
@@ -197,7 +197,7 @@ class SlurmLauncher:
                 if all((record := RunFolder(path).read()) and record.state == "complete" for path in paths):
                     shutil.rmtree(notes.parent, ignore_errors=True)
 
-    def _ended(self, run: Planned, number: str, job: _Job | None) -> Ended:
+    def _ended(self, run: PlannedRun, number: str, job: _Job | None) -> Ended:
         output = ""
         for log in self.folder.glob(f"{NAME}*/{number}_0_log.out"):
             output = log.read_text(encoding="utf-8", errors="replace")
@@ -206,19 +206,19 @@ class SlurmLauncher:
             return Ended(run, None, f"SLURM knows nothing of job {number} any more", output)
         if job.state in ("COMPLETED", "FAILED"):
             code = os.waitstatus_to_exitcode(job.status)
-            return Ended(run, code, ending(code), output)
+            return Ended(run, code, describe_exit(code), output)
         return Ended(run, None, f"SLURM ended job {number}: {job.state}", output)
 
 
 def do_job(folder: str, recipe: str, count: int) -> None:
     """What a job does: the same as a local process. Arguments as for `worker.work`."""
-    from fvae_lora_experiments.sweep.child import work
+    from fvae_lora_experiments.sweep.child import do_run
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it; a cancelled job is to go at once
-    work(folder, recipe, count)
+    do_run(folder, recipe, count)
 
 
-def _path(run: Planned) -> str:
+def _path(run: PlannedRun) -> str:
     return str(run.folder.path.resolve())
 
 

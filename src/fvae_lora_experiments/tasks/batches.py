@@ -36,7 +36,7 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
+def batches_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Numbers of the sequences in batches of `size`, the longest first: those of one batch differ little in length."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[i : i + size] for i in range(0, len(order), size)]

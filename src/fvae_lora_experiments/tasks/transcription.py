@@ -20,7 +20,7 @@ from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.models.pretrained import check_tokens, check_vocabulary, load, load_model, loading
 from fvae_lora_experiments.run.state_cache import STATES, collate
 from fvae_lora_experiments.tasks import Metric, Task
-from fvae_lora_experiments.tasks.batches import IGNORED_LABEL, by_length
+from fvae_lora_experiments.tasks.batches import IGNORED_LABEL, batches_by_length
 
 
 class TranscriptionTask(Task):
@@ -108,7 +108,9 @@ class TranscriptionTask(Task):
         model.eval()
         device = next(model.parameters()).device
         written = [""] * len(rows)
-        batches = by_length([len(text) for text in rows.rows["text"]], self.recipe.train.batch_size)  # end together
+        batches = batches_by_length(
+            [len(text) for text in rows.rows["text"]], self.recipe.train.batch_size
+        )  # end together
         for numbers in tqdm(batches, desc="transcribing", disable=None if progress else True, leave=False):
             batch = collate(self, [items[i] for i in numbers])
             heard = {key: batch[key].to(device) for key in ("input_features", STATES) if key in batch}

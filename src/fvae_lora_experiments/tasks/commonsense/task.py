@@ -26,7 +26,7 @@ from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.models.pretrained import check_tokens, load_model, load_tokenizer, loading
 from fvae_lora_experiments.tasks import Metric, Task
-from fvae_lora_experiments.tasks.batches import IGNORED_LABEL, by_length, padded, positions
+from fvae_lora_experiments.tasks.batches import IGNORED_LABEL, batches_by_length, padded, positions
 from fvae_lora_experiments.tasks.commonsense.answers import parse, write_answers
 from fvae_lora_experiments.tasks.commonsense.likelihood import log_likelihoods
 from fvae_lora_experiments.tasks.commonsense.prompts import check_template, encode
@@ -169,7 +169,7 @@ class CommonsenseTask(Task):
         its own, `piqa_choice_accuracy` and so on.
         """
         columns = {name: rows.rows[name][:] for name in ("set", "prompt_ids", "answer_ids", "options", "answer")}
-        batches = by_length([len(ids) for ids in columns["prompt_ids"]], self.recipe.train.batch_size)
+        batches = batches_by_length([len(ids) for ids in columns["prompt_ids"]], self.recipe.train.batch_size)
         truth = np.array(columns["answer"])
         likeliest, written = np.empty_like(truth), np.full_like(truth, UNPARSABLE)
         for batch in tqdm(batches, desc="likelihood of options", disable=None if progress else True, leave=False):
