@@ -132,7 +132,7 @@ OF_EXPERTS = {
     "deepseek-v3": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"),
     "jamba": ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj", "feed_forward.router.weight"),
 }
-STAYS, IDLE = "stay as they are", "did not run"
+STAYS, IDLE = "are not adapted", "did not run"
 
 
 def ours(targets: Any, **fields: Any) -> FVAELoraConfig:

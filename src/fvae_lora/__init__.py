@@ -44,7 +44,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # transformers' Trainer takes its time to import; who does not train with it does not wait for it.
+    # transformers' Trainer is slow to import: load it only when it is asked for.
     if name in ("ElboTrainerMixin", "FVAELoraTrainer"):
         from . import trainer
 

@@ -18,7 +18,7 @@ SequenceKind = Literal["input", "decoder", "image"]
 SEQUENCE_KINDS: tuple[SequenceKind, ...] = get_args(SequenceKind)
 IGNORED_LABEL = -100
 CROSS_ATTENTION = {"encoder_attn", "EncDecAttention", "crossattention", "cross_attn", "cross_attention"}
-MASKED_SCORE = -5000.0  # what is added to a score that is not to count is at most this; position biases are above it
+MASKED_SCORE = -5000.0  # at most this is added to a score to mask it out; position biases are greater
 PADDING_METHODS = ("_pad_to_window_size", "_pad_to_block_size")
 TORCH_TRANSFORMERS = (nn.Transformer, nn.MultiheadAttention)
 PADDING_MASKS = {"input": ("key_padding_mask", "src_key_padding_mask"), "decoder": ("tgt_key_padding_mask",)}
@@ -36,8 +36,8 @@ class TokenMasks:
 
     Args:
         model: The adapted model.
-        input: Mask of its input, (batch, length) of bool, or ``None``; that of an audio model has a place per sample.
-        decoder: The same of its decoder's input.
+        input: Mask of its input, (batch, length) of bool, or ``None``; an audio model's has an entry per sample.
+        decoder: The same for its decoder's input.
         has_decoder: Whether the model has an encoder and a decoder.
     """
 
@@ -62,7 +62,7 @@ class TokenMasks:
         if decoder is None and isinstance(labels, Tensor) and labels.dim() == 2:
             decoder = labels != IGNORED_LABEL  # the decoder reads the labels, shifted by one
         elif decoder is None and inputs.get("decoder_input_ids") is None:
-            decoder = mask  # or, without labels to read, the input
+            decoder = mask  # or the input, if there are no labels to read
         return cls(model, mask, decoder, has_decoder)
 
     def sequence(self, layer: str) -> SequenceKind:
@@ -72,7 +72,7 @@ class TokenMasks:
             layer: Name of the adapted module inside the model.
 
         Returns:
-            ``"image"`` in the vision tower of a model; ``"decoder"`` in a decoder, but for the keys and values of its
+            ``"image"`` in a model's vision tower; ``"decoder"`` in a decoder, except for the keys and values of its
             cross-attention; ``"input"`` elsewhere.
         """
         parts = layer.split(".")
@@ -80,12 +80,12 @@ class TokenMasks:
             return "image"
         if not self.has_decoder or (CROSS_ATTENTION.intersection(parts) and parts[-1] in KEYS_AND_VALUES):
             return "input"
-        # A decoder may be a model with an encoder of its own name: the outermost name tells.
+        # A decoder may contain a module named "encoder": the outermost name decides.
         half = next((part for part in parts if "encoder" in part or "decoder" in part), "decoder")
         return "decoder" if "decoder" in half else "input"
 
     def weights(self, layer: str, x: Tensor) -> TokenWeights:
-        """The weights of a layer's tokens; all count where no mask fits.
+        """The weights of a layer's tokens; all tokens count where no mask fits.
 
         Args:
             layer: Name of the adapted module inside the model.
@@ -106,7 +106,7 @@ class TokenMasks:
     def _weights(self, mask: Tensor | None, sequence_first: bool, x: Tensor) -> TokenWeights | None:
         tokens = x.shape[:-1]
         if mask is None or tokens.numel() == len(mask) != mask.numel():
-            return TokenWeights(None, tokens.numel())  # the latter is one vector for each sample, as of a pooler
+            return TokenWeights(None, tokens.numel())  # the latter is one vector per sample, as in a pooler
         if (
             len(tokens) == 2
             and mask.shape != tokens
@@ -120,9 +120,9 @@ class TokenMasks:
         return TokenWeights(counted, counted.sum())
 
     def layers_that_count_padding(self) -> list[str]:
-        """The layers so far that have padding among their tokens, as far as their masks tell, and count it.
+        """The layers seen so far that count padding, as far as their masks tell.
 
-        The tokens of a layer that reads as many as are no padding are those.
+        A layer that reads exactly as many tokens as are not padding is taken to read just those.
         """
         layers = []
         for layer, (sequence, tokens) in self._unmatched.items():
@@ -136,7 +136,7 @@ class TokenMasks:
 
 
 def warn_of_padding(masks: TokenMasks) -> bool:
-    """Say in which layers of a forward padding counts; whether there was something to say."""
+    """Warn of the layers of a forward in which padding counts; return whether there are any."""
     layers = masks.layers_that_count_padding()
     if layers:
         warnings.warn(
@@ -151,12 +151,12 @@ def _kept_tokens(mask: Any, inputs: Mapping[str, Any]) -> Tensor | None:
     """Which tokens an attention mask of any layout keeps, (batch, length) of bool.
 
     Args:
-        mask: (batch, length); or (batch, ..., queries, keys), where a key that no query attends to is padding; or
-            several of these by their kinds. Of bool, of 0 and 1, or of what is added to the scores.
+        mask: (batch, length); or (batch, ..., queries, keys), where a key that no query attends to is padding; or a
+            mapping of several of these. Bool, 0 and 1, or values to be added to the scores.
         inputs: All arguments of the forward, by name.
 
     Returns:
-        ``None`` where there is no mask, or one that is not a tensor.
+        ``None`` if there is no mask, or it is not a tensor.
     """
     if isinstance(mask, Mapping):
         kinds = [_kept_tokens(value, inputs) for value in mask.values()]
@@ -166,12 +166,12 @@ def _kept_tokens(mask: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         return None
     kept, shape = _attended(mask), _shape_of_text(inputs)
     if shape == mask.shape:
-        kept = kept.flatten(0, -2)  # also where a sample is several texts, as in a multiple choice
+        kept = kept.flatten(0, -2)  # also where a sample is several texts, as in multiple choice
     elif mask.dim() > 2:
         kept = kept.flatten(1, -2).any(1)
     kept = kept.reshape(-1, mask.shape[-1])
     if len(shape) == 2 and inputs.get("past_key_values") is not None:
-        kept = kept[:, -shape[1] :]  # the mask begins with what the cache holds
+        kept = kept[:, -shape[1] :]  # the mask begins with the cached tokens
     return kept
 
 
@@ -187,12 +187,12 @@ def _attended(mask: Tensor) -> Tensor:
         return mask
     added = (mask < 0).any()
     if mask.dim() > 2 and mask.is_floating_point():
-        added = added | ~(mask > 0).any()  # nothing but zeros adds nothing
+        added = added | ~(mask > 0).any()  # only zeros: added to the scores, nothing is masked
     return torch.where(added, mask > MASKED_SCORE, mask != 0)
 
 
 def _from_padding_mask(sequence: str, inputs: Mapping[str, Any]) -> Tensor | None:
-    """The same from the masks of torch's own transformer, which are true, or very negative, where padding is."""
+    """The same from the masks of torch's own transformer, which are true, or very negative, at padding."""
     for name in PADDING_MASKS[sequence]:
         if isinstance(mask := inputs.get(name), Tensor):
             return (mask > MASKED_SCORE if mask.is_floating_point() else mask == 0).reshape(-1, mask.shape[-1])
@@ -200,7 +200,7 @@ def _from_padding_mask(sequence: str, inputs: Mapping[str, Any]) -> Tensor | Non
 
 
 def _fit_to_tokens(mask: Tensor, tokens: torch.Size, sequence_first: bool) -> Tensor | None:
-    """A mask, (batch, length), in the shape of a layer's tokens; ``None`` if there is no telling which is which."""
+    """A mask, (batch, length), in the shape of a layer's tokens; ``None`` if they cannot be matched."""
     batch, length = mask.shape
     masks = (mask.T, mask) if sequence_first else (mask, mask.T)
     if (same := next((mask for mask in masks if mask.shape == tokens), None)) is not None:
@@ -217,9 +217,9 @@ def _fit_to_tokens(mask: Tensor, tokens: torch.Size, sequence_first: bool) -> Te
 
 
 def _is_sequence_first(model: nn.Module, layer: str) -> bool:
-    """Whether a layer lies in one of torch's transformers that read (length, batch, width).
+    """Whether a layer is inside one of torch's transformers with inputs (length, batch, width).
 
-    Other models that do so are told by the shapes alone, and not from a batch of as many samples as tokens.
+    Other models with that layout are recognised by shapes alone, which cannot tell if batch and length are equal.
     """
     parts = layer.split(".")[:-1]
     above = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
@@ -228,7 +228,7 @@ def _is_sequence_first(model: nn.Module, layer: str) -> bool:
 
 
 def _pad_to_windows(model: nn.Module, mask: Tensor, tokens: torch.Size) -> Tensor:
-    """The mask of what a model reads that pads its input to a whole number of windows or blocks."""
+    """The mask of the input after the model has padded it to a whole number of windows or blocks, if it does."""
     missing = tokens.numel() // len(mask) - mask.shape[1] if len(tokens) == 2 and len(mask) in tokens else 0
     if missing <= 0 or not any(hasattr(module, name) for module in model.modules() for name in PADDING_METHODS):
         return mask
@@ -260,12 +260,12 @@ def count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[SequenceKi
 
 
 def _frame_mask(model: nn.Module, mask: Tensor, length: int | None = None) -> Tensor | None:
-    """The mask of an audio model's frames, after its convolutions, from that of its samples.
+    """The mask of an audio model's frames, after its convolutions, from the mask of its samples.
 
     Args:
         model: The adapted model.
         mask: (batch, samples) of bool.
-        length: Number of frames; ``None`` means as many as the samples give.
+        length: Number of frames; ``None`` means as many as follow from the samples.
 
     Returns:
         (batch, frames) of bool; ``None`` if the model has no such convolutions, or not that many frames.
@@ -273,7 +273,7 @@ def _frame_mask(model: nn.Module, mask: Tensor, length: int | None = None) -> Te
     convolved = getattr(model, "_get_feat_extract_output_lengths", None)
     if convolved is None:
         return None
-    # The encoder's layers stand before the convolutions of an adapter that the model may have behind it.
+    # The encoder's layers come before the convolutions of the adapter that some models have after it.
     options = {"add_adapter": False} if getattr(model.config, "add_adapter", False) else {}
     frames = convolved(torch.tensor(mask.shape[1]), **options)
     if not isinstance(frames, Tensor) or length not in (None, int(frames)):

@@ -38,22 +38,22 @@ Shares = Mapping[str, float]  # of the optimizer step's tokens that a forward ha
 class State(Enum):
     """What has become of a forward's ELBO."""
 
-    WAITING = auto()  # for the loss that it is to be added to
-    ADDED = auto()  # to a loss, by who computes it
-    RETURNED = auto()  # in the loss that the model itself returned
-    MISSED = auto()  # added, but a gradient has reached a layer and not the sum; that may have a backward of its own
+    WAITING = auto()  # not yet added to a loss
+    ADDED = auto()  # added to a loss that the training loop computed
+    RETURNED = auto()  # part of the loss that the model itself returned
+    MISSED = auto()  # added, but a gradient has reached a layer and not the sum, which may get a backward of its own
     REACHED = auto()  # a gradient has reached the sum
 
 
 @dataclass
 class LayerRun:
-    """One run of one layer."""
+    """What one run of one layer recorded."""
 
     layer: str
     adapter: str
     negative_elbo: Tensor  # weighted by the objective, a mean over the tokens that count
     names: tuple[str, ...]  # of the objective's terms
-    weighted: Tensor  # these terms with their weights, of which the sum is the ELBO; without graph
+    weighted: Tensor  # these terms with their weights; their sum is the ELBO; without graph
     terms: LayerElbo  # without graph
     grad_enabled: bool
     node: weakref.ref[Any] | None = None  # of the layer's output in the graph; None in a compiled region
@@ -69,18 +69,18 @@ class LayerRun:
         return self.terms.weights.count
 
     def release(self) -> None:
-        """Let go of the graph."""
+        """Release the graph."""
         self.negative_elbo = self.negative_elbo.detach()
 
 
 @dataclass(eq=False)
 class Forward:
-    """A forward pass of the model: what its layers recorded, and what became of that.
+    """A forward pass of the model: what its layers recorded, and what has become of it.
 
     Args:
         masks: Which tokens count; ``None`` where layers run outside a forward of the adapted model.
-        trains: Whether it began with gradients. Without them it is a reference or a look at the model, whose layers
-            take z1's mean and record nothing.
+        trains: Whether gradients were enabled when it began. Without them, as in evaluation or a reference pass, the
+            layers take z1's mean and record nothing.
     """
 
     masks: TokenMasks | None = None
@@ -91,7 +91,7 @@ class Forward:
     shares: Shares = field(default_factory=dict)
     per_token: dict[LayerKey, Tensor | float] = field(default_factory=dict)
     scale: Tensor | None = None  # the gradient that reached the sum
-    outputs: weakref.ref[Any] | None = None  # alive as long as a graph hangs on what the model returned
+    outputs: weakref.ref[Any] | None = None  # alive as long as the graph of what the model returned
     handed_over: set[LayerKey] = field(default_factory=set)
 
     def runs_by_layer(self) -> dict[LayerKey, list[LayerRun]]:
@@ -99,14 +99,14 @@ class Forward:
         return group_by_layer([self])
 
     def release(self) -> None:
-        """Let go of the graph."""
+        """Release the graph."""
         for run in self.runs:
             run.release()
 
     def drop_unused(self) -> bool:
-        """Let go of the runs whose outputs nobody has any more; whether one of them could have been trained.
+        """Drop the runs whose outputs no longer exist; return whether one of them could have been trained.
 
-        A run's ELBO depends on earlier runs, so the latest are looked at first.
+        A run's ELBO depends on earlier runs, so the latest are checked first.
         """
         unused = False
         for run in reversed(self.runs.copy()):
@@ -118,7 +118,7 @@ class Forward:
         return unused
 
     def check_in_loss(self) -> None:
-        """A gradient has reached a layer: is the ELBO in the loss that it comes from?"""
+        """Called when a gradient reaches a layer: raises if the loss that it comes from lacks the ELBO."""
         if self.state is State.ADDED:
             self.state = State.MISSED
         elif self.state in (State.WAITING, State.RETURNED):
@@ -129,8 +129,8 @@ def _not_in_loss(forward: Forward | None) -> RuntimeError:
     if forward is not None and forward.inside_backward:
         return RuntimeError(
             "FVAE-LoRA cannot train with a loss that runs the model again inside its backward, as cached contrastive "
-            "losses do: the two runs would see different z1, and the ELBO would be in no loss; use the loss without "
-            "the cache, with gradient checkpointing to save memory"
+            "losses do: the two runs would draw different z1, and the ELBO would be in neither loss; use the loss "
+            "without the cache, and gradient checkpointing to save memory"
         )
     where = ""
     if forward is not None and forward.state is State.RETURNED:
@@ -153,12 +153,12 @@ class Recorder:
     """Collects the ELBO of one model's layers, forward by forward; shared by the model and its layers.
 
     Attributes:
-        forwards: Those that recorded something since an ELBO was last added to a loss; they have one mean.
+        forwards: Those that recorded something since an ELBO was last added to a loss; they share one mean.
         running: The forward that is running.
         backward: The forward whose backward is running.
-        micro_batch: What a Trainer announces that adds the ELBO of all forwards of a micro-batch by itself: inputs by
-            name that the model may not get to see.
-        loss_uses_num_items: Whether the model's own loss divides by the number of labels of a step, once it is known.
+        micro_batch: Set by a Trainer that adds the ELBO of all forwards of a micro-batch itself: inputs by name that
+            the model may not be given.
+        loss_uses_num_items: Whether the model's own loss divides by the number of labels in a step, once known.
     """
 
     def __init__(self) -> None:
@@ -173,21 +173,21 @@ class Recorder:
         self.training_forwards = 0
 
     def __reduce__(self) -> tuple[type[Recorder], tuple[()]]:
-        return Recorder, ()  # a copy starts empty: what is recorded belongs to one forward of one model
+        return Recorder, ()  # a copy starts empty: records belong to one forward of one model
 
     def trains(self) -> bool:
-        """Whether a layer that runs now draws z1 and records its ELBO, if it is in training mode."""
+        """Whether a layer in training mode that runs now draws z1 and records its ELBO."""
         if (forward := self.running or self._rerun()) is not None:
             return forward.trains
         return torch.is_grad_enabled()
 
     def masks(self) -> TokenMasks | None:
-        """The masks of the forward that is running, or running again inside its backward."""
+        """The masks of the forward that is running, or being rerun inside its backward."""
         forward = self.running or self._rerun()
         return None if forward is None else forward.masks
 
     def _rerun(self) -> Forward | None:
-        """The forward of which gradient checkpointing runs a part again, if it does."""
+        """The forward of which gradient checkpointing is rerunning a part, if any."""
         if self.running is not None or not is_inside_backward():
             return None
         return self.backward or (self.forwards[-1] if self.forwards else None)
@@ -205,14 +205,14 @@ class Recorder:
         return forward
 
     def clear(self) -> None:
-        """Forget what waits for a loss, as at the beginning of a Trainer's micro-batch."""
+        """Forget the forwards that wait for a loss, as at the start of a Trainer's micro-batch."""
         self._drop_finished()
         for forward in self.forwards:
             forward.release()
         self.forwards = []
 
     def _drop_finished(self) -> None:
-        """Keep the forwards that wait for a loss and may still get one; that one was left out must not go unseen."""
+        """Drop the forwards that can no longer get a loss, and report any whose ELBO was left out."""
         if any(forward.state is State.MISSED for forward in self.forwards):
             self.forwards = []
             raise RuntimeError(f"the ELBO of the last forward was not in the loss that ran backward; {ADVICE}")
@@ -235,7 +235,7 @@ class Recorder:
             terms: Its ELBO.
 
         Returns:
-            The output to go on with.
+            The output, to be used in place of the one given.
         """
         named = terms.weighted()
         weighted = torch.stack(list(named.values()))
@@ -257,7 +257,7 @@ class Recorder:
         return attached
 
     def _forward_of_part(self, key: LayerKey) -> Forward:
-        """The forward of a layer that runs outside one of the adapted model, as when somebody calls a part of it."""
+        """The forward to record a layer in that runs outside the model's own, as when a part of the model is called."""
         last = self.forwards[-1] if self.forwards else None
         if last is not None and last.masks is None and last.state is State.WAITING and key not in last.runs_by_layer():
             return last
@@ -266,10 +266,10 @@ class Recorder:
 
 
 def _hand_over(forward: Forward, key: LayerKey, output: Tensor, negative_elbo: Tensor, weights: TokenWeights) -> Tensor:
-    """What a layer returns that checkpointing runs again inside the backward."""
+    """What a layer returns when checkpointing reruns it inside the backward."""
     runs = forward.runs_by_layer().get(key)
     if runs and runs[0].grad_enabled:
-        return output  # it has a graph, which only wants its tensors back
+        return output  # it has a graph already, which only needs its tensors again
     if forward.scale is None or not runs:
         raise _not_in_loss(forward)
     forward.handed_over.add(key)
@@ -278,16 +278,16 @@ def _hand_over(forward: Forward, key: LayerKey, output: Tensor, negative_elbo: T
 
 
 def is_inside_backward() -> bool:
-    """Whether this runs inside a backward, as what gradient checkpointing runs again."""
-    # torch.utils.checkpoint asks the same way; torch has no public name for it.
+    """Whether a backward is running, as when gradient checkpointing reruns a forward."""
+    # torch.utils.checkpoint does the same; there is no public function for it.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class _Attach(torch.autograd.Function):
     """Identity on a layer's output, with the layer's ELBO as its companion.
 
-    The companion makes the ELBO's parameters part of the output's graph, as DistributedDataParallel wants to see
-    them. It gets its gradient from the sum, or, in a layer that runs again, from here.
+    The companion makes the ELBO's parameters part of the output's graph, as DistributedDataParallel requires. Its
+    gradient comes from the sum or, in a layer that is rerun, from here.
     """
 
     @staticmethod
@@ -312,7 +312,7 @@ def check_reached(reference: weakref.ref[Forward]) -> None:
 
 
 class _Add(torch.autograd.Function):
-    """loss + ELBO; the backward notes the gradient that reached the sum, for layers that run inside it."""
+    """loss + ELBO; the backward stores the gradient that reached the sum, for layers that are rerun inside it."""
 
     @staticmethod
     def forward(ctx, loss, negative_elbo, forwards):  # type: ignore[no-untyped-def]
@@ -330,7 +330,7 @@ class _Add(torch.autograd.Function):
 
 
 def _require_hand_over(forwards: Sequence[Forward]) -> None:
-    """After a backward: a layer without graph should have run again, unless there is nothing in it to train."""
+    """After a backward: a layer without graph must have been rerun, unless it has nothing to train."""
     for forward in forwards:
         for run in forward.runs:
             if not run.grad_enabled and run.key not in forward.handed_over and _trainable(forward, run.layer):
@@ -347,14 +347,14 @@ def _trainable(forward: Forward, layer: str) -> bool:
 def add_to_loss(loss: Tensor, forwards: Sequence[Forward], shares: Shares, state: State = State.ADDED) -> Tensor:
     """Add the ELBO of a model's forward passes to a scalar.
 
-    Each layer's is the mean over the tokens of all its runs, times the share of these tokens in the optimizer's step;
-    layers and adapters add up, weighted as `fvae_lora.FVAELoraConfig` says.
+    A layer's ELBO is the mean over the tokens of all its runs, times the share of these tokens in the optimizer's step;
+    layers and adapters are summed with the weights of `fvae_lora.FVAELoraConfig`.
 
     Args:
         loss: The scalar.
-        forwards: The forwards, whose ELBO counts as used from now on; several have one mean.
-        shares: The share for each sequence; 1 for those that are missing.
-        state: What becomes of the forwards by that.
+        forwards: The forwards, whose ELBO counts as used from now on; several share one mean.
+        shares: The share for each sequence; 1 where none is given.
+        state: The state that the forwards get.
 
     Returns:
         ``loss + negative ELBO``.
@@ -368,7 +368,7 @@ def add_to_loss(loss: Tensor, forwards: Sequence[Forward], shares: Shares, state
     negative_elbo = torch.stack([value.to(loss.device) for value in values]).sum()
     if is_transforming():
         for forward in forwards:
-            forward.runs.clear()  # outside the transform its tensors are none
+            forward.runs.clear()  # its tensors do not exist outside the transform
         return loss + negative_elbo
     return _Add.apply(loss, negative_elbo, forwards)
 

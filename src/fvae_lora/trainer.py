@@ -1,4 +1,4 @@
-"""transformers' Trainer with the ELBO weighted right in every one of its settings."""
+"""transformers' Trainer with the ELBO weighted correctly in all of its settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .loss import last_forwards, recorders, with_elbo
 from .loss_log import LossLog
 from .masks import count_tokens
 
-# For the type checker a Trainer; at run time a plain mixin, to stand before any of the Trainer's subclasses.
+# A Trainer for the type checker; at run time a plain mixin, to be put in front of any subclass of the Trainer.
 _Base: Any = Trainer if TYPE_CHECKING else object
 
 
@@ -23,12 +23,12 @@ class ElboTrainerMixin(_Base):
     """Weights the ELBO by tokens, for `transformers.Trainer` and its subclasses.
 
     Use: ``class MyTrainer(ElboTrainerMixin, SFTTrainer)``. An optimizer's step gets the mean of the ELBO over all its
-    tokens that are no padding, across accumulated micro-batches and processes. It is added to whatever loss the
-    Trainer computes, before or behind the mixin: the model's, one with label smoothing, one of its own. A model
-    without FVAE-LoRA layers trains as with the plain Trainer.
+    tokens that are not padding, across accumulated micro-batches and processes. It is added to whatever loss the
+    Trainer or one of its subclasses computes: the model's, one with label smoothing, or its own. A model without
+    FVAE-LoRA layers trains as with the plain Trainer.
 
-    Its logs say what the loss is made of: ``loss = task_weight * task_loss + the sum of elbo/<term>``, all means over
-    the steps since the last log. The terms are those of the negative ELBO with all their weights, summed over layers;
+    Its logs break the loss down: ``loss = task_weight * task_loss + the sum of elbo/<term>``, all means over the steps
+    since the last log. The terms are those of the negative ELBO with all their weights, summed over layers;
     with ``trainer.log_elbo_per_layer = True`` there is ``elbo/<layer>/<term>`` too.
 
     Attributes:
@@ -48,7 +48,7 @@ class ElboTrainerMixin(_Base):
         return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's; beside the training loss stands what it is made of."""
+        """As the Trainer's; the training loss is logged with the parts it is made of."""
         if self._loss_log is not None and "loss" in logs:
 
             def over_processes(sums: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class ElboTrainerMixin(_Base):
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """As the Trainer's, with this micro-batch's share of the ELBO of the step in whatever `compute_loss` returns.
+        """As the Trainer's, adding this micro-batch's share of the step's ELBO to whatever `compute_loss` returns.
 
         Args:
             model: The model, wrapped as the Trainer does.
@@ -86,7 +86,7 @@ class ElboTrainerMixin(_Base):
             return step
         if self.args.n_gpu > 1:
             raise RuntimeError("FVAE-LoRA does not support torch.nn.DataParallel; use torchrun or accelerate launch")
-        # The loss is caught on its way from compute_loss to the backward: subclasses may compute it as they like.
+        # The loss is intercepted between compute_loss and the backward, so that subclasses may compute it as they like.
         attributes: dict[str, Any] = self.__dict__
         own = {name: value for name, value in attributes.items() if name == "compute_loss"}
         attributes["compute_loss"] = functools.partial(self._loss_with_elbo, self.compute_loss)
@@ -121,7 +121,7 @@ class ElboTrainerMixin(_Base):
         return (loss, *outputs) if outputs else loss
 
     def _shares(self, inputs: Mapping[str, Any], num_items: Tensor | int | None) -> dict[str, float]:
-        """This micro-batch's share of the step's tokens, in the scale that the Trainer's later steps expect."""
+        """This micro-batch's share of the step's tokens, scaled as the rest of the Trainer's step expects."""
         root = _adapted_model(self.model)
         if self._tokens_in_step is None or root is None:
             return {}
@@ -134,7 +134,7 @@ class ElboTrainerMixin(_Base):
         """What the Trainer divides a loss by: the step's micro-batches, unless the loss is normalised over the step."""
         normalised = (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
         if getattr(Trainer, "loss_is_scaled_for_ga", ...) is None and self.loss_is_scaled_for_ga is not None:
-            normalised = self.loss_is_scaled_for_ga  # a Trainer that knows this setting goes by it
+            normalised = self.loss_is_scaled_for_ga  # a Trainer that has this setting follows it
         return 1 if normalised else self.current_gradient_accumulation_steps
 
 

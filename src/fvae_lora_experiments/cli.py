@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class Command(TyperCommand):
-    """A command that refuses an option which is given twice."""
+    """A command that refuses an option that is given twice."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parses the command line; as typer's otherwise, which takes the last of several values without a word."""
+        """Parses the command line like typer, which would silently take the last of several values."""
         _, _, given = self.make_parser(ctx).parse_args(args=list(args))
         for option in given:
             if given.count(option) > 1 and option.nargs == 1 and not getattr(option, "multiple", False):
@@ -37,11 +37,11 @@ app = typer.Typer(
     help="FVAE-LoRA beside LoRA, its relatives, a linear probe and full fine-tuning: train, compare, report.",
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # which would make a picture of H:M:S
+    rich_markup_mode=None,  # it would turn H:M:S into an emoji
 )
 recipes = typer.Typer(help="Lists, shows and copies recipes.", invoke_without_command=True)
 app.add_typer(recipes, name="recipes")
-console = Console(markup=False, emoji=False)  # what a user named is shown as it is
+console = Console(markup=False, emoji=False)  # names given by the user are shown as they are
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (image/default) or a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.epochs=3.")]
@@ -53,7 +53,7 @@ def _set_data_root(folder: Path | None) -> None:
     if folder is not None:
         if not folder.is_dir():
             raise UserError(f"--data-root {folder}: no such folder")
-        os.environ["FVAE_LORA_DATA_ROOT"] = str(folder.resolve())  # where the runs' processes find it, too
+        os.environ["FVAE_LORA_DATA_ROOT"] = str(folder.resolve())  # for the runs' processes as well
 
 
 DataRoot = Annotated[
@@ -69,13 +69,13 @@ DataRoot = Annotated[
 
 @app.callback(invoke_without_command=True)
 def refuse_several_processes(context: typer.Context) -> None:
-    """Each of the processes that torchrun starts would do the whole command.
+    """Refuses torchrun for anything but `train`: each of its processes would run the whole command.
 
     Raises:
-        UserError: there are several, and the command is not `train`.
+        UserError: there are several processes, and the command is not `train`.
     """
     if distributed.process_count() > 1 and context.invoked_subcommand != "train":
-        raise UserError(f"{context.invoked_subcommand}: not for several processes; torchrun is for train")
+        raise UserError(f"{context.invoked_subcommand}: cannot run in several processes; torchrun is for train")
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(2)
@@ -88,15 +88,15 @@ def train(
     model: Model = None,
     dataset: Dataset = None,
     data_root: DataRoot = None,
-    method: Annotated[str | None, typer.Option(help="One of those that `fvae-lora recipes` lists.")] = None,
+    method: Annotated[str | None, typer.Option(help="One of the methods that `fvae-lora recipes` lists.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything that is random.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/METHOD-seedN).")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Trains one run and scores it. A run that was stopped goes on where it was.
+    """Trains one run and scores it. A run that was stopped resumes where it was.
 
     On several GPUs: torchrun --nproc-per-node 2 --no-python fvae-lora train RECIPE, or accelerate launch. The recipe's
-    batch is shared out among them.
+    batch is divided among them.
     """
     from fvae_lora_experiments.recipe import load_recipe
 
@@ -118,7 +118,7 @@ def train(
 
 
 class LauncherName(StrEnum):
-    """Where `compare` does its runs."""
+    """Where `compare` runs."""
 
     local = "local"
     slurm = "slurm"
@@ -133,49 +133,45 @@ def compare(
     data_root: DataRoot = None,
     methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "fvae-lora,lora,linear-probe",
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "1,2,42",
-    vary: Annotated[
-        list[str] | None, typer.Option(help="KEY=A,B: do it for each value; may be given several times.")
-    ] = None,
+    vary: Annotated[list[str] | None, typer.Option(help="KEY=A,B: run each value; may be given several times.")] = None,
     grid: Annotated[
         list[str] | None,
         typer.Option(
             help="KEY=A,B: choose the value on validation, for each method and data set; may be given several times. "
-            "With a wider grid the points that exist are used again; where that chooses otherwise, the results of the "
-            "earlier choice stay, as rows of their own."
+            "A wider grid reuses the points that exist; if it chooses another point, the results of the earlier choice "
+            "stay, as rows of their own."
         ),
     ] = None,
     selection_seeds: Annotated[
-        str | None, typer.Option(help="Seeds of the runs that choose, none of --seeds (default: 0).")
+        str | None, typer.Option(help="Seeds of the runs that choose; must differ from --seeds (default: 0).")
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder of the runs.")] = Path("runs"),
-    launcher: Annotated[LauncherName, typer.Option(help="Runs are processes of this machine, or jobs of SLURM.")] = (
+    launcher: Annotated[LauncherName, typer.Option(help="Run in processes on this machine, or as SLURM jobs.")] = (
         LauncherName.local
     ),
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of runs at the same time.")] = 1,
     gpus: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="GPUs for a run, a process for each; they share out the recipe's batch (default: local 1 if there are "
-            "any, which runs may have to share; slurm 0).",
+            help="GPUs per run, with a process for each; the recipe's batch is divided among them (default: local 1 if "
+            "there are any, possibly shared between runs; slurm 0).",
         ),
     ] = None,
     processes: Annotated[
-        int | None, typer.Option("--processes", min=1, help="Processes for a run without GPUs (default: 1).")
+        int | None, typer.Option("--processes", min=1, help="Processes per run, without GPUs (default: 1).")
     ] = None,
-    partition: Annotated[str | None, typer.Option(help="slurm: where (default: the cluster's).")] = None,
-    account: Annotated[str | None, typer.Option(help="slurm: whom to charge.")] = None,
-    time: Annotated[str | None, typer.Option(help="slurm: limit for a run, as minutes, H:M:S or D-H:M:S.")] = None,
-    cpus: Annotated[
-        int | None, typer.Option(min=1, help="slurm: cores for a run (default: one for each process).")
-    ] = None,
+    partition: Annotated[str | None, typer.Option(help="slurm: the partition (default: the cluster's).")] = None,
+    account: Annotated[str | None, typer.Option(help="slurm: the account to charge.")] = None,
+    time: Annotated[str | None, typer.Option(help="slurm: time limit of a run, as minutes, H:M:S or D-H:M:S.")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="slurm: cores per run (default: one per process).")] = None,
 ) -> None:
-    """Does recipes x data sets x methods x seeds x varied keys; only what is missing is run.
+    """Runs recipes x data sets x methods x seeds x varied keys; only what is missing is run.
 
-    Killed at any moment, it goes on from there. Local runs share the machine's cores and GPUs, and end when this
-    command ends. Jobs of SLURM go on without it, and the same command waits for them; what else they need, sbatch
-    takes from its own variables (SBATCH_MEM_PER_NODE, SBATCH_QOS, SBATCH_CONSTRAINT). Their output is in OUT/.slurm
-    until all runs of their array are complete.
+    It can be killed at any moment and resumes from there. Local runs share the machine's cores and GPUs, and end when
+    this command ends. SLURM jobs go on without it, and the same command waits for them; sbatch takes further options
+    from its own variables (SBATCH_MEM_PER_NODE, SBATCH_QOS, SBATCH_CONSTRAINT). Their output is in OUT/.slurm until
+    all runs of their array are complete.
     """
     from fvae_lora_experiments.check import inspect_each
     from fvae_lora_experiments.data.summary import print_summary
@@ -186,7 +182,7 @@ def compare(
 
     signals.raise_on_signal()
     if processes and gpus:
-        raise UserError(f"--processes {processes}: for runs without GPUs; --gpus {gpus} has a process for each")
+        raise UserError(f"--processes {processes}: for runs without GPUs; --gpus {gpus} starts a process for each GPU")
     size = {"processes": processes or gpus or 1, "gpus": 0 if processes else gpus}
     launch = _make_launcher(launcher, out, jobs, size, partition=partition, account=account, time=time, cpus=cpus)
     compared = contenders(
@@ -217,7 +213,7 @@ def compare(
         compared = [choice.best.contender for choice in choices if choice.best]
         lost = [choice.name for choice in choices if not choice.best]
     elif selection_seeds:
-        raise UserError("--selection-seeds: of use with --grid only")
+        raise UserError("--selection-seeds: only with --grid")
     runs = runs_of(compared, result_seeds)
     show_data(runs)
     failures = run_sweep(runs, launch, console)
@@ -228,7 +224,7 @@ def compare(
             f"{len(failures)} of {len(runs)} runs failed; the same command tries them again; the first: {failures[0]}"
         )
     if lost:
-        raise RunError(f"{', '.join(lost)}: failed at every point of the grid, so without a result")
+        raise RunError(f"{', '.join(lost)}: failed at every point of the grid, so there is no result")
     if again := [run.name for run in tried if not run.is_done()]:
         raise RunError(
             f"{len(again)} runs of the grid failed; the same command tries them again; the first: {again[0]}"
@@ -255,7 +251,7 @@ def evaluate(
     dataset: Dataset = None,
     data_root: DataRoot = None,
 ) -> None:
-    """Scores a finished run again, from its adapter alone."""
+    """Scores a finished run again from its adapter."""
     use_one_gpu()
 
     from fvae_lora_experiments.run import runner
@@ -277,10 +273,10 @@ def check(
     dataset: Dataset = None,
     data_root: DataRoot = None,
     task: Annotated[
-        str | None, typer.Option(help="DATA: what for (default: what its columns say, else images).")
+        str | None, typer.Option(help="DATA: the task (default: judged by its columns, else image).")
     ] = None,
 ) -> None:
-    """Shows what training would see of the data, and what is wrong with them; exit code 2 where it would be refused."""
+    """Shows what training would see of the data, and what is wrong with it; exit code 2 if it would be refused."""
     from fvae_lora_experiments.check import DEFAULT_RECIPES, guess_task, inspect_data
     from fvae_lora_experiments.data.summary import print_summary
     from fvae_lora_experiments.recipe import load_recipe, shipped_recipes
@@ -299,16 +295,18 @@ def check(
         print_summary(inspect_data(recipe, with_model=model is not None), console)
     except UserError as error:
         if task is None:
-            raise UserError(f"{error} (read for the task {own}; --task names another)") from error
+            raise UserError(f"{error} (read for the task {own}; --task chooses another)") from error
         raise
 
 
 @app.command(cls=Command)
 def demo(
     out: Annotated[Path | None, typer.Option(help="The folder of the runs (default: runs/demo).")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One seed, two epochs: does everything work?")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One seed, two epochs: only to see whether everything works.")
+    ] = False,
 ) -> None:
-    """FVAE-LoRA, LoRA and a linear probe on handwritten digits; nothing is fetched."""
+    """Compares FVAE-LoRA, LoRA and a linear probe on handwritten digits, without downloads."""
     from fvae_lora_experiments.demo import run_demo
 
     signals.raise_on_signal()
@@ -326,7 +324,7 @@ def report(
         typer.Option(help="Folder for the page and the tables (default: the folder of runs, or that of their file)."),
     ] = None,
 ) -> None:
-    """Runs as a table, as CSV, Markdown and LaTeX, and as one HTML page."""
+    """Reports runs as a table, as CSV, Markdown and LaTeX, and as one HTML page."""
     if out is None and len(runs) > 1:
         raise UserError("report: several folders or files need --out, the folder for the page and the tables")
 
@@ -347,15 +345,17 @@ def report(
     for write, name in ((write_csv, "report.csv"), (write_markdown, "report.md"), (write_latex, "report.tex")):
         write(rows, folder / name)
     page = write_page(runs, folder / "report.html")
-    console.print(f"The page is {page}, the tables lie beside it", highlight=False)
+    console.print(f"The page is {page}, the tables are beside it", highlight=False)
 
 
 @app.command()
 def pack(
     runs: Annotated[Path, typer.Argument(metavar="RUNS", help="A folder of runs.")],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write; its name ends in runs.jsonl.gz.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The file to write; its name must end in runs.jsonl.gz.")
+    ],
 ) -> None:
-    """Writes the records and learning curves of many runs to one small file, which `report` reads as it reads RUNS."""
+    """Writes the records and learning curves of many runs to one small file, which `report` reads like RUNS."""
     from fvae_lora_experiments.run.archive import pack as pack_runs
 
     console.print(f"{file}: {pack_runs(runs, file)} runs, without their adapters", highlight=False)
@@ -364,9 +364,9 @@ def pack(
 @app.command()
 def unpack(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of runs that `pack` wrote.")],
-    out: Annotated[Path, typer.Argument(metavar="DIR", help="Where the runs' folders are to lie.")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put the runs' folders.")],
 ) -> None:
-    """Gives packed runs their folders again, without adapters; `compare --out DIR` then does what is missing."""
+    """Restores the folders of packed runs, without adapters; `compare --out DIR` then runs what is missing."""
     from fvae_lora_experiments.run.archive import unpack as unpack_runs
 
     console.print(f"{out}: {unpack_runs(file, out)} runs", highlight=False)
@@ -380,7 +380,7 @@ class Format(StrEnum):
 
 
 class Bias(StrEnum):
-    """Where the constant of the encoders goes in a LoRA."""
+    """Where the encoders' constant goes in a LoRA."""
 
     keep = "keep"
     fold = "fold"
@@ -393,17 +393,19 @@ NewFolder = Annotated[Path, typer.Option(help="The folder to write; must not exi
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A finished run's folder, or an adapter's.")],
     out: NewFolder,
-    format: Annotated[Format, typer.Option(help="inference: small, for this package; lora: for any.")] = (
+    format: Annotated[Format, typer.Option(help="inference: small, for this package; lora: for any software.")] = (
         Format.inference
     ),
     model: Model = None,
     dataset: Dataset = None,
     data_root: DataRoot = None,
     bias: Annotated[Bias, typer.Option(help="lora: keep (exact, for peft) or fold (for servers).")] = Bias.keep,
-    max_error: Annotated[float, typer.Option(help="lora: the largest relative error of a layer's update.")] = 0.1,
+    max_error: Annotated[
+        float, typer.Option(help="lora: the largest relative error accepted for a layer's update.")
+    ] = 0.1,
     rows: Annotated[int, typer.Option(min=1, help="lora: rows of the training split to fit on.")] = 512,
 ) -> None:
-    """Writes an adapter for inference alone, or as a plain LoRA that loads without this package."""
+    """Writes an adapter for inference only, or as a plain LoRA that loads without this package."""
     use_one_gpu()
 
     from fvae_lora_experiments.export import export_inference, export_lora
@@ -444,7 +446,7 @@ def recipes_default(context: typer.Context) -> None:
 
 @recipes.command("list", cls=Command)
 def list_recipes() -> None:
-    """The shipped recipes, the methods, and the models and data that need neither a folder nor a network."""
+    """Lists the shipped recipes, the methods, and the models and data that need neither a folder nor a network."""
     from fvae_lora_experiments.data.image_source import BUILT_IN as DATASETS
     from fvae_lora_experiments.methods import METHODS
     from fvae_lora_experiments.recipe import shipped_recipes
@@ -468,7 +470,8 @@ def list_recipes() -> None:
 def show_recipe(
     recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A shipped recipe or a YAML file.")] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="Every key, its value (here or by default), what is allowed, what it means.")
+        bool,
+        typer.Option("--all", help="Every key with its value (set or default), what is allowed and what it means."),
     ] = False,
 ) -> None:
     """Prints a recipe, or every key that recipes may have."""
@@ -483,7 +486,7 @@ def show_recipe(
     for key in recipe_keys():
         value = as_yaml(here[key.name]) if key.name in here else key.default
         default = f"; {key.default} by default" if key.default not in (None, value) else ""
-        print(f"{key.name}: {'(to be given)' if value is None else value}")
+        print(f"{key.name}: {'(required)' if value is None else value}")
         for line in (f"{key.allowed}{default}", key.meaning):
             print(textwrap.fill(line, 120, initial_indent="    # ", subsequent_indent="    # "))
 
@@ -493,7 +496,7 @@ def copy_recipe(
     recipe: RecipeName,
     to: Annotated[Path | None, typer.Argument(metavar="FILE", help="Where to (default: its name, here).")] = None,
 ) -> None:
-    """Copies a recipe to a file, to be changed."""
+    """Copies a recipe to a file, for you to change."""
     from fvae_lora_experiments.recipe import recipe_file
     from fvae_lora_experiments.run.folder import write_atomically
 
@@ -502,7 +505,7 @@ def copy_recipe(
     if target.exists():
         raise UserError(f"{target}: exists already")
     write_atomically(target, source.read_text(encoding="utf-8"))
-    console.print(f"{target}: change it, then fvae-lora train {target}", highlight=False)
+    console.print(f"{target}: change it, then run fvae-lora train {target}", highlight=False)
 
 
 def _first_comment(file: Path) -> str:
@@ -518,6 +521,6 @@ def _without_none(**options: Any) -> dict[str, Any]:
 def main() -> None:
     """Runs the command line: one line and exit code 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C.
 
-    143 after SIGTERM, if its signals are handled (`fvae_lora_experiments.__main__`).
+    143 after SIGTERM, if signals are handled (`fvae_lora_experiments.__main__`).
     """
     distributed.exit_process(exit_code(lambda: app(standalone_mode=False)))

@@ -1,4 +1,4 @@
-"""The embedded default: FVAE-LoRA, LoRA and a linear probe on handwritten digits, with nothing to fetch."""
+"""The demo: FVAE-LoRA, LoRA and a linear probe on handwritten digits, without downloads."""
 
 import os
 from pathlib import Path
@@ -18,12 +18,12 @@ SEEDS = (1, 2, 42)
 
 
 def run_demo(out: Path, quick: bool, console: Console) -> list[str]:
-    """Trains and compares; ends with the table and one HTML page in `out`.
+    """Trains and compares; ends with a table and an HTML page in `out`.
 
     Args:
-        out: the folder of the runs. What is done there already is not done again.
-        quick: one seed and two epochs, to see that everything works. The numbers mean nothing.
-        console: where progress and the table are shown.
+        out: the folder of the runs. Runs that are complete there are not repeated.
+        quick: one seed and two epochs, to check that everything works; the numbers mean nothing.
+        console: where to show progress and the table.
 
     Returns:
         A line for each run that failed.
@@ -31,9 +31,9 @@ def run_demo(out: Path, quick: bool, console: Console) -> list[str]:
     overrides = ["train.epochs=2"] if quick else []
     runs = runs_of(contenders(RECIPE, out, METHODS, overrides), SEEDS[:1] if quick else SEEDS)
     console.print(
-        "A small ViT that knows clothes (Fashion-MNIST) learns to read handwritten digits, "
-        f"{len(METHODS)} methods, {len(runs)} runs.\nEach method has the learning rate that served it best on "
-        "validation, of one common grid.",
+        "A small ViT that was pre-trained on clothes (Fashion-MNIST) learns to read handwritten digits, "
+        f"{len(METHODS)} methods, {len(runs)} runs.\nEach method has the learning rate that was best for it on "
+        "validation, from one common grid.",
         highlight=False,
     )
     for summary in inspect_each(runs, set()):

@@ -1,4 +1,4 @@
-"""Recipes: YAML that is checked against a schema before anything starts; extending, changing, listing them."""
+"""Recipes: YAML that is checked against a schema before anything starts; loading, extending, overriding, listing."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class RecipeKey:
-    """A dotted key of recipes: its default as YAML (None where it has to be given), what it may be, what it means."""
+    """A dotted key of recipes: its default as YAML (None if it is required), what is allowed, what it means."""
 
     name: str
     default: str | None
@@ -61,7 +61,7 @@ def _allowed(schema: Mapping[str, Any]) -> str:
     if schema["type"] == "array":
         count = f"{schema['minItems']} or more " if "minItems" in schema else ""
         count = f"{schema['minItems']} to {schema['maxItems']} " if "maxItems" in schema else count
-        if "prefixItems" in schema:  # a tuple, of so many and no other
+        if "prefixItems" in schema:  # a tuple of fixed length
             return f"list of ({', '.join(map(_allowed, schema['prefixItems']))})"
         return f"list of {count}({_allowed(schema['items'])})"
     bounds = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
@@ -70,24 +70,24 @@ def _allowed(schema: Mapping[str, Any]) -> str:
 
 
 def as_yaml(value: Any) -> str:
-    """A value as it is written in a recipe and on the command line."""
+    """A value as written in a recipe and on the command line."""
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
 
 
 def recipe_tree(name: str) -> dict[str, Any]:
-    """What a recipe's file, and those that it extends, say: dotted keys and their values.
+    """The dotted keys and values in a recipe's file and those that it extends.
 
     Raises:
-        UserError: no such recipe, not YAML.
+        UserError: there is no such recipe, or it is not YAML.
     """
     return flatten(_read(name))
 
 
 def recipe_file(name: str) -> Path:
-    """The file of a shipped recipe, or the file of that path.
+    """The file of a shipped recipe, or the file at that path.
 
     Raises:
-        UserError: if there is neither.
+        UserError: there is neither.
     """
     path = shipped_recipes().get(name, Path(name))
     if not path.is_file():
@@ -100,12 +100,12 @@ def recipe_file(name: str) -> Path:
 def load_recipe(name: str, overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of that name or path, changed by `key=value` strings and by dotted `options`.
 
-    A recipe may `extends:` another, shipped or a path from its own folder: it holds what differs. A method's own
-    defaults win over the recipe's sections. A recipe's `per_method` maps a method to the dotted keys that it has
-    otherwise, and wins over both; overrides win over all.
+    With `extends:` a recipe names another (a shipped one, or a path relative to its own folder) and only holds what
+    differs. A method's own defaults win over the recipe's sections. A recipe's `per_method` maps methods to dotted keys
+    and wins over both; overrides win over all.
 
     Raises:
-        UserError: an unknown key, a bad value, a key that is given twice, no such recipe, not YAML.
+        UserError: an unknown key, a bad value, a key given twice, a recipe that does not exist or is not YAML.
     """
     tree = _read(name)
     per_method = tree.pop("per_method", None) or {}
@@ -122,10 +122,10 @@ def load_recipe(name: str, overrides: Sequence[str] = (), options: Mapping[str, 
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, but for a key that is given twice, of which it would take the last without a word."""
+    """The safe loader, except that it refuses a key given twice, of which it would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping without such a key."""
+        """A mapping in which no key is given twice."""
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         names = [key.value for key in keys]
         for key in keys:
@@ -150,7 +150,7 @@ def _changes(overrides: Sequence[str], options: Mapping[str, Any]) -> dict[str, 
 
 
 def _read(name: str, inheriting: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A recipe's file as a tree, laid over that of the recipe which it `extends`, if any."""
+    """A recipe's file as a tree, merged into that of the recipe that it `extends`, if any."""
     if name in inheriting:
         raise UserError(f"recipe {inheriting[0]}: extends itself, by way of {name}")
     try:
@@ -175,7 +175,7 @@ def check_recipe(tree: Mapping[str, Any], where: str) -> Recipe:
     """`tree` as a recipe.
 
     Raises:
-        UserError: names `where`, the first key that is wrong, and what is allowed there.
+        UserError: names `where`, the first wrong key, and what is allowed there.
     """
     try:
         recipe = Recipe.model_validate(tree)
@@ -216,7 +216,7 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _key_path(loc: tuple[int | str, ...]) -> list[int | str]:
-    """Where an error is, without the names of the kinds that a value may be of, which follow those of the keys."""
+    """The keys in an error's location, without the types of a union that pydantic adds after them."""
     section: Any = Recipe
     kept: list[int | str] = []
     for part in loc:

@@ -25,7 +25,7 @@ def runs(make_recipe: Callable[..., Recipe], tmp_path: Path) -> list[PlannedRun]
 def test_a_terminal_of_80_columns_shows_all_counts_and_the_end(runs: list[PlannedRun], minutes: int) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
     with ProgressDisplay(1440, runs[900:], console) as board:
-        board.began -= 60 * minutes
+        board.started -= 60 * minutes
         board.show(runs[913:929], [(run, "failed: no" if run is runs[900] else None) for run in runs[900:913]])
     last = console.file.getvalue().split("\r")[-1]  # type: ignore[attr-defined]
     assert "912/1440 done, 16 running, 1 failed, 511 waiting" in last
@@ -48,7 +48,7 @@ def test_a_log_gets_a_line_for_each_run_that_ended(runs: list[PlannedRun]) -> No
     console = Console(file=io.StringIO(), width=80)
     with ProgressDisplay(4, runs[1:4], console) as board:
         board.show(runs[1:3])
-        board.began -= 100
+        board.started -= 100
         board.show([runs[3]], [(runs[1], None), (runs[2], "failed: the loss is nan at step 3")])
         board.show([], [(runs[3], None)])
     first, second, third = console.file.getvalue().splitlines()  # type: ignore[attr-defined]

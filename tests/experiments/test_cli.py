@@ -168,8 +168,8 @@ def test_ctrl_c_ends_a_command_with_one_line_and_130(cli: Cli, monkeypatch: pyte
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fvae_lora_experiments.demo.demo", interrupted)
-    assert cli("demo") == (130, "", "fvae-lora: stopped; the same command goes on where it was\n")
+    monkeypatch.setattr("fvae_lora_experiments.demo.run_demo", interrupted)
+    assert cli("demo") == (130, "", "fvae-lora: stopped; the same command resumes where it was\n")
 
 
 def test_a_comparison_is_refused_before_any_of_its_runs_when_a_method_has_nothing_to_train(

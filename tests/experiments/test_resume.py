@@ -108,7 +108,7 @@ def test_ctrl_c_says_how_to_go_on(make_recipe: Callable[..., Recipe], undisturbe
     process.join()
     assert process.exitcode == 130
     last = (tmp_path / "said").read_text().splitlines()[-1]
-    assert last == "fvae-lora: stopped; the same command goes on where it was"
+    assert last == "fvae-lora: stopped; the same command resumes where it was"
     assert json.loads((folder / "run.json").read_text())["state"] == "running"
     assert attempt(recipe, folder)
     assert result(folder) == undisturbed(recipe)

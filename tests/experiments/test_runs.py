@@ -145,13 +145,13 @@ def test_the_user_s_name_is_found_as_a_word(tmp_path: Path, monkeypatch: pytest.
     from fvae_lora_experiments.run import archive
 
     monkeypatch.setattr(getpass, "getuser", lambda: "alice")
-    archive._telling.cache_clear()
+    archive._identifying.cache_clear()
     write_run(tmp_path / "1", record("lora", 1, reason="malice and alice-in-wonderland"))
     pack(tmp_path, tmp_path / "runs.jsonl.gz")
     write_run(tmp_path / "2", record("lora", 2, reason="the folder of alice"))
     with pytest.raises(UserError, match="the folder of alice"):
         pack(tmp_path / "2", tmp_path / "2.runs.jsonl.gz")
-    archive._telling.cache_clear()
+    archive._identifying.cache_clear()
 
 
 def test_names_on_the_hub_ways_up_and_a_data_set_s_own_classes_are_packed(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.run.runner import run_recipe
 from fvae_lora_experiments.schema import Recipe
 
-LINE = "fvae-lora: stopped; the same command goes on where it was\n"
+LINE = "fvae-lora: stopped; the same command resumes where it was\n"
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 PROGRAM = """

@@ -203,7 +203,7 @@ def test_further_scores_are_averaged_over_seeds(tmp_path):
         run = record("lora", seed, **judged_by("accuracy", True, 0.9, worst_group_accuracy=worst, gap=None))
         write_run(tmp_path / str(seed), run)
     (row,) = summary_rows(tmp_path)
-    (worst,) = row.further
+    (worst,) = row.extra_scores
     assert (worst.name, worst.mean) == ("worst_group_accuracy", pytest.approx(0.6))
     assert worst.std == pytest.approx(0.1 * math.sqrt(2))
 

@@ -1,4 +1,4 @@
-"""A folder of runs, told four ways: a terminal table, CSV, Markdown or LaTeX, and one HTML page.
+"""The report on stored runs: a table in the terminal, CSV, Markdown, LaTeX, and an HTML page.
 
 Everything is derived from the records (`run.json`, `metrics.jsonl`); nothing here trains or scores.
 """

@@ -20,8 +20,7 @@ from fvae_lora_experiments.run.record import Record, SourceRecord, is_number, pr
 def summary_rows(*placements: Path) -> list[Row]:
     """Return one row per recipe over its finished seeds and per point of a grid, then each run that is not counted.
 
-    Rows that may be compared stand together, results first, in the order of their validation score: the order does
-    not look at test.
+    Rows that may be compared are together, results first, in the order of their validation score, never of test.
 
     Raises:
         UserError: as `read_runs`.
@@ -31,7 +30,7 @@ def summary_rows(*placements: Path) -> list[Row]:
 
 
 def aggregate(runs: Iterable[StoredRun]) -> list[Group]:
-    """Group the runs whose recipes differ in nothing but the seed, in the order of `summary_rows`."""
+    """Group the runs whose recipes only differ in the seed, in the order of `summary_rows`."""
     trials, left_out = _gathered([_countable(run) for run in runs])
     compared = [
         _compared(list(alike)) for _, alike in groupby(sorted(trials, key=_comparison_key), key=_comparison_key)
@@ -44,7 +43,7 @@ def _comparison_key(trials: Trials) -> tuple[str, ...]:
 
 
 def _gathered(runs: Sequence[StoredRun]) -> tuple[list[Trials], list[Group]]:
-    """Gather the runs of each recipe, and those that are counted nowhere."""
+    """Gather the runs of each recipe, and those that are not counted."""
     runs = _identified(runs)
     records = [run.record for run in runs if run.record]
     models, datasets = _labels(r.model for r in records), _labels(map(_data, records))
@@ -90,7 +89,7 @@ def _left_out(run: StoredRun, seed: int, trials: Trials, state: State, reason: s
 
 
 def _countable(run: StoredRun) -> StoredRun:
-    """Take the record from a run that claims to be complete and is not."""
+    """Mark a run as unreadable if its record claims to be complete and is not."""
     record = run.record
     if record is None or record.state != "complete":
         return run
@@ -105,7 +104,7 @@ def _countable(run: StoredRun) -> StoredRun:
 
 
 def _identified(runs: Sequence[StoredRun]) -> list[StoredRun]:
-    """Say of a run that ended before it had opened model and data which ones its recipe means, if another run knows."""
+    """Fill in model and data of runs that ended before opening them, from other runs of the same recipe."""
 
     def asked(run: StoredRun) -> tuple[str, ...]:
         return tuple(printable(run.recipe.get(key)) for key in ("task", "model", "dataset", "data"))
@@ -123,11 +122,11 @@ def _identified(runs: Sequence[StoredRun]) -> list[StoredRun]:
 
 
 NAMED_ELSEWHERE = {"task", "method", "model", "dataset", "seed", "purpose"}
-"""What rows of a comparison do not differ in by these names: model and data are known by their contents."""
+"""Keys that do not distinguish rows: model and data are identified by their contents instead."""
 
 
 def _compared(trials: Sequence[Trials]) -> list[Group]:
-    """Make the rows of what was measured alike, in their order."""
+    """Make the rows of one comparison, in their order."""
     results = [each for each in trials if each.measured.state == "complete"]
     points = [each for each in trials if each.measured.state == "selection"]
     begun = [each.runs.keys() | each.unfinished.keys() for each in results]
@@ -213,10 +212,10 @@ def _extra_scores(measured: Measured, records: Sequence[Record]) -> Iterable[Ext
 def _settings(
     trials: Sequence[Trials], superseded: Collection[Trials] = (), gridded: Collection[str] = ()
 ) -> dict[Trials, str]:
-    """Name, for each, the entries in which its recipe differs from another of its method.
+    """Name the entries in which each recipe differs from others of its method.
 
-    What a grid chose (`gridded`) is left out where the rows are told apart without it: a row then has the same name on
-    every data set. What is superseded is told apart, and tells nothing apart.
+    Keys that a grid chose (`gridded`) are left out if the rows are distinct without them, so that a row has the same
+    name on every data set. Superseded rows are named by all their entries, but do not make others longer.
     """
     named = {}
     for method in {each.measured.method for each in trials}:

@@ -1,4 +1,4 @@
-"""What every table shows of a row."""
+"""The columns of the tables, and how a row's cells are written."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,7 +26,7 @@ def score(row: Row) -> str:
 
 
 def seeds(row: Row) -> str:
-    """Say how many seeds finished, and of how many where some are missing."""
+    """Write how many seeds finished, and out of how many if some are missing."""
     n = len(row.seeds)
     return f"{n} of {n + len(row.missing_seeds)}, incomplete" if row.missing_seeds else str(n)
 
@@ -44,7 +44,7 @@ def difference(row: Row) -> str:
 
 
 def result_columns(rows: Sequence[Row]) -> dict[str, Column]:
-    """Return the columns of the scores; those of the baseline and of the paper where a row has something in them."""
+    """Return the columns of the scores; those of the baseline and the paper only if a row has an entry."""
     metric = rows[0].metric
     lower = "" if rows[0].greater_is_better else " ↓"
     columns: dict[str, Column] = {title(metric) + lower: score, "95% CI ±": half_width, "seeds": seeds}
@@ -57,7 +57,7 @@ def result_columns(rows: Sequence[Row]) -> dict[str, Column]:
 
 
 def extra_columns(rows: Sequence[Row]) -> dict[str, Column]:
-    """Return a column for each test score beside the one by which the runs are judged, and the paper's beside it."""
+    """Return a column for each further test score, with the paper's beside it."""
     columns: dict[str, Column] = {}
     for name in dict.fromkeys(score.name for row in rows for score in row.extra_scores):
         columns[title(name)] = partial(_extra_scores, name, lambda found: shown(found.name, found.mean, found.std))
@@ -75,7 +75,7 @@ COSTS: dict[str, Column] = {
     "training FLOPs": lambda row: quantity(row.train_flops),
     "batch FLOPs": lambda row: quantity(row.inference_flops),
 }
-"""What it took: FLOPs are those of the whole training, and of a forward of one batch with the final model."""
+"""Costs: FLOPs are those of the whole training, and of a forward of one batch with the final model."""
 
 
 def _extra_scores(name: str, write: Callable[[ExtraScore], str], row: Row) -> str:

@@ -1,6 +1,6 @@
-"""Charts as inline SVG. Colours, dashes and fonts are the style sheet's: series n has the class `s<n % 8>`.
+"""Charts as inline SVG. Colours, dashes and fonts come from the style sheet: series n has the class `s<n % 8>`.
 
-Coordinates are rounded to a tenth of a unit of the view box, so equal data give equal text.
+Coordinates are rounded to a tenth of a unit of the view box, so equal data gives equal text.
 """
 
 import math
@@ -30,7 +30,7 @@ MARKERS = (
 
 @dataclass(frozen=True)
 class Mark:
-    """How a row looks in every chart: its number stands for a colour, a dash and a marker."""
+    """How a row looks in every chart: its number determines a colour, a dash and a marker."""
 
     label: str
     number: int
@@ -48,7 +48,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Line:
-    """A row's curve, the curves of its seeds, and the points where its marker stands: its end, if none."""
+    """A row's curve, the curves of its seeds, and the points with a marker; by default its end."""
 
     mark: Mark
     mean: Sequence[CurvePoint]
@@ -69,7 +69,7 @@ class Dot:
 def line_chart(title: str, x_label: str, lines: Sequence[Line], ticks: Sequence[float] = ()) -> Markup:
     """Draw the seeds of each line faint, and its mean bold with its marker.
 
-    With `ticks`, these are the values that x names, and x is logarithmic where they span a factor of ten.
+    With `ticks`, x is labelled at these values, and logarithmic if they span a factor of ten.
     """
     everything = [point for line in lines for curve in (*line.seeds, line.mean) for point in curve]
     x = Axis.linear([point[0] for point in everything], LEFT, 440)
@@ -94,7 +94,7 @@ def line_chart(title: str, x_label: str, lines: Sequence[Line], ticks: Sequence[
 
 
 def scatter_chart(title: str, x_label: str, dots: Sequence[Dot], unit: Callable[[float], str]) -> Markup:
-    """Draw dots with their error bars; x is logarithmic where it spans a factor of ten."""
+    """Draw dots with their error bars; x is logarithmic if it spans a factor of ten."""
     costs = [dot.x for dot in dots]
     x = (Axis.logarithmic if _wide(costs) else Axis.linear)(costs, LEFT + 12, 320, unit)
     y = Axis.linear([dot.y + end for dot in dots for end in (-dot.spread, dot.spread)], BOTTOM - 12, TOP)

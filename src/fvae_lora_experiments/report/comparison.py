@@ -1,4 +1,4 @@
-"""What the page says about the rows that were measured alike: their table, their charts, their facts."""
+"""What the page shows of one comparison: tables, charts and facts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from fvae_lora_experiments.run.record import is_number, printable
 POINTS_IN_A_MEAN = 120
 POINTS_IN_A_SEED = 60
 POINTS_IN_A_SPARK = 24
-"""What a curve is thinned to, so that 200 runs stay a page that a browser opens at once."""
+"""The points that a curve is thinned to, so that a page of 200 runs opens fast."""
 
 CHARTED_COSTS: dict[str, Callable[[Row], float | None]] = {
     "FLOPs of training": lambda row: row.train_flops,
@@ -38,7 +38,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Layer:
-    """How each term of one adapted layer developed: (curve, first value, last value), None where unknown."""
+    """How each ELBO term of a layer developed: (curve, first, last value), or None if unknown."""
 
     name: str
     terms: Sequence[tuple[Markup, str, str] | None]
@@ -46,7 +46,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Elbo:
-    """The layers of one row."""
+    """The ELBO terms of a row's layers."""
 
     label: str
     terms: Sequence[str]
@@ -55,16 +55,16 @@ class Elbo:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that the page shows of the rows that were measured alike."""
+    """Everything that the page shows of one comparison."""
 
     row: Row
     better: str
-    """Where in a chart of score against cost the good ones are."""
+    """The direction of better scores in a chart of score against cost."""
     results: Table | None
     rows: Sequence[tuple[Row, Mark, Markup]]
-    """For each row of `results` its row, its mark, and the strip of its seeds."""
+    """For each row of `results`: the row, its mark, and the strip of its seeds."""
     scale: tuple[str, str]
-    """The ends of the strips, as scores are shown."""
+    """The ends of the strips, formatted like scores."""
     tables: Sequence[Table]
     """The other tables of the results."""
     grids: Sequence[Table]
@@ -76,7 +76,7 @@ class Comparison:
 
 
 def draw_comparison(groups: Sequence[Group], marks: dict[str, Mark]) -> Comparison:
-    """Draw everything about `groups`, which were measured alike; `marks` has a mark for each label and grid line."""
+    """Draw everything about the groups of one comparison; `marks` has a mark for each label and grid line."""
     finished = [group for group in groups if group.row.state == "complete"]
     points = [group.row for group in groups if group.row.state == "selection"]
     row = groups[0].row
@@ -125,7 +125,7 @@ def _curves(groups: Sequence[Group], marks: dict[str, Mark]) -> Panel:
 
 
 def _grid_charts(points: Sequence[Row], marks: dict[str, Mark]) -> Iterator[Panel]:
-    """Draw validation score against the value of the grid's key, the chosen point marked, failed ones left out."""
+    """Draw validation score against the value of the grid's key, the chosen point marked, without failed ones."""
     key = grid_key(points)
     values = sorted({value for row in points if is_number(value := dict(row.point).get(key))})
     for chunk in _chunks(list(grid_lines(points, key).items())):
@@ -195,7 +195,7 @@ def _development(seeds: Sequence[list[CurvePoint]]) -> tuple[Markup, str, str] |
 
 
 def _facts(runs: Sequence[StoredRun]) -> dict[str, str]:
-    """List what was measured on what, each fact with every value that the runs have for it."""
+    """List facts on data, model and machine, each with every value that occurs in the runs."""
     records = [run.record for run in runs if run.record]
     facts = {
         "data": [f"{r.dataset.name}, SHA-256 {r.dataset.fingerprint[:12]}" for r in records],

@@ -14,14 +14,13 @@ from fvae_lora_experiments.report.tables import Table, compared_rows, overview_t
 from fvae_lora_experiments.run.folder import write_atomically
 
 HEADING_WIDTH = 10
-"""How many characters of a heading stand side by side in LaTeX."""
+"""The width at which LaTeX headings are wrapped, in characters."""
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Write every field of every row, unrounded: scores as recorded, the paper's in percent, seconds, MB.
 
-    Further test scores have columns of their own: mean, standard deviation, and what the paper published. Empty is
-    unknown.
+    Further test scores have their own columns: mean, standard deviation, and the paper's figure. Empty means unknown.
     """
     plain = [field.name for field in fields(Row) if field.name != "extra_scores"]
     lines = [{name: _csv(getattr(row, name)) for name in plain} | _extra_scores(row) for row in rows]

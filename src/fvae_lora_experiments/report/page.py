@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing but itself: no script, no request."""
+"""The report as one self-contained HTML page, without scripts or requests."""
 
 from collections import Counter
 from collections.abc import Sequence

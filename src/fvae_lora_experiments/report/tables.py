@@ -1,4 +1,4 @@
-"""What is told of the rows, as tables and notes of plain text; each format writes these."""
+"""The report's tables and notes as plain text, which each format writes."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -14,25 +14,25 @@ from fvae_lora_experiments.report.rows import Row
 
 @dataclass(frozen=True)
 class Table:
-    """A heading for each column, and rows of as many cells; the first column says which row it is."""
+    """A heading for each column, and rows with as many cells; the first column names the row."""
 
     title: str
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
-    """What a reader must know of it, a sentence or two each."""
+    """What a reader must know about it, a sentence or two each."""
 
 
 @dataclass(frozen=True)
 class ComparedRows:
-    """The rows that were measured alike: finished ones, and the points of their methods' grids."""
+    """The rows of one comparison: finished ones, and the points of their methods' grids."""
 
     rows: Sequence[Row]
     points: Sequence[Row]
 
     @property
     def any(self) -> Row:
-        """A row, for what all have in common."""
+        """Any of the rows, for what all have in common."""
         return (*self.rows, *self.points)[0]
 
     @property
@@ -42,7 +42,7 @@ class ComparedRows:
 
 
 def compared_rows(rows: Sequence[Row]) -> Iterator[ComparedRows]:
-    """Yield the rows that were measured alike together, for each of such sets."""
+    """Yield the rows of each comparison."""
     counted = (row for row in rows if row.state in ("complete", "selection"))
     for _, alike in groupby(counted, key=lambda row: row.comparison_key):
         both = list(alike)
@@ -52,12 +52,12 @@ def compared_rows(rows: Sequence[Row]) -> Iterator[ComparedRows]:
 
 
 def uncounted(rows: Sequence[Row]) -> list[Row]:
-    """Pick the runs that no number contains: failed, unfinished, unreadable, or there twice."""
+    """Pick the runs that are in no number: failed, unfinished, unreadable or duplicate."""
     return [row for row in rows if row.state not in ("complete", "selection")]
 
 
 def tables(compared: ComparedRows) -> list[Table]:
-    """Return the tables of a comparison that have something to tell, the results first."""
+    """Return the tables of a comparison that are not empty, results first."""
     return [*_measured(compared.rows), *grid_tables(compared.points)]
 
 
@@ -85,7 +85,7 @@ def _measured(rows: Sequence[Row]) -> list[Table]:
 def grid_tables(points: Sequence[Row]) -> list[Table]:
     """Return the table of validation scores over the grids of all methods, if there is a grid.
 
-    The key that most methods vary (the learning rate, if it is one of them) goes across, what else varies goes down.
+    The key that most methods vary (preferably the learning rate) goes across, others go down.
     """
     if not points:
         return []
@@ -132,8 +132,8 @@ def _point(row: Row) -> str:
 def overview_tables(rows: Sequence[Row]) -> list[Table]:
     """Return a table of data sets across and methods down for each model that has results on several data sets.
 
-    The mean over the data sets is that of methods which have every seed on every one of them. Where the paper has
-    figures for the same data sets, they follow as a table of their own.
+    The mean over the data sets is only given for methods with every seed on each of them. If the paper has figures for
+    the same data sets, they follow in a separate table.
     """
     results = sorted((row for row in rows if row.state == "complete"), key=_family)
     made = []
@@ -173,7 +173,7 @@ def _overview(rows: Sequence[Row], datasets: Sequence[str]) -> Table:
 
 
 def _published(row: Row, datasets: dict[str, str]) -> list[Table]:
-    """The paper's figures for the data sets of an overview, where one of its tables has them all."""
+    """The paper's figures for the data sets of an overview, if one of its tables has them all."""
     found = published(row.hub_name, row.metric)
     if found is None:
         return []

@@ -1,4 +1,4 @@
-"""The report in a terminal, at whatever width it has."""
+"""The report in a terminal of any width."""
 
 from collections.abc import Iterator, Sequence
 
@@ -46,7 +46,7 @@ def _print(table: Table, console: Console) -> None:
 
 
 def _fitting(table: Table, width: int) -> Iterator[list[int]]:
-    """Yield column numbers in portions that, beside the first column, fit into `width`."""
+    """Yield column numbers in portions that fit into `width` together with the first column."""
     first = 1 + max(len(word) for line, *_ in table.rows for word in line.split(" "))
     portion: list[int] = []
     used = first
@@ -61,7 +61,7 @@ def _fitting(table: Table, width: int) -> Iterator[list[int]]:
 
 
 def _width(table: Table, column: int) -> int:
-    """Return the width that no cell needs to be broken for, and no word of the heading."""
+    """Return the width at which no cell and no word of the heading has to be broken."""
     lines = (line for row in table.rows for line in _broken(row[column]).split("\n"))
     return max(map(len, (*table.headings[column].split(), *lines)))
 

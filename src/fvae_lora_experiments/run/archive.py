@@ -1,7 +1,7 @@
-"""Runs as they lie on a disk: in folders of their own, or many in one file, in whatever state they were left.
+"""Reading stored runs, from their folders or many from one file, in whatever state they were left.
 
-Such a file is gzip'd JSON lines: a run's name, its record and its learning curve per line. It holds all that a report
-needs, a hundred runs in a hundred kilobytes; the adapters stay behind.
+Such a file is gzip'd JSON lines: a run's name, its record and its learning curve per line. It holds everything that a
+report needs, a hundred runs in a hundred kilobytes, but not the adapters.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ from fvae_lora_experiments.schema import Recipe
 CurvePoint = tuple[float, float]
 
 ENDING = "runs.jsonl.gz"
-"""How the name of a file of runs ends: by it a report finds the file in a folder."""
+"""The ending of the name of a file of runs, by which a report finds it in a folder."""
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run: its name below the place where runs were looked for, its record, or None and the `error`."""
+    """A run: its name relative to where runs were searched, and its record, or None and the `error`."""
 
     name: str
     record: Record | None
@@ -45,7 +45,7 @@ class StoredRun:
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        """Its recipe with the keys that it was written without, so that it compares with one that has them."""
+        """Its recipe with defaults for keys that did not exist when it was written, for comparison with newer ones."""
         written = self.record.recipe if self.record else {}
         try:
             return Recipe.model_validate(written).model_dump()
@@ -58,7 +58,7 @@ class StoredRun:
         return self.read_events()
 
     def curve(self, event: str, score: str) -> list[CurvePoint]:
-        """(epoch, score) of every such event, in order."""
+        """(epoch, score) of every event of that kind, in order."""
         measured = [(e.epoch, e.scores) for e in self.events if e.event == event]
         return sorted({epoch: scores[score] for epoch, scores in measured if score in scores}.items())
 
@@ -80,11 +80,11 @@ def read_runs(*places: Path) -> list[StoredRun]:
     """Reads all runs at or below `places`, sorted by path.
 
     Args:
-        places: folders, in which runs and files of runs lie at any depth, or files of runs. Where there are several,
-            the names of the runs begin with theirs. A run that lies unpacked beside its file is read from its folder.
+        places: folders with runs and files of runs at any depth, or files of runs. If there are several, the names of
+            the runs begin with theirs. A run that was unpacked beside its file is read from its folder.
 
     Raises:
-        UserError: there is no such place, or no run there; a file of runs that cannot be read.
+        UserError: a place does not exist or has no run, or a file of runs cannot be read.
     """
     runs = []
     for place in places:
@@ -98,7 +98,7 @@ def read_runs(*places: Path) -> list[StoredRun]:
 
 
 def folder_name(place: Path) -> str:
-    """What to call the runs of a place: as its folder is called."""
+    """The name of the folder of a place, used to name its runs."""
     folder = place.resolve()
     return printable((folder.parent if folder.is_file() else folder).name)
 
@@ -133,7 +133,7 @@ def _packed_in(file: Path) -> Iterator[StoredRun]:
             for number, line in enumerate(lines, 1):
                 yield _packed_run(line, f"{file}: line {number}")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not a whole file of runs: {printable(str(error))}") from error
+        raise UserError(f"{file}: not a complete file of runs: {printable(str(error))}") from error
 
 
 def _packed_run(line: str, where: str) -> StoredRun:
@@ -151,14 +151,14 @@ def _packed_run(line: str, where: str) -> StoredRun:
 
 
 def pack(place: Path, file: Path) -> int:
-    """Writes all runs at or below `place` to `file`, which is the same for the same runs, to the byte.
+    """Writes all runs at or below `place` to `file`; the same runs give the same bytes.
 
     Returns:
-        How many.
+        The number of runs.
 
     Raises:
-        UserError: no run there, or one that cannot be read or tells where it was done; two of one name; a file that
-            exists already or whose name does not end in `runs.jsonl.gz`. Nothing was written.
+        UserError: there is no run, a run cannot be read or reveals where it was done, two runs have one name, or the
+            file exists already or its name does not end in `runs.jsonl.gz`. Nothing was written.
     """
     if not file.name.endswith(ENDING):
         raise UserError(f"{file}: expected a name that ends in {ENDING}, by which a report finds it")
@@ -168,7 +168,7 @@ def pack(place: Path, file: Path) -> int:
     _refuse_namesakes(runs, place)
     lines = "".join(f"{json.dumps(_contents(run, place), separators=(',', ':'))}\n" for run in runs)
     packed = io.BytesIO()
-    with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as out:  # no name and no date: the same runs, the same bytes
+    with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as out:  # without name and date, for reproducible bytes
         out.write(lines.encode())
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, packed.getvalue())
@@ -176,13 +176,13 @@ def pack(place: Path, file: Path) -> int:
 
 
 def unpack(file: Path, folder: Path) -> int:
-    """Gives the runs in `file` folders of their own again, below `folder`: without adapters, but `compare` goes on.
+    """Restores the folders of the runs in `file` below `folder`, without adapters; `compare` can continue there.
 
     Returns:
-        How many.
+        The number of runs.
 
     Raises:
-        UserError: not a file of runs; a run in it that cannot be read, or whose folder exists already or would lie
+        UserError: it is not a file of runs, or a run in it cannot be read, or its folder exists already or would be
             elsewhere. Nothing was written.
     """
     runs = read_runs(file)
@@ -217,14 +217,14 @@ def _contents(run: StoredRun, place: Path) -> dict[str, Any]:
     for where, text in _texts(contents):
         if not where.startswith(("record.dataset.classes", "record.dataset.groups")) and _identifying().search(text):
             raise UserError(
-                f"{place}: {run.name}: {where}: {printable(text)!r} tells where the run was done; a file of runs holds "
-                "no absolute path, host or user"
+                f"{place}: {run.name}: {where}: {printable(text)!r} reveals where the run was done; a file of runs "
+                "must not hold an absolute path, a host or a user"
             )
     return contents
 
 
 def _texts(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """Each text in JSON `value`, keys included, with its dotted place."""
+    """Each string in JSON `value`, keys included, with its dotted path."""
     if isinstance(value, str):
         yield where, value
     elif isinstance(value, list):
@@ -238,7 +238,7 @@ def _texts(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
 
 @cache
 def _identifying() -> re.Pattern[str]:
-    """What tells of a machine or of whose it is: a path that begins at a root or at a home, its name, its user's."""
+    """Matches what identifies a machine or its user: absolute paths, paths from a home folder, host and user names."""
     names = {socket.gethostname(), socket.gethostname().partition(".")[0], Path.home().name}
     with contextlib.suppress(KeyError, OSError):  # a user without a name
         names.add(getpass.getuser())

@@ -1,4 +1,4 @@
-"""How far something is, as lines of a log: without a terminal bars would fill it with the codes that move them."""
+"""Progress as lines of a log: without a terminal, progress bars would fill it with control codes."""
 
 import sys
 import time
@@ -8,11 +8,11 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 REPORT_INTERVAL_S = 60.0
-"""How long nothing is said for, unless something has come to its end."""
+"""Seconds between two lines, unless something ends in between."""
 
 
 def is_terminal() -> bool:
-    """Whether somebody sees bars."""
+    """Whether progress bars are visible."""
     return sys.stderr.isatty()
 
 
@@ -23,7 +23,7 @@ def eta(left: timedelta) -> str:
 
 
 class ProgressLines(TrainerCallback):
-    """Says now and then how far training is, and what the last epoch has brought."""
+    """Prints from time to time how far training is, and the scores of the last epoch."""
 
     def __init__(self, metric: str):
         self.metric, self.scores = metric, ""
@@ -31,7 +31,7 @@ class ProgressLines(TrainerCallback):
         self.steps_at_start = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """From here on time counts."""
+        """Starts the clock."""
         self.started = self.last_printed = time.monotonic()
         self.steps_at_start = state.global_step
 
@@ -43,18 +43,18 @@ class ProgressLines(TrainerCallback):
         metrics: dict[str, float],
         **_: Any,
     ) -> None:
-        """An epoch has its scores."""
+        """Keeps the scores of an epoch."""
         names = dict.fromkeys(("loss", self.metric))
         scores = [f"{name} {metrics[f'eval_{name}']:.4f}" for name in names if f"eval_{name}" in metrics]
         self.scores = f", validation after epoch {round(state.epoch or 0)}: {', '.join(scores)}"
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A step is done."""
+        """Prints a line if the last one is old enough."""
         if time.monotonic() - self.last_printed >= REPORT_INTERVAL_S:
             self._print(state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The last line."""
+        """Prints the last line."""
         self._print(state)
 
     def _print(self, state: TrainerState) -> None:

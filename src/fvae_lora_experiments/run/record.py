@@ -1,6 +1,6 @@
-"""A run's record, as it is written and as it is read: `run.json`, and the lines of `metrics.jsonl`.
+"""A run's record, for writing and reading: `run.json`, and the lines of `metrics.jsonl`.
 
-What only a later version knows is kept; a record that this version would misread has another `schema`.
+Fields of later versions are kept; a record that this version would misread has another `schema`.
 """
 
 import contextlib
@@ -12,13 +12,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 
 def printable(value: object) -> str:
-    """`value` as text without control characters and lone surrogates, fit for terminals and files."""
+    """`value` as text without control characters and lone surrogates, safe for terminals and files."""
     text = value if isinstance(value, str) else "" if value is None else json.dumps(value)
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether `value` is a number that can be averaged and drawn: not True, not NaN, not beyond 1e100."""
+    """Whether `value` is a number that can be averaged and plotted: not a bool, not NaN, not above 1e100."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
 
 
@@ -43,14 +43,14 @@ NonNegative = Annotated[int, Field(ge=0, le=10**18)]
 Quantity = Annotated[int | float, Field(ge=0, le=1e30)]
 Measured = Annotated[int | float | None, BeforeValidator(lambda value: value if is_number(value) else None)]
 Scores = Annotated[dict[str, int | float], BeforeValidator(_numbers)]
-"""Scores by name; NaN, infinity and what is not a number are left out."""
+"""Scores by name, without those that are NaN, infinite or not numbers."""
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     def contents(self) -> dict[str, Any]:
-        """What is written of it: what was found out, and what was read and is unknown here."""
+        """What is written: the fields that were set, and unknown ones that were read."""
         return self.model_dump(by_alias=True, exclude_unset=True)
 
 
@@ -62,14 +62,14 @@ class SourceRecord(_Part):
 
 
 class TestedOn(_Part):
-    """The data of a run's test scores, where they have changed since it was trained."""
+    """The data of a run's test scores, if it has changed since training."""
 
     fingerprint: Name
     splits: dict[str, Any] = {}
 
 
 class DatasetRecord(SourceRecord):
-    """A data set, and what was measured on it. A task adds facts of its own."""
+    """A data set and its splits. A task may add further facts."""
 
     protocol: Name = ""
     splits: dict[str, Any] = {}
@@ -80,12 +80,12 @@ class DatasetRecord(SourceRecord):
     average: Name = ""
     """How the groups are weighted in an average over them."""
     note: Note = None
-    """How it differs from the published data set that it looks like."""
+    """How it differs from the published data set that it resembles."""
     tested_on: TestedOn | None = None
 
     @property
     def test_fingerprint(self) -> str:
-        """The fingerprint of the data of the test scores."""
+        """The fingerprint of the data that the test scores are from."""
         return self.tested_on.fingerprint if self.tested_on else self.fingerprint
 
 
@@ -98,7 +98,7 @@ class Parameters(_Part):
 
 
 class Time(_Part):
-    """Seconds from start to end, pauses not counted; the dates of start and end."""
+    """Seconds of work, without pauses, and the dates of start and end."""
 
     wall_s: Quantity | None = None
     train_s: Quantity | None = None
@@ -113,7 +113,7 @@ class Memory(_Part):
 
 
 class Flops(_Part):
-    """Floating-point operations: of a step, of the whole training, of a forward of one batch with the final model."""
+    """Floating-point operations: of a step, of the whole training, and of one batch's forward with the final model."""
 
     train_step: Quantity | None = None
     train_total: Quantity | None = None
@@ -121,33 +121,33 @@ class Flops(_Part):
 
 
 class MetricRecord(_Part):
-    """The score by which a run selected its epoch and by which it is judged."""
+    """The score by which a run selects its epoch and is judged."""
 
     name: Name = "accuracy"
     greater_is_better: bool = True
 
 
 class Metrics(_Part):
-    """The scores that a run ended with: on validation those of its best epoch, on test none for a point of a grid."""
+    """The final scores of a run: on validation those of its best epoch; on test none for a point of a grid."""
 
     validation: Scores = {}
     test: Scores = {}
 
 
 class Record(_Part):
-    """`run.json`. A run that was stopped early lacks what it had not yet found out."""
+    """`run.json`. If a run was stopped early, later fields are missing."""
 
     schema_version: Literal[1] = Field(alias="schema")
     state: Literal["running", "complete", "failed"]
     reason: Note = None
     """Why it failed."""
     diverged: bool = False
-    """Whether it failed because a number became NaN or infinite, and would fail so again."""
+    """Whether it failed because a number became NaN or infinite, and would do so again."""
     task: Name = ""
     method: Name
     seed: int
     recipe: dict[str, Any] = {}
-    """As it was resolved; places of model and data are relative to the run's folder."""
+    """The resolved recipe; paths of model and data are relative to the run's folder."""
     metric: MetricRecord = MetricRecord()
     model: SourceRecord = SourceRecord()
     dataset: DatasetRecord = DatasetRecord()
@@ -162,7 +162,7 @@ class Record(_Part):
 
     @property
     def is_selection(self) -> bool:
-        """Whether it is a point of a grid: scored on validation alone, to choose a setting."""
+        """Whether it is a point of a grid, scored only on validation to choose a setting."""
         return self.recipe.get("purpose") == "selection"
 
     @property
@@ -173,7 +173,7 @@ class Record(_Part):
 
 
 class Event(_Part):
-    """A line of `metrics.jsonl`: what was measured after a step, by the name of each score."""
+    """A line of `metrics.jsonl`: what was measured after a step, by name."""
 
     event: Literal["train", "validation", "test"]
     step: NonNegative = 0
@@ -192,10 +192,10 @@ class Event(_Part):
 
 
 def parse_record(contents: str | bytes | dict[str, Any]) -> Record:
-    """The record in `contents`, which are those of a `run.json` or what these say.
+    """The record in `contents`: the text of a `run.json`, or its parsed object.
 
     Raises:
-        ValueError: there is none; in one line.
+        ValueError: it is not a record; the message is one line.
     """
     try:
         if isinstance(contents, str | bytes):
@@ -208,12 +208,12 @@ def parse_record(contents: str | bytes | dict[str, Any]) -> Record:
 
 
 def parse_events(text: str) -> list[Event]:
-    """The learning curve in the text of a `metrics.jsonl`, without the line that a kill cut off."""
+    """The learning curve in the text of a `metrics.jsonl`, without a line truncated by a kill."""
     return _valid_events(Event.model_validate_json, text.splitlines())
 
 
 def read_events(lines: Iterable[Any]) -> list[Event]:
-    """The learning curve in `lines`, each as a dict."""
+    """The learning curve in `lines`, each a dict."""
     return _valid_events(Event.model_validate, lines)
 
 

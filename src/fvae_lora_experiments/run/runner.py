@@ -1,6 +1,6 @@
-"""One run: from a recipe to a scored adapter and its record. Started again, it goes on where it was stopped.
+"""One run: from a recipe to a scored adapter and its record. Started again, it resumes where it was stopped.
 
-Several processes (see `processes`) may do it together: all go through the same steps.
+Several processes (see `run.distributed`) may do it together: all go through the same steps.
 """
 
 import contextlib
@@ -67,25 +67,25 @@ from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import Task, load_task
 
 RUN_FAILURES = (RunError, UserError, OSError, RuntimeError, ValueError, SafetensorError)
-"""What a full disk, a small GPU or a model that does not fit the data raise. Anything else is a bug: its traceback
-is shown, and the run is marked as failed all the same."""
+"""Raised by a full disk, a small GPU or a model that does not fit the data. Anything else is a bug: its traceback is
+shown, and the run is also marked as failed."""
 
 
 def run_recipe(recipe: Recipe, path: Path, quiet: bool = False, accept_changed_data: bool = False) -> Record:
-    """Trains, selects the epoch on validation, scores it once on test, and leaves the record in the folder `path`.
+    """Trains, selects the epoch on validation, scores it once on test, and writes the record to the folder `path`.
 
     Args:
-        recipe: what to do.
-        path: the run's folder. A run that was stopped there goes on; a complete one is only read.
+        recipe: the recipe.
+        path: the run's folder. A run that was stopped there is resumed; a complete one is only read.
         quiet: no progress bars.
-        accept_changed_data: whether a run whose training is complete may be scored on data that have changed since. Its
-            record says so then (`tested_on` beside the data that it was trained on).
+        accept_changed_data: whether a run whose training is complete may be scored on data that has changed since. Its
+            record then says so (`tested_on` beside the data that it was trained on).
 
     Returns:
         The record.
 
     Raises:
-        UserError: bad input; a folder that is in use, holds another run or cannot be read. Nothing was overwritten.
+        UserError: bad input, or the folder is in use, holds another run or cannot be read. Nothing was overwritten.
         RunError: the run failed. Its record says why, and its last checkpoint is kept.
     """
     folder = RunFolder(path)
@@ -112,19 +112,19 @@ def run_recipe(recipe: Recipe, path: Path, quiet: bool = False, accept_changed_d
 def evaluate(path: Path, model: str | None = None, dataset: str | None = None, quiet: bool = False) -> dict[str, float]:
     """Scores a finished run's adapter on its test split again.
 
-    A run whose training is complete, and which could not be scored, is finished, on data that may have been repaired.
+    A run that was trained but could not be scored is finished, on data that may have been repaired since.
 
     Args:
         path: the run's folder.
         model: where the base model is, if not where the record says.
-        dataset: where the data are, if not where the record says.
+        dataset: where the data is, if not where the record says.
         quiet: no progress bars.
 
     Returns:
         `loss` and the task's metric, as in the record's `metrics.test`.
 
     Raises:
-        UserError: no finished run there, or one without its adapter; another model or other data than the run had.
+        UserError: there is no finished run, its adapter is missing, or model or data are not those of the run.
         RunError: the run cannot be finished. Its record says why.
     """
     folder = RunFolder(path)
@@ -136,7 +136,7 @@ def evaluate(path: Path, model: str | None = None, dataset: str | None = None, q
     if recipe.purpose == "selection":
         raise UserError(f"{path}: a point of a grid, which is not scored on the test split")
     if not folder.adapter.is_dir():
-        raise UserError(f"{path}: its adapter is not there, which is what would be scored")
+        raise UserError(f"{path}: its adapter, which would be scored, is missing")
     task, splits = load_task(recipe), open_data(recipe, record)
     base, processor = open_base(recipe, record)
     return _score(task, base, task.datasets(splits, base, processor)["test"], RunFolder(path), record, quiet)[0]
@@ -148,10 +148,10 @@ def read_finished_run(path: Path, model: str | None = None, dataset: str | None 
     Args:
         path: the run's folder.
         model: where the base model is, if not where the record says.
-        dataset: where the data are, if not where the record says.
+        dataset: where the data is, if not where the record says.
 
     Raises:
-        UserError: no finished run there.
+        UserError: there is no finished run.
     """
     folder = RunFolder(path)
     record = folder.read()
@@ -177,7 +177,7 @@ def open_data(recipe: Recipe, record: Record) -> Splits:
     """A run's data.
 
     Raises:
-        UserError: no such data, or other data than the run had.
+        UserError: the data does not exist, or is not that of the run.
     """
     task = load_task(recipe)
     official = task.open_source()
@@ -187,10 +187,10 @@ def open_data(recipe: Recipe, record: Record) -> Splits:
 
 
 def open_base(recipe: Recipe, record: Record) -> tuple[PreTrainedModel, Any]:
-    """A run's base model, and what prepares its inputs.
+    """A run's base model and its processor.
 
     Raises:
-        UserError: no such model, or another model than the run had.
+        UserError: the model does not exist, or is not that of the run.
     """
     base, processor = load_task(recipe).load_model(record.dataset.classes)
     if _model_fingerprint(base) != record.model.fingerprint:
@@ -200,7 +200,7 @@ def open_base(recipe: Recipe, record: Record) -> tuple[PreTrainedModel, Any]:
 
 @contextlib.contextmanager
 def scoring_trainer(model: nn.Module, recipe: Recipe, quiet: bool = False) -> Iterator[RunTrainer]:
-    """A Trainer that scores `model` on what the recipe's task made of a split."""
+    """A Trainer that scores `model` on splits that the recipe's task has prepared."""
     task = load_task(recipe)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = trainer_arguments(recipe, Path(scratch), task.metric, quiet)
@@ -224,13 +224,13 @@ class _Prepared:
 
 
 def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, accept_changed_data: bool) -> _Prepared:
-    """Opens data and model, and refuses what `record`, if a run has begun, was not started with."""
+    """Opens data and model, and refuses them if they are not those with which `record` was started."""
     began = time.monotonic()
     set_seed(recipe.seed)
     task = load_task(recipe)
     arguments = trainer_arguments(recipe, folder.checkpoints, task.metric, quiet)
     notes = Notes()
-    with distributed.main_first():  # what has to be downloaded is there when the others begin
+    with distributed.main_first():  # downloads are complete when the others start
         official = task.open_source(notes)
         splits = task.split(official)
         model, processor = task.load_model(splits.classes)
@@ -242,13 +242,13 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, acc
     data = DatasetRecord(
         name=short_name(recipe.dataset), fingerprint=identity.fingerprint, **_describe_splits(splits, recipe, note)
     )
-    if record.model.fingerprint not in ("", base.fingerprint):  # a run that is only beginning knows nothing yet
+    if record.model.fingerprint not in ("", base.fingerprint):  # empty at the first start of a run
         raise UserError(_changed_since("model", base.name, record.model))
     changed = record.dataset.fingerprint not in ("", data.fingerprint)
     if changed:
         data = _accept_changed_data(record.dataset, data, folder, recipe, accept_changed_data)
 
-    with distributed.main_first():  # images that one has decoded are known to the others
+    with distributed.main_first():  # the others reuse the images checked by the first
         summary = summarise(task, official, identity, notes, quiet)
     rows = task.datasets(splits, model, processor)
     facts = task.facts(rows)
@@ -274,7 +274,7 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, acc
 
 
 def _train_and_score(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
-    """Trains from the last checkpoint on, scores, and closes the record."""
+    """Trains from the last checkpoint, scores, and completes the record."""
     recipe, record, rows = prepared.recipe, prepared.record, prepared.rows
     before, started = record.time, record.time.started or _now()
     training_began = time.monotonic()
@@ -327,7 +327,7 @@ def _train_and_score(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Rec
 
 
 def _train(trainer: RunTrainer, recipe: Recipe, folder: RunFolder) -> TrainerState:
-    """Trains to the end, from the last whole checkpoint if there is one; what the Trainer knew at the end."""
+    """Trains to the end, from the last complete checkpoint if there is one; returns the Trainer's final state."""
     with distributed.main_first():
         folder.drop_unfinished_checkpoints()
         last = folder.last_checkpoint()
@@ -341,7 +341,7 @@ def _train(trainer: RunTrainer, recipe: Recipe, folder: RunFolder) -> TrainerSta
         folder.rewind(checkpoint_step(last) if last else 0)
     if last is None or not is_training_over(checkpoint_state(last), recipe):
         if not distributed.is_main():
-            set_seed(recipe.seed, device_specific=True)  # noise and augmentation of their own
+            set_seed(recipe.seed, device_specific=True)  # different noise and augmentation
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         distributed.wait()
     return checkpoint_state(folder.last_checkpoint())
@@ -350,7 +350,7 @@ def _train(trainer: RunTrainer, recipe: Recipe, folder: RunFolder) -> TrainerSta
 def _score(
     task: Task, base: PreTrainedModel, rows: Any, folder: RunFolder, record: Record, quiet: bool
 ) -> tuple[dict[str, float], int, nn.Module]:
-    """Scores on the test split's `rows` of `base` with what `adapter/` holds, the cost of a batch, and that model."""
+    """Test scores of `base` with the adapter in `adapter/` on `rows`, the FLOPs of a batch, and that model."""
     recipe = task.recipe
     model = _with_adapter(base, folder.adapter, recipe.train.cache_frozen)
     with scoring_trainer(model, recipe, quiet) as trainer:
@@ -390,12 +390,12 @@ def _describe_splits(splits: Splits, recipe: Recipe, note: str | None) -> dict[s
 
 
 def _model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the pretrained parameters and buffers: all but the head's."""
+    """SHA-256 over the pretrained parameters and buffers, without the head's."""
     heads = tuple(f"{head}." for head in head_modules(model))
     total = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if not name.startswith(heads):
-            contents = tensor.cpu().flatten().view(torch.uint8)  # numpy does not know every dtype
+            contents = tensor.cpu().flatten().view(torch.uint8)  # numpy does not support every dtype
             total.update(repr((name, tuple(tensor.shape))).encode() + contents.numpy().tobytes())
     return total.hexdigest()
 
@@ -407,28 +407,28 @@ def _changed_since(what: str, name: str, known: SourceRecord) -> str:
 def _accept_changed_data(
     known: DatasetRecord, found: DatasetRecord, folder: RunFolder, recipe: Recipe, accept_changed_data: bool
 ) -> DatasetRecord:
-    """What the record of a run whose training is complete says of its data where they have changed since.
+    """The record's entry for data that has changed since a run's training was completed.
 
     Raises:
-        UserError: training goes on; nobody asked for that; other classes.
+        UserError: training is not complete, changed data was not accepted, or its classes differ.
     """
     refusal = _changed_since("dataset", found.name, known)
     if not _is_trained(folder, recipe):
         raise UserError(refusal)
     if not accept_changed_data and found.fingerprint != known.test_fingerprint:
-        raise UserError(f"{refusal}; its training is complete: fvae-lora evaluate {folder.path} scores it on these")
+        raise UserError(f"{refusal}; its training is complete: fvae-lora evaluate {folder.path} scores it on this data")
     if found.classes != known.classes:
-        raise UserError(f"{refusal}, and they have other classes")
+        raise UserError(f"{refusal}, and other classes")
     print(f"fvae-lora: warning: {refusal}; the record says so", file=sys.stderr)
     return known.model_copy(update={"tested_on": TestedOn(fingerprint=found.fingerprint, splits=found.splits)})
 
 
 def _reason(error: Exception, recipe: Recipe, path: Path) -> str:
-    """The error without the places that only this machine has."""
+    """The error in one line, without paths of this machine."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror + (f": {error.filename}" if error.filename else "")
-    elif "inline_container" in text or "PytorchStreamWriter" in text:  # how torch.save says that it could not write
+    elif "inline_container" in text or "PytorchStreamWriter" in text:  # torch.save could not write
         text = f"a checkpoint could not be written; {shutil.disk_usage(path).free / 1e6:.1f} MB are free on its disk"
     line = text.strip().partition("\n")[0] or type(error).__name__
     return without_paths(line, path, Path(recipe.dataset), Path(recipe.model))

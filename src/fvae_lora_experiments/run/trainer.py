@@ -1,4 +1,4 @@
-"""transformers' Trainer as the runs use it: it stops at the first number that is none, and keeps the run's folder."""
+"""transformers' Trainer as runs use it: it stops at the first NaN or infinite number, and keeps the run's folder."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -38,7 +38,7 @@ from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import Metric, Task
 
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second")
-"""What a Trainer puts among the scores."""
+"""Timings that a Trainer adds to the scores."""
 
 ScoredBatch = tuple[float, torch.Tensor, torch.Tensor]
 """A batch's loss, the task's outputs and the labels."""
@@ -48,15 +48,15 @@ class RunTrainer(FVAELoraTrainer):
     """A Trainer for a task. A loss that is NaN or infinite raises `DivergenceError`, before it reaches a parameter.
 
     Args:
-        task: collates, and scores what the model puts out.
-        quiet: no progress.
-        kwargs: as the Trainer's.
+        task: collates batches and scores the model's outputs.
+        quiet: whether to show no progress.
+        kwargs: the Trainer's.
     """
 
     def __init__(self, task: Task, quiet: bool, **kwargs: Any):
         super().__init__(data_collator=partial(collate, task), **kwargs)
         self.task, self.quiet = task, quiet
-        self.remove_callback(PrinterCallback)  # what a Trainer without bars has
+        self.remove_callback(PrinterCallback)  # the default of a Trainer without progress bars
         if not quiet and not is_terminal():
             self.add_callback(ProgressLines(task.metric.name))
         self.is_adalora = isinstance(getattr(self.model, "base_model", None), AdaLoraModel)
@@ -64,13 +64,13 @@ class RunTrainer(FVAELoraTrainer):
             self.add_callback(RankSchedule())
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One micro-batch, forward and backward; the loss that it adds."""
+        """Forward and backward of one micro-batch; returns its loss."""
         loss = super().training_step(model, *args, **kwargs)
         if not torch.isfinite(loss):
             raise DivergenceError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}: {locate_divergence(self.model)}"
             )
-        if self.is_adalora and self.accelerator.sync_gradients:  # once a step, however many micro-batches it has
+        if self.is_adalora and self.accelerator.sync_gradients:  # once per step, whatever the number of micro-batches
             regulariser = orthogonality(self.model)
             self.accelerator.backward(regulariser * self.accelerator.gradient_accumulation_steps)
             loss = loss + regulariser.detach()
@@ -79,8 +79,8 @@ class RunTrainer(FVAELoraTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Every n-th batch of a split, n being the number of processes.
 
-        They are the batches of a single process. The Trainer's own would be filled up with rows that were scored
-        already where the processes cannot have equally many.
+        The batches are those of a single process. The Trainer's own dataloader would repeat rows if the processes
+        cannot get equally many.
         """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         size = self.args.per_device_eval_batch_size
@@ -96,9 +96,9 @@ class RunTrainer(FVAELoraTrainer):
     def evaluation_loop(
         self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """Scores a split: its mean loss, what its batches' outputs say, and what the task generates from it.
+        """Scores a split: its mean loss, and the task's scores from outputs and from generation.
 
-        The main process puts together what all have found, and tells the others.
+        The main process combines the results of all processes and broadcasts the scores.
 
         Raises:
             DivergenceError: the mean loss is NaN or infinite.
@@ -126,7 +126,7 @@ class RunTrainer(FVAELoraTrainer):
         return EvalLoopOutput(None, None, metrics, len(items))
 
     def _scores(self, batches: list[ScoredBatch], items: Any) -> dict[str, float]:
-        rows = getattr(items, "source", items)  # those that cached ones stand for
+        rows = getattr(items, "source", items)  # the original rows, if these are cached states
         outputs, labels = EvalLoopContainer(), EvalLoopContainer()
         for _, batch_outputs, batch_labels in batches:
             outputs.add(batch_outputs)
@@ -141,7 +141,7 @@ class RunTrainer(FVAELoraTrainer):
         }
 
     def score(self, rows: Any, split: str) -> dict[str, float]:
-        """`loss` and the task's scores of `rows`, one of its data sets, whose name is `split`."""
+        """`loss` and the task's scores on `rows`, the data set of the split of that name."""
         return logged_scores(self.evaluate(rows, metric_key_prefix=split), split)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -152,36 +152,36 @@ class RunTrainer(FVAELoraTrainer):
 
 
 def load_whole_model(model: PreTrainedModel, folder: Path) -> None:
-    """Loads the parameters that `save_pretrained` wrote to `folder` into `model`, every one of them.
+    """Loads all parameters that `save_pretrained` wrote to `folder` into `model`.
 
-    transformers writes them under names of older versions, and a Trainer that resumes skips those it does not know.
+    transformers may write them under names of older versions, which a resuming Trainer would skip.
     """
     model.load_state_dict(load_model(type(model), str(folder), dtype=torch.float32)[0].state_dict())
 
 
 def locate_divergence(model: nn.Module) -> str:
-    """The first layer whose ELBO is not finite and its terms, or else the task's loss."""
+    """Names the first layer whose ELBO is not finite and its terms, or else the task loss."""
     for module, terms in elbo_terms(model).items():
         wrong = {term: value for term, value in terms.items() if not math.isfinite(value)}
         if wrong:
             return f"{module} has " + ", ".join(f"{term} {value}" for term, value in wrong.items())
-    return "the task's own loss went wrong, every layer's terms are finite"
+    return "the task loss is not finite; the ELBO terms of all layers are"
 
 
 class FolderCallback(TrainerCallback):
-    """Writes the learning curve and looks after the checkpoints."""
+    """Writes the learning curve and manages the checkpoints."""
 
     def __init__(self, folder: RunFolder, recipe: Recipe, on_checkpoint: Callable[[], None]):
         self.folder, self.recipe, self.on_checkpoint = folder, recipe, on_checkpoint
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Closes the running mean of the loss, which no checkpoint carries over."""
+        """Logs the running mean of the loss, which a checkpoint would lose."""
         control.should_log = True
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
     ) -> None:
-        """One line of the learning curve."""
+        """Appends a line to the learning curve."""
         where = {"step": state.global_step, "epoch": logs.get("epoch")}
         if "loss" in logs:
             line = {"event": "train", **where, **{k: logs.get(k) for k in ("loss", "learning_rate", "grad_norm")}}
@@ -194,29 +194,29 @@ class FolderCallback(TrainerCallback):
             self.folder.append(Event.model_validate({"event": "validation", **where, **logged_scores(logs, "eval")}))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The checkpoint is whole now: it and the best one stay."""
-        distributed.wait()  # each adds its random state to a checkpoint
+        """Keeps the new checkpoint, which is complete now, and the best one."""
+        distributed.wait()  # each process adds its random state to the checkpoint
         self.folder.keep_checkpoints(state.global_step, state.best_global_step)
         self.on_checkpoint()
         control.should_training_stop = is_training_over(state, self.recipe)
 
 
 def default_workers() -> int:
-    """How many processes read the data where a recipe does not say: what keeps an accelerator busy.
+    """The number of data-loading processes if the recipe does not say: enough to keep an accelerator busy.
 
-    Without one there are none: they would take the cores that train.
+    0 without an accelerator, because they would take cores from training.
     """
     return min(8, max(1, cores() // distributed.process_count() - 1)) if torch.accelerator.is_available() else 0
 
 
 def logged_scores(logs: Mapping[str, float], prefix: str) -> dict[str, float]:
-    """What a Trainer logged of a split under `prefix`, without how long it took."""
+    """The scores that a Trainer logged under `prefix`, without timings."""
     logged = {key.removeprefix(f"{prefix}_"): value for key, value in logs.items() if key.startswith(f"{prefix}_")}
     return {name: value for name, value in logged.items() if name not in TIMINGS}
 
 
 def is_training_over(state: TrainerState, recipe: Recipe) -> bool:
-    """Whether training is over: all epochs done, or out of patience."""
+    """Whether training is over: all epochs are done, or the patience is exhausted."""
     if state.global_step >= state.max_steps:
         return True
     if recipe.train.patience is None:
@@ -226,17 +226,17 @@ def is_training_over(state: TrainerState, recipe: Recipe) -> bool:
 
 
 def checkpoint_state(checkpoint: Path | None) -> TrainerState:
-    """What the Trainer knew when it wrote a checkpoint."""
+    """The Trainer's state when it wrote a checkpoint."""
     assert checkpoint is not None, "an epoch ends with a checkpoint"
     state: TrainerState = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     return state
 
 
 def trainer_arguments(recipe: Recipe, output: Path, metric: Metric, quiet: bool) -> TrainingArguments:
-    """The recipe in transformers' words.
+    """The recipe as transformers' arguments.
 
     Raises:
-        UserError: if this machine cannot train in the recipe's precision, or these processes with its batches.
+        UserError: this machine cannot train in the recipe's precision, or the batch cannot be divided by the processes.
     """
     train = recipe.train
     if train.precision == "fp16" and not torch.cuda.is_available():

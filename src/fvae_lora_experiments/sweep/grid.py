@@ -1,4 +1,4 @@
-"""A grid: the same points and the same budget for every method; validation chooses, on seeds that no result uses."""
+"""A grid: the same points and budget for every method; validation chooses, on seeds that no result uses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Grid:
         seeds: the seeds of the results.
 
     Raises:
-        UserError: an unknown key, a bad value, the same point twice, a seed that would choose and be a result.
+        UserError: an unknown key, a bad value, the same point twice, or a seed for both selection and results.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class Grid:
         seeds: Sequence[int],
     ):
         for seed in set(selection_seeds) & set(seeds):
-            raise UserError(f"--selection-seeds: {seed} is one of --seeds; results need seeds that chose nothing")
+            raise UserError(f"--selection-seeds: {seed} is also in --seeds; results need seeds that did not choose")
         for key in set(values) & {key for contender in contenders for key in contender.keys}:
-            raise UserError(f"--grid {key}: --vary has it too")
-        runs_of(contenders, seeds)  # refuses what is wrong with the results before anything is chosen
+            raise UserError(f"--grid {key}: also given in --vary")
+        runs_of(contenders, seeds)  # refuse what is wrong with the results before anything is run
         self.keys = list(values)
         self.seeds, self.result_seeds = selection_seeds, seeds
         self.points = [
@@ -51,7 +51,7 @@ class Grid:
         return runs_of([point for _, points in self.points for point in points], self.seeds, "selection")
 
     def choices(self) -> list["Choice"]:
-        """What the runs say, once they are over, of each contender."""
+        """The choice for each contender, once the runs have ended."""
         return [self._choice(contender, points) for contender, points in self.points]
 
     def _choice(self, contender: Contender, points: Sequence[Contender]) -> "Choice":
@@ -77,7 +77,7 @@ class ScoredPoint:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the grid says of one contender."""
+    """The outcome of the grid for one contender."""
 
     name: str
     keys: Sequence[str]
@@ -103,14 +103,16 @@ class Choice:
         return " ".join(f"{key.rpartition('.')[2]}={tried.contender.values[key]}" for key in self.keys)
 
     def remarks(self) -> list[str]:
-        """What a reader of the choice should know: failed points, ties, and whether the grid was wide enough."""
+        """Remarks on the choice: failed points, ties, and whether the grid was wide enough."""
         failed = [self.values(tried) for tried in self.tried if tried.score is None]
         remarks = [f"failed: {', '.join(failed)}"] if failed else []
         if self._best is None:
             return remarks
         if self._best.equals:
             why = (
-                "the first of equals" if self._best.index < min(self._best.equals) else "of equals the one with results"
+                "the first of several equal ones"
+                if self._best.index < min(self._best.equals)
+                else "of several equal ones the one with results"
             )
             others = [self.values(self.tried[i]) for i in self._best.equals]
             remarks.append(f"{why}, with {', '.join(others)}")
@@ -123,7 +125,7 @@ def _score(record: Record | None) -> float | None:
 
 
 def print_choices(choices: Sequence[Choice], console: Console) -> None:
-    """What was chosen, a row for each contender."""
+    """Prints what was chosen, with a row for each contender."""
     table = Table(box=None, pad_edge=False)
     for heading in ("method", "chosen", "validation", ""):
         table.add_column(heading, overflow="fold")

@@ -16,7 +16,7 @@ from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.schema import Recipe
 
 OPTION_FOR = {"method": "--methods", "seed": "--seeds", "dataset": "--dataset", "purpose": "--grid"}
-"""Keys of a recipe that name a run's place in its sweep, and the option that each has for that."""
+"""Keys of a recipe that a sweep sets, and the option for each."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class PlannedRun:
     recipe: Recipe
     folder: RunFolder
     name: str
-    """The run's folder, seen from the sweep's."""
+    """The path of the run's folder, relative to the sweep's."""
 
     def is_done(self) -> bool:
         """Whether there is a finished run of this recipe, or a point of a grid that diverged and would do so again.
 
         Raises:
-            UserError: the folder holds another recipe's run, or no whole record.
+            UserError: the folder holds a run of another recipe, or an incomplete record.
         """
         record = self.folder.read_for(self.recipe)
         if record is None:
@@ -41,7 +41,7 @@ class PlannedRun:
         return record.state == "complete" or hopeless
 
     def epochs_done(self) -> int:
-        """How many epochs its learning curve, read from its end, tells of."""
+        """How many epochs are in its learning curve, of which only the end is read."""
         try:
             with self.folder.metrics_file.open("rb") as file:
                 file.seek(max(0, self.folder.metrics_file.stat().st_size - 2**16))
@@ -54,23 +54,23 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Contender:
-    """What is compared: a method on a data set, at one value of each varied key. Its runs differ in their seeds."""
+    """What is compared: a method on a data set, with one value of each varied key. Its runs differ in their seeds."""
 
     source: str
     """The recipe's name."""
     overrides: Sequence[str]
     options: Mapping[str, Any]
-    """Values of dotted keys, the method's among them; they win over the overrides."""
+    """Values of dotted keys, including the method; they win over the overrides."""
     out: Path
     """The sweep's folder."""
     place: str = ""
-    """The folder in `out` of all that is measured on one data set; none where there is one data set only."""
+    """The folder in `out` for one recipe and data set; empty if there is only one."""
     keys: tuple[str, ...] = ()
     """The varied keys."""
 
     @cached_property
     def recipe(self) -> Recipe:
-        """Complete but for the seed and the purpose."""
+        """The recipe, complete except for the seed and the purpose."""
         return load_recipe(self.source, self.overrides, self.options)
 
     @property
@@ -86,7 +86,7 @@ class Contender:
         return "/".join(filter(None, (self.place, _as_file_name("-".join((self.recipe.method, *settings))))))
 
     def with_values(self, point: Mapping[str, Any]) -> "Contender":
-        """This contender with other values of the keys in `point`.
+        """This contender with the values in `point`.
 
         Raises:
             UserError: an unknown key, or a bad value.
@@ -97,10 +97,10 @@ class Contender:
         return moved
 
     def run(self, seed: int, purpose: Literal["result", "selection"] = "result") -> PlannedRun:
-        """Its run with that seed; a point of a grid (`selection`) lies in a folder apart.
+        """Its run with that seed; points of a grid (`selection`) have a separate folder.
 
         Raises:
-            UserError: not a seed.
+            UserError: it is not a valid seed.
         """
         recipe = load_recipe(self.source, self.overrides, {**self.options, "seed": seed, "purpose": purpose})
         parent, _, own = f"{self.name}-seed{recipe.seed}".rpartition("/")
@@ -119,11 +119,11 @@ def contenders(
     """Every combination of a recipe, a data set, a value of each varied key and a method.
 
     Args:
-        recipe: a recipe, or several separated by commas. Each, and each data set, gets a folder if there are several.
+        recipe: a recipe, or several separated by commas. If there are several recipes or data sets, each has a folder.
         out: the sweep's folder.
         methods: names of methods.
-        overrides: `key=value` strings that hold for all.
-        options: dotted keys that hold for all; `dataset` may be several, separated by commas.
+        overrides: `key=value` strings for all.
+        options: dotted keys for all; `dataset` may be several, separated by commas.
         variations: values of each varied key.
 
     Raises:
@@ -131,7 +131,7 @@ def contenders(
     """
     for key, _ in map(parse_override, overrides):
         if key in ("method", "seed", "purpose"):
-            raise UserError(f"{key}: runs of a comparison differ in it; {OPTION_FOR[key]} is for that")
+            raise UserError(f"{key}: set by the comparison; use {OPTION_FOR[key]}")
     options = dict(options or {})
     recipes, datasets = _several(recipe), _several(options.pop("dataset", None))
     found = []
@@ -150,13 +150,13 @@ def runs_of(
     """A run of each contender with each seed, all of the first seed first.
 
     Raises:
-        UserError: not a seed; the same run twice.
+        UserError: a seed is not valid, or a run would be there twice.
     """
     runs: dict[str, PlannedRun] = {}
     for seed, contender in itertools.product(seeds, list(contenders)):
         run = contender.run(seed, purpose)
         if run.name in runs:
-            raise UserError(f"compare: {run.name} is asked for twice")
+            raise UserError(f"compare: {run.name} is requested twice")
         runs[run.name] = run
     return list(runs.values())
 
@@ -171,7 +171,7 @@ def _as_file_name(text: str) -> str:
 
 
 def _several(text: str | None) -> list[Any]:
-    """`a,b` as a list, unless a file or folder has that very name."""
+    """`a,b` as a list, unless a file or folder has exactly that name."""
     return [text] if text is None or Path(text).exists() else text.split(",")
 
 
@@ -179,7 +179,7 @@ def parse_list(option: str, text: str) -> list[Any]:
     """`1,2,42` as a list of YAML values.
 
     Raises:
-        UserError: nothing between two commas.
+        UserError: there is nothing between two commas.
     """
     values = [yaml.safe_load(part) for part in text.split(",")]
     if None in values:
@@ -188,9 +188,9 @@ def parse_list(option: str, text: str) -> list[Any]:
 
 
 def parse_values(option: str, texts: Sequence[str]) -> dict[str, list[Any]]:
-    """`train.learning_rate=1e-3,1e-2` or `train.learning_rate=[1e-3,1e-2]`, several times, as a dict.
+    """Texts such as `train.learning_rate=1e-3,1e-2` or `train.learning_rate=[1e-3,1e-2]` as a dict.
 
-    A value that is a list stands in the list of values: `fvae.encoder_hidden_dims=[[], [128]]`.
+    Values that are lists need the second form: `fvae.encoder_hidden_dims=[[], [128]]`.
 
     Raises:
         UserError: no values, a key twice, a key that has an option of its own.
@@ -199,7 +199,7 @@ def parse_values(option: str, texts: Sequence[str]) -> dict[str, list[Any]]:
     for text in texts:
         key, values = parse_override(text)
         if key in OPTION_FOR:
-            raise UserError(f"{option} {key}: not a key to vary; {OPTION_FOR[key]} is for that")
+            raise UserError(f"{option} {key}: cannot be varied here; use {OPTION_FOR[key]}")
         if key in found:
             raise UserError(f"{option} {key}: given twice; expected all its values in one, for example {key}=1,2")
         found[key] = values if isinstance(values, list) else parse_list(f"{option} {key}", text.partition("=")[2])

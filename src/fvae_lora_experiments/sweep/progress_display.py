@@ -1,4 +1,4 @@
-"""How a sweep is getting on, on the terminal or as lines of a log."""
+"""The progress of a sweep, on the terminal or as lines of a log."""
 
 import time
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from fvae_lora_experiments.sweep.plan import PlannedRun
 class ProgressDisplay:
     """Shows how many runs are done, running, failed and waiting, and when all will have ended.
 
-    A terminal shows that below the lines of the runs that ended, always up to date; elsewhere it stands on each line,
-    and on one of its own now and then.
+    A terminal shows this, always up to date, below the lines of the runs that ended; a log has it in each of these
+    lines, and in a line of its own from time to time.
 
     Args:
-        total: runs of the sweep.
+        total: the number of runs of the sweep.
         to_do: those that are not done yet.
-        console: where to.
+        console: where to show it.
     """
 
     def __init__(self, total: int, to_do: Sequence[PlannedRun], console: Console):
@@ -54,7 +54,7 @@ class ProgressDisplay:
         return f"{self.done}/{self.total} done, {self.running} running, {self.failed} failed, {waiting} waiting"
 
     def eta(self) -> str:
-        """`ends 14:05, in 0:12:03`, if the rest takes as long per epoch as what was done; if that is known."""
+        """`ends 14:05, in 0:12:03` at the speed per epoch so far; empty if nothing is known yet."""
         done = sum(self.epochs.values())
         if done in (self.epochs_at_start, self.all_epochs):
             return ""
@@ -69,11 +69,11 @@ class ProgressDisplay:
         self.progress.console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def show(self, running: Sequence[PlannedRun], ended: Sequence[tuple[PlannedRun, str | None]] = ()) -> None:
-        """Brings everything up to date.
+        """Updates the display.
 
         Args:
             running: the runs that are under way.
-            ended: those that have ended since the last time, and why, if not well.
+            ended: the runs that have ended since the last call, and why they failed, if they did.
         """
         self.running = len(running)
         self.epochs |= {run.folder.path: run.epochs_done() for run in running}

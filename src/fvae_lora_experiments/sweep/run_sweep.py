@@ -1,4 +1,4 @@
-"""A sweep: the runs of a plan, a process for each; what is done is not done again."""
+"""A sweep: the planned runs, each in its own process; finished runs are not repeated."""
 
 import contextlib
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from fvae_lora_experiments.sweep.plan import PlannedRun
 from fvae_lora_experiments.sweep.progress_display import ProgressDisplay
 
 REFUSED = 2
-"""The exit code of a run that could not be begun as it was asked for."""
+"""The exit code of a run that was refused."""
 
 
 def run_sweep(runs: Sequence[PlannedRun], launcher: Launcher, console: Console) -> list[str]:
@@ -26,11 +26,11 @@ def run_sweep(runs: Sequence[PlannedRun], launcher: Launcher, console: Console) 
         console: where progress is shown.
 
     Returns:
-        A line for each run that failed. Its record says why, unless it could not be begun or nothing can be written.
+        A line for each run that failed. Its record says why, unless it was refused or nothing can be written.
 
     Raises:
-        UserError: a folder of the plan is in use, holds another run or no whole record, and nothing was started; or
-            not one of the runs could be begun.
+        UserError: a folder is in use, or holds another run or an incomplete record, and nothing was started; or all
+            runs were refused.
     """
     to_do = [run for run in runs if not run.is_done()]
     if len(to_do) < len(runs):
@@ -54,7 +54,7 @@ def run_sweep(runs: Sequence[PlannedRun], launcher: Launcher, console: Console) 
 
 
 def _failure(ended: Ended) -> str | None:
-    """Why a run failed, None if it did not; a record that its process had no time to close is closed."""
+    """Why a run failed, or None; marks its record as failed if its process had no time to do so."""
     folder, lines = ended.run.folder, [line.removeprefix("fvae-lora: ") for line in ended.last_lines]
     try:
         record = folder.read()
@@ -69,6 +69,6 @@ def _failure(ended: Ended) -> str | None:
     reason = ": ".join([ended.how, " | ".join(lines)]) if lines else ended.how
     recipe = ended.run.recipe
     reason = without_paths(reason, folder.path, Path(recipe.dataset), Path(recipe.model))
-    with contextlib.suppress(UserError), folder.locked(LOCK_WAIT_S):  # else it goes on, or is read-only
+    with contextlib.suppress(UserError), folder.locked(LOCK_WAIT_S):  # if locked, it goes on; it may also be read-only
         folder.mark_failed(reason, folder.initial_record(recipe))
     return f"failed: {reason}"
