@@ -84,7 +84,7 @@ def test_check_refuses_what_training_would_refuse_in_the_same_words(cli: Cli, sm
     assert train[2] == check[2] == f"fvae-lora: {data}/test/blue/1.png: not a readable image\n"
     code, _, err = cli("check", data, "data.validation_share=0.25")
     assert code == 2
-    assert err.endswith("1.png: not a readable image (read for the task image; --task names another)\n")
+    assert err.endswith("1.png: not a readable image (read for the task image; --task chooses another)\n")
     assert cli("check", "image/default", *small, "--dataset", "no/where")[0] == 2
     assert "--task nope: no such task; allowed are image, text" in cli("check", data, "--task", "nope")[2]
 

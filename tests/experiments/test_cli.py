@@ -90,13 +90,13 @@ def test_recipes_are_listed_shown_and_copied(
         (["train", "image/demo", "train={}", "train.epochs=1"], "train.epochs: given twice"),
         (["train", "image/demo", "--seed", "1", "--seed", "2"], "--seed: given twice"),
         (["compare", "image/demo", "--seeds", "1", "--seeds", "2"], "--seeds: given twice"),
-        (["compare", "image/demo", "method=lora"], "method: runs of a comparison differ in it; --methods is for that"),
-        (["compare", "image/demo", "seed=3"], "seed: runs of a comparison differ in it; --seeds is for that"),
+        (["compare", "image/demo", "method=lora"], "method: set by the comparison; use --methods"),
+        (["compare", "image/demo", "seed=3"], "seed: set by the comparison; use --seeds"),
         (["compare", "image/demo", "dataset=a", "--dataset", "b"], "dataset: given twice"),
         (["compare", "image/demo", "adapter.r=2", "--vary", "adapter.r=2,4"], "adapter.r: given twice, as adapter.r=2"),
         (["compare", "image/demo", "adapter.r=2", "--grid", "adapter.r=2,4"], "adapter.r: given twice, as adapter.r=2"),
         (["compare", "image/demo", "--vary", "adapter.r=2", "--vary", "adapter.r=4"], "--vary adapter.r: given twice"),
-        (["compare", "image/demo", "--vary", "adapter.r=2", "--grid", "adapter.r=4"], "--vary has it too"),
+        (["compare", "image/demo", "--vary", "adapter.r=2", "--grid", "adapter.r=4"], "also given in --vary"),
     ],
 )
 def test_what_is_given_twice_is_refused(
@@ -113,7 +113,7 @@ def test_what_is_given_twice_is_refused(
 def test_help_is_shown_as_it_was_written(cli: Cli) -> None:
     code, out, _ = cli("compare", "--help")
     assert code == 0
-    assert "limit for a run, as minutes, H:M:S or D-H:M:S." in " ".join(out.split())
+    assert "time limit of a run, as minutes, H:M:S or D-H:M:S." in " ".join(out.split())
     assert "[KEY=VALUE]" in out
 
 
@@ -140,7 +140,7 @@ def test_every_key_is_listed_with_its_default_what_is_allowed_and_what_it_means(
     assert listed.keys() == flatten(complete).keys()
     defaults = {key: yaml.safe_load(value) for key, value in listed.items() if key not in ("model", "dataset")}
     assert defaults | {"model": "m", "dataset": "d"} == flatten(complete)
-    assert "train.epochs: 30\n    # integer from 1\n    # How often the training split is gone through.\n" in out
+    assert "train.epochs: 30\n    # integer from 1\n    # Number of passes over the training split.\n" in out
     assert "train.warmup_ratio: 0.1\n    # number from 0 and below 1\n" in out
     assert "image.size: null\n    # integer from 1 or null\n" in out
     assert "data.protocol: clean\n    # clean, reported-on-validation, reference, reference-on-test\n" in out
@@ -177,5 +177,5 @@ def test_a_comparison_is_refused_before_any_of_its_runs_when_a_method_has_nothin
 ) -> None:
     code, _, err = cli("compare", "speech/whisper", "--model", "any", "--dataset", "any", "--out", tmp_path / "runs")
     assert code == 2
-    assert err.endswith("method: a model that writes has no head that this would train, got 'linear-probe'\n")
+    assert err.endswith("method: a model that generates text has no head to train, got 'linear-probe'\n")
     assert not (tmp_path / "runs").exists()

@@ -497,7 +497,7 @@ def test_models_that_cannot_be_used(
     refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vit: Path
 ) -> None:
     assert "the tokenizer has no chat template" in refused("commonsense.template=chat").replace("this model's", "the")
-    assert "a model that writes has no head that this would train" in refused("method=linear-probe")
+    assert "a model that generates text has no head to train" in refused("method=linear-probe")
     assert "cannot be loaded as a causal language model" in refused(model=vit)
     assert "commonsense.load_in_4bit: weights of 4 bits cannot be trained" in refused(
         "commonsense.load_in_4bit=true", "method=full"

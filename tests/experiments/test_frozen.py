@@ -72,8 +72,8 @@ def test_other_data_settings_have_other_states(make_recipe: Callable[..., Recipe
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({}, "the first block is trained already; set adapter.layers"),
-        ({"method": "full"}, "the first block is trained already; set adapter.layers"),
+        ({}, "the first block is trained; set adapter.layers"),
+        ({"method": "full"}, "the first block is trained; set adapter.layers"),
         (LAST | {"image": {"augmentation": ["horizontal_flip"]}}, "set image.augmentation="),
     ],
 )

@@ -129,7 +129,7 @@ def test_of_equal_points_the_first_is_chosen_and_the_others_are_named(tmp_path: 
         scored(run, accuracy=accuracy)
     (choice,) = grid.choices()
     assert choice.values(choice.best) == "learning_rate=0.2"  # type: ignore[arg-type]
-    assert choice.remarks() == ["the first of equals, with learning_rate=0.1"]
+    assert choice.remarks() == ["the first of several equal ones, with learning_rate=0.1"]
 
 
 @pytest.mark.parametrize(("accuracies", "edge"), [((0.9, 0.5, 0.4), True), ((0.5, 0.9, 0.4), False)])
@@ -152,7 +152,7 @@ def test_of_equal_points_one_with_results_is_chosen_again_and_they_are_not_run_a
     scored(second.contender.run(1), accuracy=0.9)
     (choice,) = grid.choices()
     assert choice.values(choice.best) == "learning_rate=0.2"  # type: ignore[arg-type]
-    assert choice.remarks()[0] == "of equals the one with results, with learning_rate=0.1"
+    assert choice.remarks()[0] == "of several equal ones the one with results, with learning_rate=0.1"
 
 
 @pytest.mark.parametrize(
@@ -219,16 +219,16 @@ def test_data_sets_and_recipes_have_folders_of_their_own(tmp_path: Path) -> None
         (["--grid", "train.learning_rate="], "--grid train.learning_rate: expected values separated by commas"),
         (["--grid", "train.learning_rate=[]"], "--grid train.learning_rate: expected values, for example"),
         (["--grid", "train.learning_rate"], "expected key=value"),
-        (["--grid", "seed=1,2"], "--grid seed: not a key to vary; --seeds is for that"),
+        (["--grid", "seed=1,2"], "--grid seed: cannot be varied here; use --seeds"),
         (["--vary", "fvae.encoder_hidden_dims=[]"], "--vary fvae.encoder_hidden_dims: expected values"),
         (["--vary", "fvae.encoder_hidden_dims=[]"], "[[]] is an empty list as a value"),
         (["--grid", "adapter.r=1", "--grid", "adapter.r=2"], "--grid adapter.r: given twice"),
-        (["--grid", "adapter.r=1", "--vary", "adapter.r=2"], "--grid adapter.r: --vary has it too"),
-        (["--grid", "train.learning_rate=1e-3,0.001"], "selection/lora-learning_rate=0.001-seed0 is asked for twice"),
-        (["--grid", "adapter.r=1", "--selection-seeds", "3,1"], "--selection-seeds: 1 is one of --seeds"),
-        (["--grid", "adapter.r=1", "--selection-seeds", "3,3"], "selection/lora-r=1-seed3 is asked for twice"),
+        (["--grid", "adapter.r=1", "--vary", "adapter.r=2"], "--grid adapter.r: also given in --vary"),
+        (["--grid", "train.learning_rate=1e-3,0.001"], "selection/lora-learning_rate=0.001-seed0 is requested twice"),
+        (["--grid", "adapter.r=1", "--selection-seeds", "3,1"], "--selection-seeds: 1 is also in --seeds"),
+        (["--grid", "adapter.r=1", "--selection-seeds", "3,3"], "selection/lora-r=1-seed3 is requested twice"),
         (["--grid", "adapter.r=1", "--seeds", "-1"], "seed: input should be greater than or equal to 0, got -1"),
-        (["--selection-seeds", "3"], "--selection-seeds: of use with --grid only"),
+        (["--selection-seeds", "3"], "--selection-seeds: only with --grid"),
     ],
 )
 def test_a_grid_that_makes_no_sense_is_one_line(
@@ -242,7 +242,7 @@ def test_a_grid_that_makes_no_sense_is_one_line(
 
 
 def test_recipes_of_one_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="dtd/lora-seed1 is asked for twice"):
+    with pytest.raises(UserError, match="dtd/lora-seed1 is requested twice"):
         runs_of(contenders("image/dtd,image/dtd", tmp_path, ["lora"]), [1])
 
 
@@ -291,7 +291,7 @@ def test_a_method_that_fails_everywhere_has_no_result_and_does_not_block_the_oth
     out = tmp_path / "runs"
     compare = ("compare", "image/default", *small, "--methods", "lora,linear-probe", "--seeds", "1", "--out", out)
     code, _, error = cli(*compare, "--grid", "train.learning_rate=1e-3,1e-2")
-    assert (code, error) == (1, "fvae-lora: lora: failed at every point of the grid, so without a result\n")
+    assert (code, error) == (1, "fvae-lora: lora: failed at every point of the grid, so there is no result\n")
     assert [name.partition("-learning_rate")[0] for name in started if "/" not in name] == ["linear-probe"]
 
 

@@ -287,7 +287,7 @@ def test_layers_choose_among_modules_however_they_are_named(
             "adapter.target_modules: 'nope' matches no module of ViTForImageClassification; its linear",
         ),
         ("query,key", "adapter.target_modules: 'query,key' matches no module"),
-        (r".*\.(q_proj", "adapter.target_modules: '.*\\\\.(q_proj' is no regular expression: missing )"),
+        (r".*\.(q_proj", "adapter.target_modules: '.*\\\\.(q_proj' is not a regular expression: missing )"),
         (r".*layernorm_before", "recipe: Target module LayerNorm"),
     ],
 )

@@ -278,7 +278,7 @@ def test_a_run_is_not_finished_on_data_of_other_classes_nor_before_it_is_trained
     for split in ("train", "test"):
         (tmp_path / "data" / split / "red").rename(tmp_path / "data" / split / "crimson")
     (folder.parent / "crimson" / "0.png").unlink()
-    with pytest.raises(UserError, match=r"other contents.*, and they have other classes"):
+    with pytest.raises(UserError, match=r"other contents.*, and other classes"):
         evaluate(path, quiet=True)
     shutil.rmtree(path / "checkpoints" / "checkpoint-8")
     with pytest.raises(UserError, match=r"run: no finished run; its state is failed"):

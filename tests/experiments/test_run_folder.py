@@ -75,14 +75,14 @@ def _hold(folder: Path, ready: object, leave: object) -> None:
 
 def test_a_place_that_is_no_folder(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="not a folder that can be written to"):
+    with pytest.raises(UserError, match="cannot be written to"):
         run_recipe(make_recipe(), tmp_path / "file" / "run", quiet=True)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="not a folder that can be written to: Permission denied"):
+    with pytest.raises(UserError, match="cannot be written to: Permission denied"):
         run_recipe(make_recipe(), tmp_path / "run", quiet=True)
 
 

@@ -194,9 +194,9 @@ def test_two_runs_of_one_name_are_neither_packed_nor_unpacked(packed: Path, tmp_
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda packed: packed[: len(packed) // 2], "not a whole file of runs"),
-        (lambda _: b"runs", "not a whole file of runs"),
-        (lambda _: gzip.compress(b"\xff"), "not a whole file of runs"),
+        (lambda packed: packed[: len(packed) // 2], "not a complete file of runs"),
+        (lambda _: b"runs", "not a complete file of runs"),
+        (lambda _: gzip.compress(b"\xff"), "not a complete file of runs"),
         (lambda _: gzip.compress(b'{"run": "a"}\n'), "line 1: not a run with its record and its curve"),
         (lambda _: gzip.compress(b"[" * 10**5), "line 1: not a run"),
         (lambda _: gzip.compress(b'{"run": 1, "record": 2, "curve": 3}'), "line 1: not a run"),

@@ -83,7 +83,7 @@ def test_a_slurm_that_does_not_answer_is_one_line(
         ("FAILED|9", "killed by SIGKILL"),
         (f"FAILED|{(128 + 9) << 8}", "killed by SIGKILL"),
         (f"FAILED|{1 << 8}", "ended with exit code 1"),
-        (None, "SLURM knows nothing of job 7 any more"),
+        (None, "SLURM no longer knows job 7"),
     ],
 )
 def test_however_a_job_is_lost_its_run_has_failed_with_the_jobs_last_lines(

@@ -397,7 +397,7 @@ def test_a_folder_that_is_no_timit_is_refused(train: Callable[..., tuple[int, st
 def test_a_protocol_that_the_corpus_has_no_use_for_is_refused(
     train: Callable[..., tuple[int, str, str]], corpus: Path
 ) -> None:
-    assert_refused(train(corpus, "data.protocol=reference"), "data.protocol: TIMIT's speakers are split already")
+    assert_refused(train(corpus, "data.protocol=reference"), "data.protocol: TIMIT has its own splits by speaker")
     assert_refused(
         train(corpus, "train.cache_frozen=true", "adapter.layers=[1]"), "train.cache_frozen: not for sentences"
     )
@@ -754,7 +754,7 @@ def test_what_does_not_transcribe_is_refused(
 ) -> None:
     assert_refused(transcribe(recordings, "--model", vit), "cannot be loaded for transcription")
     assert_refused(
-        transcribe(recordings, "--method", "linear-probe"), "a model that writes has no head that this would train"
+        transcribe(recordings, "--method", "linear-probe"), "a model that generates text has no head to train"
     )
     assert_refused(
         transcribe(recordings, "speech.max_new_tokens=31"), "speech.max_new_tokens: model", "30 at most, got 31"
@@ -762,4 +762,4 @@ def test_what_does_not_transcribe_is_refused(
     assert_refused(
         transcribe(recordings, "data.group_column=text"), "data.group_column: this task's data have no groups"
     )
-    assert_refused(transcribe(recordings, "train.cache_frozen=true"), "the first block is trained already")
+    assert_refused(transcribe(recordings, "train.cache_frozen=true"), "the first block is trained")

@@ -190,7 +190,7 @@ def test_a_read_only_folder_is_refused_in_one_line(small: list[str], cli: Cli, s
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     code, _, error = cli("compare", "image/default", *small, "--methods", "lora", "--seeds", "1", "--out", small_disk)
     assert code == 2
-    assert error.startswith(f"fvae-lora: {small_disk}/lora-seed1: not a folder that can be written to")
+    assert error.startswith(f"fvae-lora: {small_disk}/lora-seed1: cannot be written to")
     assert error.count("\n") == 1
 
 

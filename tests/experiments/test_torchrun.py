@@ -151,4 +151,4 @@ def test_commands_that_are_no_single_run_refuse_several_processes(
     monkeypatch.setattr("fvae_lora_experiments.run.distributed.first_to_fail", lambda: True)
     code, _, errors = cli(command, "image/default")
     assert code == 2
-    assert errors == f"fvae-lora: {command}: not for several processes; torchrun is for train\n"
+    assert errors == f"fvae-lora: {command}: cannot run in several processes; torchrun is for train\n"

@@ -114,7 +114,7 @@ class SlurmLauncher:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{self.folder}: not a folder that can be written to: {error.strerror}") from error
+            raise UserError(f"{self.folder}: cannot be written to: {error.strerror}") from error
         with FileLock(self.folder / ".lock"):  # of two concurrent sweeps, the second must see the first one's jobs
             self.jobs = self._earlier_jobs(runs)
             under_way = {run.folder.path for run in self.jobs.values()}
