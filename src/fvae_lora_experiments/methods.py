@@ -63,7 +63,7 @@ class Method:
         return sum(n - int(n * self.training_only(name)) for name, n in counts)
 
 
-def _target_modules(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
+def _modules(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
     from fvae_lora_experiments.models.heads import head_modules
     from fvae_lora_experiments.models.targets import adapted_modules, in_layers
 
@@ -81,7 +81,7 @@ def _fvae_lora(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
         r=recipe.adapter.r,
         lora_alpha=recipe.adapter.alpha,
         lora_dropout=recipe.adapter.dropout,
-        **_target_modules(recipe, model),
+        **_modules(recipe, model),
         **recipe.fvae.model_dump(),
     )
 
@@ -93,7 +93,7 @@ def _lora(recipe: Recipe, model: PreTrainedModel, **variant: Any) -> PeftConfig:
         r=recipe.adapter.r,
         lora_alpha=recipe.adapter.alpha or recipe.adapter.r,
         lora_dropout=recipe.adapter.dropout,
-        **_target_modules(recipe, model),
+        **_modules(recipe, model),
         **variant,
     )
 
@@ -101,7 +101,7 @@ def _lora(recipe: Recipe, model: PreTrainedModel, **variant: Any) -> PeftConfig:
 def _hira(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
     from peft import HiraConfig
 
-    return HiraConfig(r=recipe.adapter.r, hira_dropout=recipe.adapter.dropout, **_target_modules(recipe, model))
+    return HiraConfig(r=recipe.adapter.r, hira_dropout=recipe.adapter.dropout, **_modules(recipe, model))
 
 
 def _adalora(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
@@ -116,20 +116,20 @@ def _adalora(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
         total_step=1,  # set when training begins and its length is known (`run.adalora.RankSchedule`)
         tinit=0,
         tfinal=0,
-        **_target_modules(recipe, model),
+        **_modules(recipe, model),
     )
 
 
 def _vera(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
     from peft import VeraConfig
 
-    return VeraConfig(r=recipe.adapter.r, vera_dropout=recipe.adapter.dropout, **_target_modules(recipe, model))
+    return VeraConfig(r=recipe.adapter.r, vera_dropout=recipe.adapter.dropout, **_modules(recipe, model))
 
 
 def _pvera(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
     from peft import PveraConfig
 
-    return PveraConfig(r=recipe.adapter.r, pvera_dropout=recipe.adapter.dropout, **_target_modules(recipe, model))
+    return PveraConfig(r=recipe.adapter.r, pvera_dropout=recipe.adapter.dropout, **_modules(recipe, model))
 
 
 def _linear_probe(_: Recipe, model: PreTrainedModel) -> PeftConfig:
