@@ -116,7 +116,7 @@ def test_what_is_no_adapter_is_refused_in_one_line(cli: Cli, finished: Path, vit
     refused("--out: .*/full exists", "export", finished, "--out", tmp_path / "full")
     refused("model .*/nowhere: no such", "export", finished, "--out", tmp_path / "x", "--model", tmp_path / "nowhere")
     alone = ("export", tmp_path / "alone", "--out", tmp_path / "x", "--model", vit, "--format", "lora")
-    refused(".*/alone: an adapter alone; its encoders are fitted", *alone)
+    refused(".*/alone: only an adapter; its encoders must be fitted", *alone)
     refused("", "export", finished, "--out", tmp_path / "x", "--format", "onnx")
     assert not (tmp_path / "x").exists()
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"

@@ -218,7 +218,7 @@ def _contents(run: StoredRun, place: Path) -> dict[str, Any]:
         if not where.startswith(("record.dataset.classes", "record.dataset.groups")) and _identifying().search(text):
             raise UserError(
                 f"{place}: {run.name}: {where}: {printable(text)!r} reveals where the run was done; a file of runs "
-                "must not hold an absolute path, a host or a user"
+                "may hold no absolute path, host or user"
             )
     return contents
 
