@@ -499,7 +499,7 @@ def test_models_that_cannot_be_used(
     assert "the tokenizer has no chat template" in refused("commonsense.template=chat").replace("this model's", "the")
     assert "a model that generates text has no head to train" in refused("method=linear-probe")
     assert "cannot be loaded as a causal language model" in refused(model=vit)
-    assert "commonsense.load_in_4bit: weights of 4 bits cannot be trained" in refused(
+    assert "commonsense.load_in_4bit: 4-bit weights cannot be trained" in refused(
         "commonsense.load_in_4bit=true", "method=full"
     )
     find = importlib.util.find_spec

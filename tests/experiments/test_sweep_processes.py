@@ -115,7 +115,7 @@ def test_more_gpus_than_there_are_are_refused() -> None:
 def test_processes_are_for_runs_without_gpus(small: list[str], cli: Cli, tmp_path: Path) -> None:
     code, _, error = cli("compare", "image/default", *small, "--gpus", "2", "--processes", "3", "--out", tmp_path)
     assert code == 2
-    assert error == "fvae-lora: --processes 3: for runs without GPUs; --gpus 2 has a process for each\n"
+    assert error == "fvae-lora: --processes 3: for runs without GPUs; --gpus 2 starts a process for each GPU\n"
 
 
 @pytest.mark.slow
