@@ -96,7 +96,7 @@ def main() -> None:
     table: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     alarms: dict[str, list[float]] = defaultdict(list)
     for folder in sorted(parser.parse_args().runs.glob("*lora-seed*")):
-        recipe, record = runner.finished_run(folder)
+        recipe, record = runner.read_finished_run(folder)
         base, processor = runner.open_base(recipe, record)
         rows = load_task(recipe).datasets(runner.open_data(recipe, record), base, processor)
         sets = {name: torch.stack([row["pixel_values"] for row in rows[name]]) for name in rows}

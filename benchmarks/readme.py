@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fvae_lora_experiments.check import look
+from fvae_lora_experiments.check import inspect_data
 from fvae_lora_experiments.data.summary import print_summary
 from fvae_lora_experiments.demo import RECIPE
 from fvae_lora_experiments.methods import METHODS
@@ -47,7 +47,7 @@ def report_of(study: str) -> str:
 def demo_data() -> str:
     """What the demo prints of its data before it trains."""
     console = Console(file=io.StringIO(), width=80)
-    print_summary(look(load_recipe(RECIPE)), console)
+    print_summary(inspect_data(load_recipe(RECIPE)), console)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     return "\n".join(["```", *(line.rstrip() for line in lines), "```"])
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fvae_lora import FVAELoraConfig, FVAEPEFTConfig
-from fvae_lora.module_names import todays_name
+from fvae_lora.module_names import current_name
 from tiny import BUILDERS, batch_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
 
 RENAMED = "has other names for these"
@@ -139,7 +139,7 @@ def test_an_old_full_name_adapts_that_one_layer() -> None:
 def test_a_name_that_the_model_has_is_never_changed() -> None:
     model = tiny_vit()
     for name, _ in model.named_modules():
-        assert todays_name(model, name) == name
+        assert current_name(model, name) == name
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ OF_EXPERTS = {
     "deepseek-v3": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"),
     "jamba": ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj", "feed_forward.router.weight"),
 }
-STAYS, IDLE = "stay as they are", "did not run"
+STAYS, IDLE = "are not adapted", "did not run"
 
 
 def ours(targets: Any, **fields: Any) -> FVAELoraConfig:
@@ -318,7 +318,7 @@ class Mixture(nn.Module):
 
 
 def test_an_expert_without_a_token_is_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(idle, "PATIENCE", 5)
+    monkeypatch.setattr(idle, "WATCHED_FORWARDS", 5)
     batch = {"x": torch.randn(2, 4)}
     assert not trained(Mixture(), "all-linear", 4, batch)
     (message,) = trained(Mixture(), "all-linear", 12, batch)

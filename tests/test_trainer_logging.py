@@ -18,7 +18,7 @@ from fvae_lora import FVAELoraConfig, FVAELoraTrainer, elbo_terms
 from fvae_lora.layer import FVAELoraLayer
 from fvae_lora.loss_log import LossLog
 from fvae_lora.objective import LayerElbo, TokenWeights
-from fvae_lora.recorder import Forward, Run
+from fvae_lora.recorder import Forward, LayerRun
 from tiny import batch_for
 
 SIGNS = {"reconstruction": -1.0, "kl_z1": 1.0, "gamma": -1.0, "kl_z2": 1.0, "z1_l2": -1.0, "z2_l2": 1.0}
@@ -206,7 +206,7 @@ def test_numbers_are_read_from_the_device_at_logging_steps_alone(
     elbo = LayerElbo(
         FVAELoraConfig(), weights, torch.ones((), **meta), torch.ones(3, **meta), (), torch.ones(0, **meta)
     )
-    run = Run("layer", "default", elbo, True)
+    run = LayerRun("layer", "default", elbo, True)
     forward = Forward(per_token={("layer", "default"): torch.ones((), **meta)})
     forward.runs.append(run)
     log = LossLog()

@@ -15,11 +15,11 @@ registration.add_peft_type()
 from . import adapter_folder  # noqa: E402
 from .config import FVAELoraConfig  # noqa: E402
 from .detector import ForeignInputDetector, ForeignScores  # noqa: E402
-from .export import export_for_inference, is_training_only  # noqa: E402
 from .inspection import LayerScores, score_inputs  # noqa: E402
 from .loss import add_elbo, elbo_loss, elbo_terms  # noqa: E402
 from .module_names import resolve_targets  # noqa: E402
 from .reference import FVAEPEFTConfig, load_reference_adapter  # noqa: E402
+from .to_inference import export_for_inference, is_training_only  # noqa: E402
 from .to_lora import ConversionReport, convert_to_lora  # noqa: E402
 from .uncertainty import UncertainPrediction, predict_with_uncertainty  # noqa: E402
 from .vae import LOGVAR_RANGE  # noqa: E402
@@ -55,7 +55,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # transformers' Trainer takes its time to import; who does not train with it does not wait for it.
+    # transformers' Trainer is slow to import: load it only when it is asked for.
     if name in ("ElboTrainerMixin", "FVAELoraTrainer"):
         from . import trainer
 

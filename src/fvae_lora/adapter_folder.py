@@ -1,7 +1,7 @@
-"""An adapter's folder: what it must hold, its README, and how a new one appears whole.
+"""An adapter's folder: what it must contain, its README, and writing a new one atomically.
 
-A folder is read without loading it, so that a bad one is refused before a model is touched. The README says how to
-load it: stock peft cannot, unless this package is imported.
+A folder is checked without loading it, so that a bad one is refused before the model is changed. The README says how to
+load it, because stock peft cannot unless this package is imported.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .module_names import some
+from .module_names import abbreviated
 
 PEFT_PREFIX = "base_model.model."
 MARKER = "<!-- fvae-lora: how to load -->"
 
 
 def check_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, or say in one line what is wrong with the file.
+    """Read a JSON object, or raise with one line that says what is wrong with the file.
 
     Args:
         path: The file, an adapter's ``adapter_config.json``.
@@ -34,7 +34,7 @@ def check_json(path: Path) -> dict[str, Any]:
         The object.
 
     Raises:
-        ValueError: If the file is missing, cut off or holds anything but an object.
+        ValueError: If the file is missing or truncated, or does not hold an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -46,13 +46,13 @@ def check_json(path: Path) -> dict[str, Any]:
 
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights in an adapter's folder; reads the file's header alone.
+    """Names and shapes of the weights in an adapter's folder; reads only the file's header.
 
     Args:
         folder: The adapter's folder, with ``adapter_model.safetensors``.
 
     Raises:
-        ValueError: If that file is missing, truncated or no safetensors file, or if weights of the method's own are no
+        ValueError: If that file is missing, truncated or not a safetensors file, or if the method's own weights are not
             floating-point numbers.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
@@ -64,9 +64,9 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             shapes = {key: tuple(value.get_shape()) for key, value in slices.items()}
             dtypes = {key: value.get_dtype() for key, value in slices.items() if ".fvae_lora_" in key}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from None
     if wrong := sorted(key for key, dtype in dtypes.items() if not dtype.startswith(("F", "BF"))):
-        raise ValueError(f"{path} must hold floating-point numbers, not {dtypes[wrong[0]]}, in {some(wrong)}")
+        raise ValueError(f"{path} must hold floating-point numbers, not {dtypes[wrong[0]]}, in {abbreviated(wrong)}")
     return shapes
 
 
@@ -76,12 +76,12 @@ def check_names(
     prefix: str,
     model: nn.Module,
 ) -> None:
-    """Refuse weights of other layers than a model's, before anything of the model is changed.
+    """Refuse weights for layers that the model does not have, before the model is changed.
 
     Args:
         found: Names and shapes in the checkpoint, without ``base_model.model.``.
         expected: Names and shapes that the adapter's layers will have.
-        prefix: What marks the adapter's own parameters, ``fvae_lora_``.
+        prefix: The prefix of the adapter's own parameters, ``fvae_lora_``.
         model: The model to be adapted.
 
     Raises:
@@ -89,9 +89,11 @@ def check_names(
     """
     own = {key for key in found if f".{prefix}" in f".{key}"} - _parameters_of_modules(model)
     if missing := sorted(expected.keys() - own):
-        raise ValueError(f"the adapter does not fit {type(model).__name__}: it lacks {some(missing)}")
+        raise ValueError(f"the adapter does not fit {type(model).__name__}: it lacks {abbreviated(missing)}")
     if extra := sorted(own - expected.keys()):
-        raise ValueError(f"the adapter does not fit {type(model).__name__}, which has no place for {some(extra)}")
+        raise ValueError(
+            f"the adapter does not fit {type(model).__name__}, which has no place for {abbreviated(extra)}"
+        )
 
 
 def _parameters_of_modules(model: nn.Module) -> set[str]:
@@ -102,7 +104,7 @@ def _parameters_of_modules(model: nn.Module) -> set[str]:
 def check_shapes(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], model: nn.Module
 ) -> None:
-    """Refuse weights of other shapes than a model needs, before anything of the model is changed.
+    """Refuse weights of the wrong shape, before the model is changed.
 
     Args:
         found: As in `check_names`.
@@ -110,7 +112,7 @@ def check_shapes(
         model: The model to be adapted.
 
     Raises:
-        ValueError: If a weight has another shape than the layer or the base model's weight of its name.
+        ValueError: If a weight's shape differs from that of the layer's or the base model's weight of that name.
     """
     base = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for key, shape in found.items():
@@ -122,13 +124,13 @@ def check_shapes(
 
 @contextmanager
 def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to write into, which takes its name once it is whole.
+    """A temporary folder to write into, which gets its name once it is complete.
 
     Args:
         folder: The folder; must not exist, or be empty.
 
     Raises:
-        ValueError: If it holds something.
+        ValueError: If it is not empty.
     """
     target = Path(folder).resolve()
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
@@ -141,13 +143,13 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         inside.replace(target)
 
 
-def say_how_to_load(folder: Path, rank: int, base_model: str | None) -> None:
-    """Add to the README of an adapter's folder what must be installed and imported to load it.
+def write_loading_instructions(folder: Path, rank: int, base_model: str | None) -> None:
+    """Add to the README of an adapter's folder what has to be installed and imported to load it.
 
     Args:
-        folder: The adapter's folder; its README is made if there is none, and is left alone if it says so already.
+        folder: The adapter's folder; its README is created if there is none, and left alone if it has the section.
         rank: The adapter's rank.
-        base_model: Name of the model that it belongs to, if it is known.
+        base_model: Name of the model that it belongs to, if known.
     """
     readme = folder / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""

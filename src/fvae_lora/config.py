@@ -34,7 +34,7 @@ FLAGS = (
     "ensure_weight_tying",
     "init_weights",
 )
-LARGEST = 2**20  # of dimensions: what is larger is a mistake, or meant to exhaust the memory of who loads it
+MAX_DIMENSION = 2**20  # anything larger is a mistake, or meant to exhaust the memory of whoever loads it
 AUTO_LIBRARIES = ("transformers", "sentence_transformers", "diffusers")
 PEFT_SAVES_BIASES = tuple(map(int, peft.__version__.split(".")[:2])) >= (0, 21)
 
@@ -53,19 +53,19 @@ class FVAELoraConfig(PeftConfig):
         residual_dim: Dimension of z2; ``None`` means `r`.
         lora_alpha: The scale is ``c = lora_alpha / r``; ``None`` means `r`, so c = 1.
         lora_dropout: Dropout on the encoders' input, in [0, 1). The reconstruction's target stays the raw x.
-        encoder_hidden_dims: Widths of the encoders' hidden layers, each followed by a ReLU; ``None`` means ``[r]``,
-            ``[]`` a linear encoder, the only one that can be merged into W.
+        encoder_hidden_dims: Widths of the encoders' hidden layers, each followed by a ReLU; ``None`` means ``[r]``.
+            ``[]`` gives a linear encoder, the only kind that can be merged into W.
         encoder_dropout: Dropout after each ReLU of the encoders, in [0, 1).
         shared_encoder_trunk: Whether the heads for mean and log-variance share the hidden layers.
         decoder_hidden_dims: Widths of the decoder's hidden layers, each followed by a ReLU.
         decoder_dropout: Dropout after each ReLU of the decoder, in [0, 1).
         latent_fusion: What the decoder reads: ``"concat"`` is [z1; z2], ``"average"`` is (z1 + z2) / 2, which needs
-            ``residual_dim == r``.
+            ``residual_dim == r``. The reference implementation has both.
         residual_prior_mean: m of the prior p2 = N(m, s^2 I).
         residual_prior_std: s of the prior p2, positive.
         objective: ``"fvae"``; ``"vae2lat"``, the ablation with KL(q2 || p2) in place of the factorisation term (with
-            ``kl_weight=1`` the paper's VAE2LAT, otherwise its beta-VAE2LAT); or ``"reference"``, what the reference
-            implementation trains on.
+            ``kl_weight=1`` the paper's VAE2LAT, otherwise its beta-VAE2LAT); or ``"reference"``, the objective of the
+            reference implementation.
         elbo_weight: lambda. At 0 the second encoder and the decoder are neither built nor run.
         reconstruction_weight: alpha.
         kl_weight: beta, the weight of every KL term. At 1 nothing holds z1's mean near 0 and the regulariser is
@@ -77,31 +77,34 @@ class FVAELoraConfig(PeftConfig):
         task_weight: Multiplies the task loss in training, positive.
         layer_reduction: ``"sum"`` or ``"mean"`` over the adapted layers.
         elbo_stop_gradient: Whether the gradient of a layer's ELBO stops at the layer's input x, so that it trains
-            that layer's autoencoder alone. ``False``, the paper's, lets it change the layers below, too: these are
-            then rewarded for inputs that are easy to reconstruct.
-        elbo_token_fraction: Share of tokens, in (0, 1], on which the ELBO is estimated, without bias.
-        sample_at_inference: Draw z1 from q1 in eval mode too, instead of taking its mean.
-        inference_only: Encoder 1's mean and B alone, as `fvae_lora.export_for_inference` writes them; cannot train.
+            only that layer's autoencoder. ``False``, as in the paper, lets it change the layers below as well, which
+            are then rewarded for producing inputs that are easy to reconstruct.
+        elbo_token_fraction: Share of tokens, in (0, 1], on which the ELBO is estimated, without bias: less time and
+            memory for a noisier ELBO.
+        sample_at_inference: Draw z1 from q1 in eval mode too, instead of taking its mean: predictions then vary, as a
+            measure of uncertainty.
+        inference_only: Only encoder 1's mean and B, as `fvae_lora.export_for_inference` writes them; cannot be trained.
         target_modules: Names, or a regular expression, of the modules to adapt, or ``"all-linear"``; ``None`` means
-            peft's default for the architecture. A name that the model knows under another name is resolved.
+            peft's default for the architecture. A name that the model has under another name is translated.
         exclude_modules: Names, or a regular expression, of modules to leave alone.
         layers_to_transform: Index or indices of the layers to adapt.
-        layers_pattern: Name of the list of layers that `layers_to_transform` counts in.
+        layers_pattern: Name of the list of layers that `layers_to_transform` indexes.
         rank_pattern: Ranks that differ from `r`, by module name or regular expression.
         alpha_pattern: Values that differ from `lora_alpha`, by module name or regular expression.
-        bias: ``"none"``, ``"all"`` or ``"fvae_lora_only"``: which biases of the base model are trained; other than
-            ``"none"`` needs peft 0.21, earlier versions would not save them.
-        fan_in_fan_out: The base weight is stored as (in, out), as in transformers' ``Conv1D``.
+        bias: ``"none"``, ``"all"`` or ``"fvae_lora_only"``: which biases of the base model are trained; anything but
+            ``"none"`` needs peft 0.21, because earlier versions would not save them.
+        fan_in_fan_out: Accepted and ignored, so that a ``LoraConfig`` can be replaced unchanged: a ``Conv1D``, whose
+            weight is stored as (in, out), is recognised by its type. `fvae_lora.convert_to_lora` passes it on.
         modules_to_save: Further modules to train and save, a classifier for example.
         trainable_token_indices: Indices of token embeddings to train, as in peft's ``LoraConfig``.
-        ensure_weight_tying: Keep layers tied that the base model ties, where `modules_to_save` or
+        ensure_weight_tying: Keep layers tied that are tied in the base model, where `modules_to_save` or
             `trainable_token_indices` names one of them.
         init_weights: Start from the method's initialisation (both heads zero, B ~ N(0, 0.02^2), tau = 1); ``False``
             draws the heads at random too.
 
     Raises:
-        ValueError: If a field has a value that makes no sense, alone or beside another; the message begins with the
-            field's name.
+        ValueError: If a field's value is invalid, by itself or in combination with another; the message begins with
+            the field's name.
     """
 
     r: int = 16
@@ -159,9 +162,9 @@ class FVAELoraConfig(PeftConfig):
         subfolder: str | None = None,
         **kwargs: Any,
     ) -> FVAELoraConfig:
-        """Read an adapter's configuration; of a local folder also the names and shapes of its weights.
+        """Read an adapter's configuration and, from a local folder, the names and shapes of its weights.
 
-        These let a model refuse an adapter that does not fit before any layer has been replaced.
+        With these a model can refuse an adapter that does not fit before any layer has been replaced.
 
         Args:
             pretrained_model_name_or_path: Folder of the adapter, or its name on the hub.
@@ -171,7 +174,7 @@ class FVAELoraConfig(PeftConfig):
         Raises:
             ValueError: If the folder's configuration is unreadable, or its weights are truncated.
         """
-        module_names.teach_transformers()
+        module_names.register_old_names()
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         local = (folder / CONFIG_NAME).is_file()
         if local:
@@ -183,14 +186,14 @@ class FVAELoraConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write ``adapter_config.json``, and into the folder's README what loading the adapter needs.
+        """Write ``adapter_config.json``, and add to the folder's README how to load the adapter.
 
         Args:
-            save_directory: Folder to write to; made if need be.
+            save_directory: Folder to write to; created if it does not exist.
             **kwargs: As in `peft.PeftConfig.save_pretrained`.
         """
         super().save_pretrained(str(save_directory), **kwargs)
-        adapter_folder.say_how_to_load(Path(save_directory), self.r, self.base_model_name_or_path)
+        adapter_folder.write_loading_instructions(Path(save_directory), self.r, self.base_model_name_or_path)
 
     @property
     def checkpoint_shapes(self) -> Mapping[str, tuple[int, ...]] | None:
@@ -210,7 +213,7 @@ class FVAELoraConfig(PeftConfig):
         return self.elbo_weight > 0 and not self.inference_only
 
     def _check_types(self) -> None:
-        """Of the fields that peft works with; it takes them as they come, from a file as well."""
+        """Check the types of the fields that peft uses, which it accepts unchecked, even from a file."""
         for name in FLAGS:
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         for name in ("base_model_name_or_path", "revision"):
@@ -222,12 +225,12 @@ class FVAELoraConfig(PeftConfig):
             _require(value is None or one or _is_list_of(value, str), name, value, "a list of names, or None")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), str):
-                _require(_is_expression(value), name, value, "a regular expression")
+                _require(_is_regex(value), name, value, "a regular expression")
         value = self.layers_to_transform
         _require(value is None or _is_index(value) or _is_indices(value), "layers_to_transform", value, "layer indices")
         for name in ("rank_pattern", "alpha_pattern"):
             value = {} if getattr(self, name) is None else getattr(self, name)
-            fits = isinstance(value, Mapping) and all(isinstance(key, str) and _is_expression(key) for key in value)
+            fits = isinstance(value, Mapping) and all(isinstance(key, str) and _is_regex(key) for key in value)
             _require(fits, name, value, "a mapping from names or regular expressions to numbers")
             setattr(self, name, value)
         value = self.trainable_token_indices
@@ -240,7 +243,7 @@ class FVAELoraConfig(PeftConfig):
         _require(value is None or isinstance(value, Mapping), "auto_mapping", value, "a mapping or None")
         library = str((value or {}).get("parent_library", AUTO_LIBRARIES[0]))
         if library.partition(".")[0] not in AUTO_LIBRARIES and library not in sys.modules:
-            # peft's auto classes would import it, whatever it is.
+            # peft's auto classes would import any module that is named here.
             warnings.warn(f"auto_mapping names {library!r}, which is not imported, and is left out", stacklevel=4)
             self.auto_mapping = None
 
@@ -250,7 +253,7 @@ class FVAELoraConfig(PeftConfig):
         for name in ("r", "residual_dim"):
             value = getattr(self, name)
             optional = value is None and name == "residual_dim"
-            _require(optional or _is_count(value), name, value, f"a positive integer, at most {LARGEST}")
+            _require(optional or _is_count(value), name, value, f"a positive integer, at most {MAX_DIMENSION}")
         for name in ("encoder_hidden_dims", "decoder_hidden_dims"):
             value = getattr(self, name)
             if isinstance(value, tuple):
@@ -323,7 +326,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_DIMENSION
 
 
 def _is_index(value: object) -> bool:
@@ -338,7 +341,7 @@ def _is_list_of(value: object, kind: type) -> bool:
     return isinstance(value, list | tuple | set) and all(isinstance(item, kind) for item in value)
 
 
-def _is_expression(value: str) -> bool:
+def _is_regex(value: str) -> bool:
     try:
         re.compile(value)
     except (re.error, RecursionError, OverflowError):

@@ -17,7 +17,7 @@ from .evaluating import active_configs, adapted_layers, evaluating
 from .kernels.likelihood import log_likelihood
 from .layer import FVAELoraLayer
 from .masks import TokenMasks, warn_of_padding
-from .module_names import some
+from .module_names import abbreviated
 from .objective import gamma, kl_to_prior, w2
 from .vae import FVAE, raised
 
@@ -146,7 +146,8 @@ def read_inputs(model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, An
     for masks in seen.values():
         warn_of_padding(masks)
     if untold:
-        warnings.warn(f"{some(sorted(untold))} left out: no telling which example a token belongs to", stacklevel=3)
+        names = abbreviated(sorted(untold))
+        warnings.warn(f"{names} left out: it cannot be known which example a token belongs to", stacklevel=3)
 
 
 def token_scores(vae: FVAE, x: Tensor, draws: int = 0, seed: int = 0) -> dict[str, Tensor]:

@@ -26,11 +26,11 @@ B_STD = 0.02  # of B's initial values, as in the reference
 
 
 class FVAELoraLayer(nn.Module, BaseTunerLayer):
-    r"""A frozen layer beside B and the autoencoder whose first encoder takes the place of LoRA's A.
+    r"""A frozen layer with B and the autoencoder whose first encoder takes the place of LoRA's A.
 
     In training ``y = W x + b + c B z1`` with ``z1 = mean1(x) + sigma1(x) * eps``, and the layer records its ELBO with
-    `recorder`. At inference, and in a forward of the model that began without gradients, ``z1 = mean1(x)``: encoder
-    1's mean and B run, nothing else.
+    `recorder`. At inference, and in a forward of the model that began without gradients, ``z1 = mean1(x)``: only
+    encoder 1's mean and B run.
 
     Args:
         base_layer: A layer that `features` accepts, or a peft layer around one.
@@ -45,7 +45,7 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
 
     if TYPE_CHECKING:
 
-        def __getattr__(self, name: str) -> Any: ...  # what peft's half of the class brings
+        def __getattr__(self, name: str) -> Any: ...  # attributes from peft's base class
 
     adapter_layer_names = ("fvae_lora_vae", "fvae_lora_B")
     other_param_names = ("r", "scaling")
@@ -74,8 +74,8 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.in_features, self.out_features = features(self.get_base_layer())
         self.merged_adapters: list[str] = []
-        self.register_load_state_dict_pre_hook(_with_todays_names)
-        self._bias_is_ours = False  # merging gave the base layer one
+        self.register_load_state_dict_pre_hook(_rename_old_parameters)
+        self._added_bias = False  # merging gave the base layer a bias
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, r, lora_alpha)
@@ -104,7 +104,7 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         return weight
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """The base layer's output, plus that of each active adapter.
+        """The base layer's output plus the update of each active adapter.
 
         Args:
             x: (..., in).
@@ -171,7 +171,7 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
 
     @property
     def trains(self) -> bool:
-        """Whether an active adapter is to be trained, so that a forward in training should run it."""
+        """Whether an active adapter is being trained, so that a training forward should run it."""
         parameters = (parameter for vae in self.active_vaes().values() for parameter in vae.parameters())
         running = self.training and not self.disable_adapters and not self.merged
         return running and any(parameter.requires_grad for parameter in parameters)
@@ -218,7 +218,7 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         return scaled @ raised(vae.encoder1_mean_weight), scaled @ raised(vae.encoder1_mean_bias)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the updates of linear encoders to the base layer, exactly: ``W + c B M`` and ``b + c B k``.
+        """Add the updates of linear encoders to the base layer; exact: ``W + c B M`` and ``b + c B k``.
 
         Args:
             safe_merge: Whether to refuse a result that is not finite.
@@ -234,14 +234,14 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Take merged updates out of the base layer again."""
+        """Remove merged updates from the base layer."""
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
             weight, bias = self.linear_update(adapter)
             self._add_to_base(adapter, -weight, -bias, safe=False)
-        if self._bias_is_ours:
+        if self._added_bias:
             self.get_base_layer().bias = None
-            self._bias_is_ours = False
+            self._added_bias = False
 
     def _add_to_base(self, adapter: str, weight: Tensor, bias: Tensor, safe: bool) -> None:
         base = self.get_base_layer()
@@ -252,7 +252,7 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         new_weight = new_weight.to(own_weight.dtype)
         new_bias = (bias if base.bias is None else base.bias.data + bias).to(own_weight.dtype)
         if safe and not (new_weight.isfinite().all() and new_bias.isfinite().all()):
-            # Begins as peft's message does.
+            # The message begins like peft's.
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: "
                 f"the weights of {self.name} are not finite"
@@ -261,7 +261,7 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         if base.bias is None:
             base.bias = nn.Parameter(new_bias, requires_grad=False)
-            self._bias_is_ours = True
+            self._added_bias = True
         else:
             base.bias.data = new_bias
 
@@ -270,15 +270,15 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
 
 
 class _UpProjection(nn.Module):
-    """An adapter's B; a module, so that its parameter's name has the adapter's between two dots."""
+    """An adapter's B, as a module so that the adapter's name stands between two dots in the parameter's name."""
 
     def __init__(self, out_features: int, r: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, r).normal_(0, B_STD))
 
 
-def _with_todays_names(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Rename what version 0.1 wrote; see `fvae_lora.module_names.todays_parameter`."""
+def _rename_old_parameters(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Rename what version 0.1 wrote; see `fvae_lora.module_names.current_parameter`."""
     for adapter in layer.fvae_lora_B:
         if (weight := state_dict.pop(f"{prefix}fvae_lora_B.{adapter}", None)) is not None:
             state_dict[f"{prefix}fvae_lora_B.{adapter}.weight"] = weight
@@ -289,11 +289,11 @@ def _cannot_requantize(*_: Any) -> NoReturn:
 
 
 class FVAELoraLinear(FVAELoraLayer):
-    """The same for linear layers; by this word in the class's name peft finds those that have an adapter already."""
+    """For linear layers; peft finds those that are already adapted by the word "Linear" in the class name."""
 
 
 class FVAELoraConv2d(FVAELoraLayer):
-    """The same for `torch.nn.Conv2d`: a token is a patch that the kernel sees, x in R^(channels * height * width)."""
+    """For `torch.nn.Conv2d`: a token is a patch under the kernel, x in R^(channels * height * width)."""
 
     def tokens(self, x: Tensor) -> Tensor:
         """The patches that the kernel sees, (batch, patches, in)."""
@@ -317,7 +317,7 @@ class FVAELoraConv2d(FVAELoraLayer):
         """The patches, (batch, height' * width', in), and how many lie below and beside each other."""
         base = self.get_base_layer()
         batched = x if x.dim() == 4 else x.unsqueeze(0)
-        # Padding "same" and other modes than zeros are worked out by the convolution itself, on the side of the input.
+        # The convolution itself works out padding "same" and non-zero padding modes, on its input.
         padding = base._reversed_padding_repeated_twice
         mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
         padded = F.pad(batched, padding, mode=mode) if any(padding) else batched
@@ -331,11 +331,11 @@ class FVAELoraConv2d(FVAELoraLayer):
 
 
 def features(base_layer: nn.Module) -> tuple[int, int]:
-    """Input and output features of a layer that can be adapted; those of a convolution are of its patches.
+    """Input and output features of a layer that can be adapted; for a convolution those of its patches.
 
     Args:
-        base_layer: The layer: `torch.nn.Linear`, transformers' ``Conv1D``, `torch.nn.Conv2d` without groups, or a
-            quantised linear layer that peft knows.
+        base_layer: `torch.nn.Linear`, transformers' ``Conv1D``, `torch.nn.Conv2d` without groups, or a
+            quantised linear layer that peft supports.
 
     Returns:
         Input and output features.

@@ -1,4 +1,4 @@
-"""What the training loss is made of, for a Trainer's logs, without waiting for the device in between."""
+"""What the training loss is made of, for a Trainer's logs, without synchronising with the device between them."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ class LossLog:
         self._sums[tuple(terms)] = part if known is None else known + part
 
     def means(self, step: int, reduce: Callable[[Tensor], Tensor], per_layer: bool) -> dict[str, float]:
-        """The means over the optimizer steps since the last call, which are forgotten then.
+        """The means over the optimizer steps since the last call; resets the sums.
 
         Args:
             step: How many optimizer steps are done now.
-            reduce: Gives the mean over processes.
+            reduce: Computes the mean over processes.
             per_layer: Whether to name each layer's terms too.
 
         Returns:
-            ``"task_loss"``, ``"elbo/<term>"`` and, with `per_layer`, ``"elbo/<layer>/<term>"``. Empty if there is
-            nothing to tell.
+            ``"task_loss"``, ``"elbo/<term>"`` and, with `per_layer`, ``"elbo/<layer>/<term>"``. Empty if
+            nothing was added.
         """
         steps = max(step - self._first_step, 1)
         means: defaultdict[str, float] = defaultdict(float)

@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .module_names import some
+from .module_names import abbreviated
 from .objective import TokenWeights
 
-Sequence = Literal["input", "decoder", "image"]
-SEQUENCES: tuple[Sequence, ...] = get_args(Sequence)
+SequenceKind = Literal["input", "decoder", "image"]
+SEQUENCE_KINDS: tuple[SequenceKind, ...] = get_args(SequenceKind)
 IGNORED_LABEL = -100
 CROSS_ATTENTION = {"encoder_attn", "EncDecAttention", "crossattention", "cross_attn", "cross_attention"}
-MASKED = -5000.0  # what is added to a score that is not to count is at most this; position biases are above it
+MASKED_SCORE = -5000.0  # at most this is added to a score to mask it out; position biases are greater
 PADDING_METHODS = ("_pad_to_window_size", "_pad_to_block_size")
-TORCHS_TRANSFORMERS = (nn.Transformer, nn.MultiheadAttention)
+TORCH_TRANSFORMERS = (nn.Transformer, nn.MultiheadAttention)
 PADDING_MASKS = {"input": ("key_padding_mask", "src_key_padding_mask"), "decoder": ("tgt_key_padding_mask",)}
 KEYS_AND_VALUES = {"k", "v", "k_proj", "v_proj", "key", "value", "k_lin", "v_lin"}
 
@@ -36,8 +36,8 @@ class TokenMasks:
 
     Args:
         model: The adapted model.
-        input: Mask of its input, (batch, length) of bool, or ``None``; that of an audio model has a place per sample.
-        decoder: The same of its decoder's input.
+        input: Mask of its input, (batch, length) of bool, or ``None``; an audio model's has an entry per sample.
+        decoder: The same for its decoder's input.
         has_decoder: Whether the model has an encoder and a decoder.
         shapes: Of what each sequence is read from, (rows, ...).
     """
@@ -46,33 +46,35 @@ class TokenMasks:
     input: Tensor | None
     decoder: Tensor | None
     has_decoder: bool = False
-    shapes: Mapping[Sequence, torch.Size] = field(default_factory=dict)
+    shapes: Mapping[SequenceKind, torch.Size] = field(default_factory=dict)
     _found: dict[tuple[Any, ...], TokenWeights | None] = field(default_factory=dict)
-    _unfit: dict[str, tuple[Sequence, int]] = field(default_factory=dict)  # by layer: what it reads, how many tokens
+    _unmatched: dict[str, tuple[SequenceKind, int]] = field(
+        default_factory=dict
+    )  # by layer: what it reads, how many tokens
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Mapping[str, Any]) -> TokenMasks:
         """Find the masks in the arguments of a model's forward, given by name."""
-        mask = _kept(inputs.get("attention_mask"), inputs)
-        decoder = _kept(inputs.get("decoder_attention_mask"), {})
-        mask = _not_padding("input", inputs) if mask is None else mask
-        decoder = _not_padding("decoder", inputs) if decoder is None else decoder
+        mask = _kept_tokens(inputs.get("attention_mask"), inputs)
+        decoder = _kept_tokens(inputs.get("decoder_attention_mask"), {})
+        mask = _from_padding_mask("input", inputs) if mask is None else mask
+        decoder = _from_padding_mask("decoder", inputs) if decoder is None else decoder
         has_decoder = is_encoder_decoder(model) or any(name in inputs for name in PADDING_MASKS["decoder"])
         labels = inputs.get("labels")
         if decoder is None and isinstance(labels, Tensor) and labels.dim() == 2:
             decoder = labels != IGNORED_LABEL  # the decoder reads the labels, shifted by one
         elif decoder is None and inputs.get("decoder_input_ids") is None:
-            decoder = mask  # or, without labels to read, the input
+            decoder = mask  # or the input, if there are no labels to read
         return cls(model, mask, decoder, has_decoder, _shapes(model, inputs))
 
-    def sequence(self, layer: str) -> Sequence:
+    def sequence(self, layer: str) -> SequenceKind:
         """The sequence that a layer reads.
 
         Args:
             layer: Name of the adapted module inside the model.
 
         Returns:
-            ``"image"`` in the vision tower of a model; ``"decoder"`` in a decoder, but for the keys and values of its
+            ``"image"`` in a model's vision tower; ``"decoder"`` in a decoder, except for the keys and values of its
             cross-attention; ``"input"`` elsewhere.
         """
         parts = layer.split(".")
@@ -80,12 +82,12 @@ class TokenMasks:
             return "image"
         if not self.has_decoder or (CROSS_ATTENTION.intersection(parts) and parts[-1] in KEYS_AND_VALUES):
             return "input"
-        # A decoder may be a model with an encoder of its own name: the outermost name tells.
+        # A decoder may contain a module named "encoder": the outermost name decides.
         half = next((part for part in parts if "encoder" in part or "decoder" in part), "decoder")
         return "decoder" if "decoder" in half else "input"
 
     def weights(self, layer: str, x: Tensor) -> TokenWeights:
-        """The weights of a layer's tokens; all count where no mask fits.
+        """The weights of a layer's tokens; all tokens count where no mask fits.
 
         Args:
             layer: Name of the adapted module inside the model.
@@ -100,16 +102,20 @@ class TokenMasks:
             self._found[key] = self._weights(mask, sequence_first, x)
         if (found := self._found[key]) is not None:
             return found
-        self._unfit[layer] = (sequence, tokens.numel())
+        self._unmatched[layer] = (sequence, tokens.numel())
         return TokenWeights(None, tokens.numel())
 
     def _weights(self, mask: Tensor | None, sequence_first: bool, x: Tensor) -> TokenWeights | None:
         tokens = x.shape[:-1]
         if mask is None or tokens.numel() == len(mask) != mask.numel():
-            return TokenWeights(None, tokens.numel())  # the latter is one vector for each sample, as of a pooler
-        if len(tokens) == 2 and mask.shape != tokens and (frames := _frames(self.model, mask, tokens[1])) is not None:
+            return TokenWeights(None, tokens.numel())  # the latter is one vector per sample, as in a pooler
+        if (
+            len(tokens) == 2
+            and mask.shape != tokens
+            and (frames := _frame_mask(self.model, mask, tokens[1])) is not None
+        ):
             mask = frames
-        fitted = _fitted(_padded(self.model, mask, tokens), tokens, sequence_first)
+        fitted = _fit_to_tokens(_pad_to_windows(self.model, mask, tokens), tokens, sequence_first)
         if fitted is None:
             return None
         counted = fitted.to(x.device, torch.float32 if x.dtype != torch.float64 else x.dtype)
@@ -146,7 +152,7 @@ class TokenMasks:
         if tokens.numel() == texts:
             return index.reshape(tokens), count
         places = index.expand(texts, length)
-        found = _fitted(index.expand(_padded(self.model, places, tokens).shape), tokens, sequence_first)
+        found = _fit_to_tokens(index.expand(_pad_to_windows(self.model, places, tokens).shape), tokens, sequence_first)
         if found is not None:
             return found, count
         if mask is not None and mask.shape == places.shape and int(mask.sum()) == tokens.numel():
@@ -165,61 +171,62 @@ class TokenMasks:
         return index.reshape(-1, *[1] * (len(tokens) - 1)).expand(tokens), count
 
     def layers_that_count_padding(self) -> list[str]:
-        """The layers so far that have padding among their tokens, as far as their masks tell, and count it.
+        """The layers seen so far that count padding, as far as their masks tell.
 
-        The tokens of a layer that reads as many as are no padding are those.
+        A layer that reads exactly as many tokens as are not padding is taken to read just those.
         """
         layers = []
-        for layer, (sequence, tokens) in self._unfit.items():
+        for layer, (sequence, tokens) in self._unmatched.items():
             mask = self._mask(sequence)
             if mask is not None and int(mask.sum()) not in (mask.numel(), tokens):
                 layers.append(layer)
         return layers
 
-    def _mask(self, sequence: Sequence) -> Tensor | None:
+    def _mask(self, sequence: SequenceKind) -> Tensor | None:
         return {"input": self.input, "decoder": self.decoder, "image": None}[sequence]
 
 
 def warn_of_padding(masks: TokenMasks) -> bool:
-    """Say in which layers of a forward padding counts; whether there was something to say."""
+    """Warn of the layers of a forward in which padding counts; return whether there are any."""
     layers = masks.layers_that_count_padding()
     if layers:
         warnings.warn(
-            f"every token counts in the ELBO of {some(layers)}, padding too: the mask does not fit what they read",
+            f"every token counts in the ELBO of {abbreviated(layers)}, padding included: "
+            "the mask does not fit their input",
             stacklevel=2,
         )
     return bool(layers)
 
 
-def _kept(mask: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+def _kept_tokens(mask: Any, inputs: Mapping[str, Any]) -> Tensor | None:
     """Which tokens an attention mask of any layout keeps, (batch, length) of bool.
 
     Args:
-        mask: (batch, length); or (batch, ..., queries, keys), where a key that no query attends to is padding; or
-            several of these by their kinds. Of bool, of 0 and 1, or of what is added to the scores.
+        mask: (batch, length); or (batch, ..., queries, keys), where a key that no query attends to is padding; or a
+            mapping of several of these. Bool, 0 and 1, or values to be added to the scores.
         inputs: All arguments of the forward, by name.
 
     Returns:
-        ``None`` where there is no mask, or one that is not a tensor.
+        ``None`` if there is no mask, or it is not a tensor.
     """
     if isinstance(mask, Mapping):
-        kinds = [_kept(value, inputs) for value in mask.values()]
+        kinds = [_kept_tokens(value, inputs) for value in mask.values()]
         known = [kind for kind in kinds if kind is not None]
         return torch.stack(known).any(0) if known and len(known) == len(kinds) else None
     if not isinstance(mask, Tensor) or mask.dim() == 0:
         return None
     kept, shape = _attended(mask), _shape_of_text(inputs)
     if shape == mask.shape:
-        kept = kept.flatten(0, -2)  # also where a sample is several texts, as in a multiple choice
+        kept = kept.flatten(0, -2)  # also where a sample is several texts, as in multiple choice
     elif mask.dim() > 2:
         kept = kept.flatten(1, -2).any(1)
     kept = kept.reshape(-1, mask.shape[-1])
     if len(shape) == 2 and inputs.get("past_key_values") is not None:
-        kept = kept[:, -shape[1] :]  # the mask begins with what the cache holds
+        kept = kept[:, -shape[1] :]  # the mask begins with the cached tokens
     return kept
 
 
-def _shapes(model: nn.Module, inputs: Mapping[str, Any]) -> dict[Sequence, torch.Size]:
+def _shapes(model: nn.Module, inputs: Mapping[str, Any]) -> dict[SequenceKind, torch.Size]:
     """The shapes of what the sequences of a forward are read from, (rows, ...)."""
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.dim()}
     main = tensors.get(getattr(model, "main_input_name", ""), next(iter(tensors.values()), torch.ones(1)))
@@ -242,20 +249,20 @@ def _attended(mask: Tensor) -> Tensor:
         return mask
     added = (mask < 0).any()
     if mask.dim() > 2 and mask.is_floating_point():
-        added = added | ~(mask > 0).any()  # nothing but zeros adds nothing
-    return torch.where(added, mask > MASKED, mask != 0)
+        added = added | ~(mask > 0).any()  # only zeros: added to the scores, nothing is masked
+    return torch.where(added, mask > MASKED_SCORE, mask != 0)
 
 
-def _not_padding(sequence: str, inputs: Mapping[str, Any]) -> Tensor | None:
-    """The same from the masks of torch's own transformer, which are true, or very negative, where padding is."""
+def _from_padding_mask(sequence: str, inputs: Mapping[str, Any]) -> Tensor | None:
+    """The same from the masks of torch's own transformer, which are true, or very negative, at padding."""
     for name in PADDING_MASKS[sequence]:
         if isinstance(mask := inputs.get(name), Tensor):
-            return (mask > MASKED if mask.is_floating_point() else mask == 0).reshape(-1, mask.shape[-1])
+            return (mask > MASKED_SCORE if mask.is_floating_point() else mask == 0).reshape(-1, mask.shape[-1])
     return None
 
 
-def _fitted(mask: Tensor, tokens: torch.Size, sequence_first: bool) -> Tensor | None:
-    """A mask, (batch, length), in the shape of a layer's tokens; ``None`` if there is no telling which is which."""
+def _fit_to_tokens(mask: Tensor, tokens: torch.Size, sequence_first: bool) -> Tensor | None:
+    """A mask, (batch, length), in the shape of a layer's tokens; ``None`` if they cannot be matched."""
     batch, length = mask.shape
     masks = (mask.T, mask) if sequence_first else (mask, mask.T)
     if (same := next((mask for mask in masks if mask.shape == tokens), None)) is not None:
@@ -272,25 +279,25 @@ def _fitted(mask: Tensor, tokens: torch.Size, sequence_first: bool) -> Tensor | 
 
 
 def _is_sequence_first(model: nn.Module, layer: str) -> bool:
-    """Whether a layer lies in one of torch's transformers that read (length, batch, width).
+    """Whether a layer is inside one of torch's transformers with inputs (length, batch, width).
 
-    Other models that do so are told by the shapes alone, and not from a batch of as many samples as tokens.
+    Other models with that layout are recognised by shapes alone, which cannot tell if batch and length are equal.
     """
     parts = layer.split(".")[:-1]
     above = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
     around = [module for parent in above for module in (parent, *parent.children())]
-    return any(isinstance(m, TORCHS_TRANSFORMERS) and getattr(m, "batch_first", None) is False for m in around)
+    return any(isinstance(m, TORCH_TRANSFORMERS) and getattr(m, "batch_first", None) is False for m in around)
 
 
-def _padded(model: nn.Module, mask: Tensor, tokens: torch.Size) -> Tensor:
-    """The mask of what a model reads that pads its input to a whole number of windows or blocks."""
+def _pad_to_windows(model: nn.Module, mask: Tensor, tokens: torch.Size) -> Tensor:
+    """The mask of the input after the model has padded it to a whole number of windows or blocks, if it does."""
     missing = tokens.numel() // len(mask) - mask.shape[1] if len(tokens) == 2 and len(mask) in tokens else 0
     if missing <= 0 or not any(hasattr(module, name) for module in model.modules() for name in PADDING_METHODS):
         return mask
     return F.pad(mask, (0, missing))
 
 
-def count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[Sequence, int]:
+def count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[SequenceKind, int]:
     """How many tokens of a batch count, before the model has seen it.
 
     Args:
@@ -303,7 +310,7 @@ def count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[Sequence, 
         a factor that the batches of a run share.
     """
     counts = [_count_tokens(model, part) for part in _forwards(model, inputs)]
-    return {sequence: sum(count[sequence] for count in counts) for sequence in SEQUENCES}
+    return {sequence: sum(count[sequence] for count in counts) for sequence in SEQUENCE_KINDS}
 
 
 def _forwards(model: nn.Module, inputs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -325,12 +332,12 @@ def _main_input(model: nn.Module) -> str:
     return str(getattr(model, "main_input_name", "input_ids"))
 
 
-def _count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[Sequence, int]:
+def _count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[SequenceKind, int]:
     masks = TokenMasks.of(model, inputs)
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     main = tensors.get(_main_input(model), next(iter(tensors.values()), torch.ones(1)))
     samples = torch.ones_like(main, dtype=torch.bool) if masks.input is None and main.dim() == 2 else masks.input
-    frames = None if samples is None else _frames(model, samples)
+    frames = None if samples is None else _frame_mask(model, samples)
     mask = masks.input if frames is None else frames
     return {
         "input": main.numel() if mask is None else int(mask.sum()),
@@ -339,13 +346,13 @@ def _count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[Sequence,
     }
 
 
-def _frames(model: nn.Module, mask: Tensor, length: int | None = None) -> Tensor | None:
-    """The mask of an audio model's frames, after its convolutions, from that of its samples.
+def _frame_mask(model: nn.Module, mask: Tensor, length: int | None = None) -> Tensor | None:
+    """The mask of an audio model's frames, after its convolutions, from the mask of its samples.
 
     Args:
         model: The adapted model.
         mask: (batch, samples) of bool.
-        length: Number of frames; ``None`` means as many as the samples give.
+        length: Number of frames; ``None`` means as many as follow from the samples.
 
     Returns:
         (batch, frames) of bool; ``None`` if the model has no such convolutions, or not that many frames.
@@ -353,7 +360,7 @@ def _frames(model: nn.Module, mask: Tensor, length: int | None = None) -> Tensor
     convolved = getattr(model, "_get_feat_extract_output_lengths", None)
     if convolved is None:
         return None
-    # The encoder's layers stand before the convolutions of an adapter that the model may have behind it.
+    # The encoder's layers come before the convolutions of the adapter that some models have after it.
     options = {"add_adapter": False} if getattr(model.config, "add_adapter", False) else {}
     frames = convolved(torch.tensor(mask.shape[1]), **options)
     if not isinstance(frames, Tensor) or length not in (None, int(frames)):

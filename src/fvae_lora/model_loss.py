@@ -1,4 +1,4 @@
-"""The loss that a model returns: where it lies in the output, and over what it is a mean."""
+"""The loss that a model returns: where it is in the output, and what it is averaged over."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .recorder import Recorder
 
 
 def share_of_items(model: nn.Module, inputs: Mapping[str, Any]) -> float | None:
-    """This micro-batch's share of the labels of the optimizer's step, counted as transformers' Trainer counts."""
+    """This micro-batch's share of the labels in the optimizer's step, counted as transformers' Trainer does."""
     labels, num_items = inputs.get("labels"), inputs.get("num_items_in_batch")
     if num_items is None or not isinstance(labels, Tensor):
         return None
@@ -27,20 +27,20 @@ def share_of_items(model: nn.Module, inputs: Mapping[str, Any]) -> float | None:
 
 
 def is_normalised(model: nn.Module, recorder: Recorder, loss: Tensor, num_items: Any) -> bool:
-    """Whether the losses of an optimizer's micro-batches add up as the model returns them."""
+    """Whether the losses of a step's micro-batches can be summed as the model returns them."""
     if recorder.loss_uses_num_items is None and isinstance(num_items, Tensor) and num_items.requires_grad:
         if not loss.requires_grad:
             return True
         (gradient,) = torch.autograd.grad(loss, num_items, retain_graph=True, allow_unused=True)
         recorder.loss_uses_num_items = gradient is not None
-    # Configurations of sound have this field for other heads as well; not every version has loss_type "ForCTC".
+    # Audio models have this field with other heads as well; not every version has loss_type "ForCTC".
     config: Any = model.config if type(model).__name__.endswith("ForCTC") else None
     summed = config is not None and config.ctc_loss_reduction == "sum"
     return summed or recorder.loss_uses_num_items is not False
 
 
 def loss_key(output: Any, inputs: Mapping[str, Any]) -> Any:
-    """Where the loss lies in a model's output: a key, an index, `...` for the output itself, ``None`` for nowhere."""
+    """Where the loss is in a model's output: a key, an index, `...` for the output itself, ``None`` for nowhere."""
     if isinstance(output, Mapping):
         return "loss" if _is_scalar(output.get("loss")) else None
     names = {name for name, value in inputs.items() if value is not None and value is not False}
@@ -56,7 +56,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def with_loss(output: Any, key: Any, loss: Tensor) -> Any:
-    """A model's output with another loss where `loss_key` found one."""
+    """A model's output with the loss at `key` replaced."""
     if key is Ellipsis:
         return loss
     if isinstance(output, Mapping):

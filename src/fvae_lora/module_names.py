@@ -29,35 +29,35 @@ SYNONYMS = (
 )
 
 
-def todays_parameter(name: str) -> str:
-    """The name of a parameter in an adapter's file, given that of version 0.1.
+def current_parameter(name: str) -> str:
+    """The current name of a parameter in an adapter's file, given its name in version 0.1.
 
-    B was a parameter then and is a layer with a weight: who builds on peft looks for an adapter's name between two
-    dots.
+    B was a parameter then and is now a module with a weight, because software on top of peft looks for the adapter's
+    name between two dots.
     """
     return f"{name}.weight" if name.endswith(".fvae_lora_B") else name
 
 
 @functools.cache
-def teach_transformers() -> None:
-    """Have transformers' ``load_adapter`` know the names of version 0.1, too; it goes by a list of its own.
+def register_old_names() -> None:
+    """Register the names of version 0.1 for transformers' ``load_adapter``, which has its own list of renamings.
 
-    Such lists are kept by model, with one for what is older than today's models of any kind.
+    There is a list per model type, and a "legacy" one for all of them.
     """
     with_adapters_name = WeightRenaming(r"(fvae_lora_B\.[^.]+)$", r"\1.weight")
     known = get_checkpoint_conversion_mapping("legacy") or []
     register_checkpoint_conversion_mapping("legacy", [*known, with_adapters_name], overwrite=True)
 
 
-def todays_name(model: nn.Module, name: str) -> str:
-    """The name that a model of today's transformers has for a module, given that of an older version.
+def current_name(model: nn.Module, name: str) -> str:
+    """A module's name in the installed transformers, given its name in an older version.
 
     Args:
         model: The model.
         name: Full name of a module, a layer of a checkpoint for example.
 
     Returns:
-        The name in the model, or `name` itself where transformers knows of no change.
+        The name in the model, or `name` itself if transformers has no renaming for it.
     """
     modules = dict(model.named_modules())
     if name in modules or not isinstance(model, PreTrainedModel):
@@ -69,18 +69,17 @@ def todays_name(model: nn.Module, name: str) -> str:
 
 
 def resolve_targets(model: nn.Module, targets: Iterable[str] | str) -> set[str] | str:
-    """Replace target names that the model knows under another name, saying so.
+    """Replace target names that the model has under another name, with a warning.
 
     Args:
         model: The model to be adapted.
         targets: Names of modules, full or their last parts, or one regular expression.
 
     Returns:
-        Targets of which each matches a module.
+        Targets that each match a module.
 
     Raises:
-        ValueError: If a target matches nothing and is no other name of something; the message lists what could be
-            meant.
+        ValueError: If a target matches nothing, not even under another name; the message lists the candidates.
     """
     names = [name for name, _ in model.named_modules() if name]
     if isinstance(targets, str):
@@ -100,7 +99,7 @@ def _resolve(model: nn.Module, names: list[str], target: str) -> str:
 
     if found(target):
         return target
-    if (renamed := todays_name(model, target)) != target:
+    if (renamed := current_name(model, target)) != target:
         return renamed
     parent, _, last = target.rpartition(".")
     others = next((group for group in SYNONYMS if last in group), set())
@@ -112,15 +111,15 @@ def _resolve(model: nn.Module, names: list[str], target: str) -> str:
 
 
 def is_all_linear(targets: Iterable[str] | str | None) -> bool:
-    """Whether targets are peft's word for all linear layers; peft takes it in capitals, too."""
+    """Whether targets are peft's ``"all-linear"``, in upper or lower case as peft accepts it."""
     return isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 
 def warn_of_experts(model: nn.Module, targets: Iterable[str] | str | None) -> None:
-    """Say which weights of a mixture of experts stay as they are although the targets ask for them.
+    """Warn of the weights of a mixture of experts that are not adapted although the targets ask for them.
 
-    Experts and routers whose weights lie in parameters of their own are no modules that could be adapted, as LoRA
-    adapts them. What older versions of transformers called ``gate_proj`` and ``up_proj`` is ``gate_up_proj`` today.
+    Experts and routers whose weights are bare parameters rather than linear layers cannot be adapted. What older
+    versions of transformers called ``gate_proj`` and ``up_proj`` is now ``gate_up_proj``.
 
     Args:
         model: The model to be adapted.
@@ -138,8 +137,8 @@ def warn_of_experts(model: nn.Module, targets: Iterable[str] | str | None) -> No
     left_out = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in expert_weights(model) if asked_for(name))
     if left_out:
         warnings.warn(
-            f"target_modules: {', '.join(left_out)} of {type(model).__name__} stay as they are: parameters that "
-            "belong to no linear layer cannot be adapted",
+            f"target_modules: {', '.join(left_out)} of {type(model).__name__} are not adapted: parameters that "
+            "belong to no linear layer cannot be",
             stacklevel=2,
         )
 
@@ -161,7 +160,7 @@ def _no_match(model: nn.Module, target: str) -> str:
     adapted: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(adapted):
-            continue  # parts of what peft put there
+            continue  # part of an adapted layer
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             adapted = (*adapted, f"{name}.")
         if isinstance(module, nn.Linear | Conv1D | BaseTunerLayer):
@@ -170,10 +169,10 @@ def _no_match(model: nn.Module, target: str) -> str:
     where = type(model).__name__
     message = f"target_modules: {target!r} matches no module of {where}; its linear layers are named {could_be}"
     experts = sorted({".".join(name.split(".")[-2:]) for name in expert_weights(model)})
-    return message + (f"; no layers, and so no targets, are {', '.join(experts)}" if experts else "")
+    return message + (f"; {', '.join(experts)} are bare parameters, which cannot be targets" if experts else "")
 
 
-def some(names: list[str], limit: int = 3) -> str:
+def abbreviated(names: list[str], limit: int = 3) -> str:
     """The first of some names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

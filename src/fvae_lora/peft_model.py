@@ -1,4 +1,4 @@
-"""The tuner: finds the target modules and puts `FVAELoraLayer` in their places."""
+"""The tuner: finds the target modules and replaces them by `FVAELoraLayer`."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from torch import nn
 
 from . import adapter_folder
 from .config import FVAELoraConfig
-from .hooks import call_by_name, forget, recorder_of
+from .hooks import recorder_of, remove_hooks, run_hooks_on_forward
 from .layer import FVAELoraLayer, features, layer_class
-from .loading import LoadOptions
-from .module_names import is_all_linear, resolve_targets, some, todays_name, todays_parameter, warn_of_experts
+from .load_options import LoadOptions
+from .module_names import abbreviated, current_name, current_parameter, is_all_linear, resolve_targets, warn_of_experts
 from .vae import FVAE
 
 
 class FVAELoraModel(BaseTuner):
-    """Adapts a model with FVAE-LoRA; made by `peft.get_peft_model` and its relatives, not by hand.
+    """Adapts a model with FVAE-LoRA; created by `peft.get_peft_model` and similar functions, not by hand.
 
     Args:
         model: The model to be adapted.
@@ -40,8 +40,8 @@ class FVAELoraModel(BaseTuner):
         **kwargs: As in `peft.tuners.tuners_utils.BaseTuner`.
 
     Raises:
-        ValueError: If a target matches nothing, or cannot be adapted, or stored weights do not fit the model. The
-            model is unchanged then.
+        ValueError: If a target matches nothing or cannot be adapted, or stored weights do not fit the model, which
+            then stays unchanged.
     """
 
     prefix = "fvae_lora_"
@@ -56,16 +56,16 @@ class FVAELoraModel(BaseTuner):
         adapter_name: str,
         **kwargs: Any,
     ) -> None:
-        # `PeftModel` hands over a dict; who injects into a model hands over the configuration itself. Such a model
-        # stays in the mode that it is in: in eval mode nothing may start to sample. A `PeftModel` starts in training
-        # mode, over an eval base too, and adapters that it gets later follow it.
+        # `PeftModel` passes a dict; injecting into a model passes the configuration itself. An injected model keeps
+        # its mode: in eval mode nothing may start to sample. A `PeftModel` starts in training mode, even over a base
+        # in eval mode, and adapters added later follow it.
         object.__setattr__(self, "_keep_mode", isinstance(peft_config, PeftConfig))  # before nn.Module.__init__
         super().__init__(model, peft_config, adapter_name, **kwargs)
         if self._keep_mode:
-            call_by_name(self.model)
+            run_hooks_on_forward(self.model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The adapted model's, by way of its hooks: peft before 0.21 called its `forward` without them."""
+        """Call the adapted model so that its hooks run: peft before 0.21 called its `forward` without them."""
         return self.model(*args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: FVAELoraConfig, model_config: dict[str, Any]) -> FVAELoraConfig:
@@ -76,7 +76,7 @@ class FVAELoraModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: FVAELoraConfig, model: nn.Module) -> None:
-        """Refuse what cannot work before the first layer is replaced."""
+        """Refuse what cannot work, before the first layer is replaced."""
         if peft_config.inference_only and not peft_config.inference_mode:
             raise ValueError("inference_only adapters cannot be trained; load this one with is_trainable=False")
         if peft_config.target_modules == DUMMY_TARGET_MODULES:
@@ -101,7 +101,7 @@ class FVAELoraModel(BaseTuner):
             warn_of_experts(model, peft_config.target_modules)
 
     def _check_target_module_compatiblity(self, _: PeftConfig, model: nn.Module, target_name: str) -> None:
-        """Refuse what peft refuses for LoRA: layers that a Mamba's kernels never call."""
+        """Refuse what peft refuses for LoRA: layers that Mamba's kernels never call."""
         try:
             super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
         except ValueError as error:
@@ -121,11 +121,11 @@ class FVAELoraModel(BaseTuner):
                 )
 
     def _check_checkpoint(self, config: FVAELoraConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
-        options = LoadOptions.of_the_running_call() or LoadOptions()
+        options = LoadOptions.from_running_call() or LoadOptions()
         found = {}
         for key, shape in (config.checkpoint_shapes or {}).items():
             layer, separator, rest = options.renamed(key).partition(f".{self.prefix}")
-            found[todays_parameter(todays_name(model, layer) + separator + rest) if separator else layer] = shape
+            found[current_parameter(current_name(model, layer) + separator + rest) if separator else layer] = shape
         expected: dict[str, tuple[int, ...]] = {}
         for name, module in targets.items():
             in_features, out_features = features(module)
@@ -134,7 +134,7 @@ class FVAELoraModel(BaseTuner):
                 parameters = FVAE(config, in_features, r).named_parameters()
             expected |= {f"{name}.{self.prefix}vae.{key}": tuple(value.shape) for key, value in parameters}
             expected[f"{name}.{self.prefix}B.weight"] = (out_features, r)
-        # Whoever maps names is told by peft of those that do not fit; it loads the others.
+        # With a key_mapping, peft reports the names that do not fit and loads the others.
         if not options.key_mapping:
             adapter_folder.check_names(found, expected, self.prefix, model)
         if not options.ignore_mismatched_sizes:
@@ -142,8 +142,8 @@ class FVAELoraModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, *, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """What peft, from 0.21 on, does with the names in an adapter's file; earlier ones leave them to the layers."""
-        state_dict = {todays_parameter(name): value for name, value in state_dict.items()}
+        """Rename what version 0.1 wrote, with peft 0.21 and later; with earlier versions the layers do it."""
+        state_dict = {current_parameter(name): value for name, value in state_dict.items()}
         remapped: dict[str, Any] = super()._remap_adapter_state_dict_for_load(state_dict=state_dict, **kwargs)
         return remapped
 
@@ -176,12 +176,13 @@ class FVAELoraModel(BaseTuner):
         if isinstance(new_module, FVAELoraLayer):
             super()._replace_module(parent, child_name, new_module, child)
         else:
-            # Unloaded: the module has its weights. Peft hands over those of trained tokens, which are no parameter.
+            # Unloading: the module already has its weights. The weights of trained tokens that peft passes here are
+            # not a parameter.
             setattr(parent, child_name, new_module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand ``adapter_names``, one adapter for each row of a batch, to the layers."""
+        """Pass ``adapter_names``, one adapter for each row of a batch, to the layers."""
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
             yield
@@ -193,7 +194,7 @@ class FVAELoraModel(BaseTuner):
             raise ValueError(f"adapter_names: there is no adapter {', '.join(unknown)}")
 
         def pass_on(_: nn.Module, args: Any, layer_kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            # Beam search repeats each row of the batch, some models fold the sequence into it.
+            # Beam search repeats each row of the batch; some models fold the sequence into it.
             repeats, rest = divmod(len(args[0]), len(adapter_names))
             if rest:
                 raise ValueError(f"adapter_names has {len(adapter_names)} entries for a batch of {len(args[0])}")
@@ -214,13 +215,13 @@ class FVAELoraModel(BaseTuner):
         without_bias = [layer.name for layer in layers if _base(layer).bias is None]
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if merge and without_bias:
-            # transformers ignores keys that a model's class does not know.
+            # transformers ignores keys that are not in the model's class.
             warnings.warn(
-                f"merging gives a bias to {some(without_bias)}; {type(model).__name__} has none there, so "
+                f"merging gives a bias to {abbreviated(without_bias)}; {type(model).__name__} has none there, so "
                 "its from_pretrained would leave the saved bias out",
                 stacklevel=3,
             )
-        forget(model)
+        remove_hooks(model)
         return model
 
 
@@ -237,7 +238,7 @@ def rank_and_alpha(config: FVAELoraConfig, name: str) -> tuple[int, float]:
         name: Full name of the module.
 
     Returns:
-        r and lora_alpha, the latter r where the configuration leaves it open.
+        r and lora_alpha; the latter is r unless the configuration sets it.
     """
     r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
     default = r if config.lora_alpha is None else config.lora_alpha

@@ -2,14 +2,14 @@ r"""How a layer's ELBO reaches the loss.
 
 1. A layer that runs in training mode hands its negative ELBO, a mean over tokens, to its model's `Recorder`
    (`Recorder.record`), which keeps it with the `Forward` that is running.
-2. `add` takes the forwards that wait for a loss, sums over layers with the weights of the configuration, and adds the
-   sum to the loss: a hook on the model does that to the model's own loss (`fvae_lora.hooks`), `fvae_lora.add_elbo` and
-   `fvae_lora.FVAELoraTrainer` to others.
-3. In the backward, the loss is reached first (`_Add`) and the layers after it (`_Attach`). A gradient that reaches a
-   layer but not the sum comes from a loss without the ELBO, and is an error: the ELBO never vanishes silently.
+2. `add_to_loss` takes the forwards that are waiting for a loss, sums over layers with the configuration's weights, and
+   adds the sum to the loss: a hook on the model does so for the model's own loss (`fvae_lora.hooks`),
+   `fvae_lora.add_elbo` and `fvae_lora.FVAELoraTrainer` for any other.
+3. The backward reaches the loss first (`_Add`), then the layers (`_Attach`). A gradient that reaches a layer but not
+   the sum comes from a loss without the ELBO, which is an error: the ELBO never vanishes silently.
 
-Reentrant gradient checkpointing runs layers without a graph, and again, with one, inside the backward. Such a layer
-hands its ELBO's gradient on by itself then, scaled by the gradient that reached the loss.
+Reentrant gradient checkpointing runs layers without a graph first, and again with one inside the backward. Such a
+layer passes on its ELBO's gradient itself, scaled by the gradient that reached the loss.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ ADVICE = (
     "fvae_lora.ElboTrainerMixin in front of another Trainer"
 )
 
-Key = tuple[str, str]  # a layer's name and an adapter's
+LayerKey = tuple[str, str]  # a layer's name and an adapter's
 Shares = Mapping[str, float]  # of the optimizer step's tokens that a forward has, for each sequence
 
 
 class State(Enum):
     """What has become of a forward's ELBO."""
 
-    WAITING = auto()  # for the loss that it is to be added to
-    ADDED = auto()  # to a loss, by who computes it
-    RETURNED = auto()  # in the loss that the model itself returned
-    MISSED = auto()  # added, but a gradient has reached a layer and not the sum; that may have a backward of its own
+    WAITING = auto()  # not yet added to a loss
+    ADDED = auto()  # added to a loss that the training loop computed
+    RETURNED = auto()  # part of the loss that the model itself returned
+    MISSED = auto()  # added, but a gradient has reached a layer and not the sum, which may get a backward of its own
     REACHED = auto()  # a gradient has reached the sum
 
 
 @dataclass
-class Run:
-    """One run of one layer."""
+class LayerRun:
+    """What one run of one layer recorded."""
 
     layer: str
     adapter: str
@@ -60,7 +60,7 @@ class Run:
     node: weakref.ref[Any] | None = None  # of the layer's output in the graph; None in a compiled region
 
     @property
-    def key(self) -> Key:
+    def key(self) -> LayerKey:
         """The layer's name and the adapter's."""
         return self.layer, self.adapter
 
@@ -70,44 +70,44 @@ class Run:
         return self.elbo.weights.count
 
     def release(self) -> None:
-        """Let go of the graph."""
+        """Release the graph."""
         self.elbo = replace(self.elbo, negative=self.elbo.negative.detach())
 
 
 @dataclass(eq=False)
 class Forward:
-    """A forward pass of the model: what its layers recorded, and what became of that.
+    """A forward pass of the model: what its layers recorded, and what has become of it.
 
     Args:
         masks: Which tokens count; ``None`` where layers run outside a forward of the adapted model.
-        trains: Whether it began with gradients. Without them it is a reference or a look at the model, whose layers
-            take z1's mean and record nothing.
+        trains: Whether gradients were enabled when it began. Without them, as in evaluation or a reference pass, the
+            layers take z1's mean and record nothing.
     """
 
     masks: TokenMasks | None = None
     trains: bool = True
     inside_backward: bool = False
     state: State = State.WAITING
-    runs: list[Run] = field(default_factory=list)
+    runs: list[LayerRun] = field(default_factory=list)
     shares: Shares = field(default_factory=dict)
-    per_token: dict[Key, Tensor | float] = field(default_factory=dict)
+    per_token: dict[LayerKey, Tensor | float] = field(default_factory=dict)
     scale: Tensor | None = None  # the gradient that reached the sum
-    outputs: weakref.ref[Any] | None = None  # alive as long as a graph hangs on what the model returned
-    handed_over: set[Key] = field(default_factory=set)
+    outputs: weakref.ref[Any] | None = None  # alive as long as the graph of what the model returned
+    handed_over: set[LayerKey] = field(default_factory=set)
 
-    def by_key(self) -> dict[Key, list[Run]]:
+    def runs_by_layer(self) -> dict[LayerKey, list[LayerRun]]:
         """The runs of each layer and adapter."""
-        return by_key([self])
+        return group_by_layer([self])
 
     def release(self) -> None:
-        """Let go of the graph."""
+        """Release the graph."""
         for run in self.runs:
             run.release()
 
     def drop_unused(self) -> bool:
-        """Let go of the runs whose outputs nobody has any more; whether one of them could have been trained.
+        """Drop the runs whose outputs no longer exist; return whether one of them could have been trained.
 
-        A run's ELBO depends on earlier runs, so the latest are looked at first.
+        A run's ELBO depends on earlier runs, so the latest are checked first.
         """
         unused = False
         for run in reversed(self.runs.copy()):
@@ -118,8 +118,8 @@ class Forward:
                 self.runs.remove(run)
         return unused
 
-    def check(self) -> None:
-        """A gradient has reached a layer: is the ELBO in the loss that it comes from?"""
+    def check_in_loss(self) -> None:
+        """Called when a gradient reaches a layer: raises if the loss that it comes from lacks the ELBO."""
         if self.state is State.ADDED:
             self.state = State.MISSED
         elif self.state in (State.WAITING, State.RETURNED):
@@ -130,8 +130,8 @@ def _not_in_loss(forward: Forward | None) -> RuntimeError:
     if forward is not None and forward.inside_backward:
         return RuntimeError(
             "FVAE-LoRA cannot train with a loss that runs the model again inside its backward, as cached contrastive "
-            "losses do: the two runs would see different z1, and the ELBO would be in no loss; use the loss without "
-            "the cache, with gradient checkpointing to save memory"
+            "losses do: the two runs would draw different z1, and the ELBO would be in neither loss; use the loss "
+            "without the cache, and gradient checkpointing to save memory"
         )
     where = ""
     if forward is not None and forward.state is State.RETURNED:
@@ -141,9 +141,9 @@ def _not_in_loss(forward: Forward | None) -> RuntimeError:
     return RuntimeError(f"the ELBO of FVAE-LoRA is not in the loss that runs backward; {where}{ADVICE}")
 
 
-def by_key(forwards: Sequence[Forward]) -> dict[Key, list[Run]]:
+def group_by_layer(forwards: Sequence[Forward]) -> dict[LayerKey, list[LayerRun]]:
     """The runs of each layer and adapter in some forwards."""
-    groups: dict[Key, list[Run]] = defaultdict(list)
+    groups: dict[LayerKey, list[LayerRun]] = defaultdict(list)
     for forward in forwards:
         for run in forward.runs:
             groups[run.key].append(run)
@@ -154,12 +154,12 @@ class Recorder:
     """Collects the ELBO of one model's layers, forward by forward; shared by the model and its layers.
 
     Attributes:
-        forwards: Those that recorded something since an ELBO was last added to a loss; they have one mean.
+        forwards: Those that recorded something since an ELBO was last added to a loss; they share one mean.
         running: The forward that is running.
         backward: The forward whose backward is running.
-        micro_batch: What a Trainer announces that adds the ELBO of all forwards of a micro-batch by itself: inputs by
-            name that the model may not get to see.
-        loss_uses_num_items: Whether the model's own loss divides by the number of labels of a step, once it is known.
+        micro_batch: Set by a Trainer that adds the ELBO of all forwards of a micro-batch itself: inputs by name that
+            the model may not be given.
+        loss_uses_num_items: Whether the model's own loss divides by the number of labels in a step, once known.
     """
 
     def __init__(self) -> None:
@@ -174,28 +174,28 @@ class Recorder:
         self.training_forwards = 0
 
     def __reduce__(self) -> tuple[type[Recorder], tuple[()]]:
-        return Recorder, ()  # a copy starts empty: what is recorded belongs to one forward of one model
+        return Recorder, ()  # a copy starts empty: records belong to one forward of one model
 
     def trains(self) -> bool:
-        """Whether a layer that runs now draws z1 and records its ELBO, if it is in training mode."""
+        """Whether a layer in training mode that runs now draws z1 and records its ELBO."""
         if (forward := self.running or self._rerun()) is not None:
             return forward.trains
         return torch.is_grad_enabled()
 
     def masks(self) -> TokenMasks | None:
-        """The masks of the forward that is running, or running again inside its backward."""
+        """The masks of the forward that is running, or being rerun inside its backward."""
         forward = self.running or self._rerun()
         return None if forward is None else forward.masks
 
     def _rerun(self) -> Forward | None:
-        """The forward of which gradient checkpointing runs a part again, if it does."""
+        """The forward of which gradient checkpointing is rerunning a part, if any."""
         if self.running is not None or not is_inside_backward():
             return None
         return self.backward or (self.forwards[-1] if self.forwards else None)
 
     def begin(self, forward: Forward) -> None:
         """Start a forward pass."""
-        self._let_go()
+        self._drop_finished()
         self.running, self.backward = forward, None
 
     def end(self) -> Forward:
@@ -211,14 +211,14 @@ class Recorder:
         self.forwards = [other for other in self.forwards if other is not forward]
 
     def clear(self) -> None:
-        """Forget what waits for a loss, as at the beginning of a Trainer's micro-batch."""
-        self._let_go()
+        """Forget the forwards that wait for a loss, as at the start of a Trainer's micro-batch."""
+        self._drop_finished()
         for forward in self.forwards:
             forward.release()
         self.forwards = []
 
-    def _let_go(self) -> None:
-        """Keep the forwards that wait for a loss and may still get one; that one was left out must not go unseen."""
+    def _drop_finished(self) -> None:
+        """Drop the forwards that can no longer get a loss, and report any whose ELBO was left out."""
         if any(forward.state is State.MISSED for forward in self.forwards):
             self.forwards = []
             raise RuntimeError(f"the ELBO of the last forward was not in the loss that ran backward; {ADVICE}")
@@ -252,14 +252,14 @@ class Recorder:
             elbo: Its ELBO.
 
         Returns:
-            The output to go on with.
+            The output, to be used in place of the one given.
         """
         if (rerun := self._rerun()) is not None:
             return _hand_over(rerun, (layer, adapter), output, elbo)
-        forward = self.running or self._outside((layer, adapter))
+        forward = self.running or self._forward_of_part((layer, adapter))
         if not forward.runs:
             self.forwards.append(forward)
-        run = Run(layer, adapter, elbo, torch.is_grad_enabled())
+        run = LayerRun(layer, adapter, elbo, torch.is_grad_enabled())
         forward.runs.append(run)
         if torch.compiler.is_compiling() or is_transforming():
             return output
@@ -268,20 +268,20 @@ class Recorder:
             run.node = weakref.ref(attached.grad_fn)
         return attached
 
-    def _outside(self, key: Key) -> Forward:
-        """The forward of a layer that runs outside one of the adapted model, as when somebody calls a part of it."""
+    def _forward_of_part(self, key: LayerKey) -> Forward:
+        """The forward to record a layer in that runs outside the model's own, as when a part of the model is called."""
         last = self.forwards[-1] if self.forwards else None
-        if last is not None and last.masks is None and last.state is State.WAITING and key not in last.by_key():
+        if last is not None and last.masks is None and last.state is State.WAITING and key not in last.runs_by_layer():
             return last
-        self._let_go()
+        self._drop_finished()
         return Forward()
 
 
-def _hand_over(forward: Forward, key: Key, output: Tensor, elbo: LayerElbo) -> Tensor:
-    """What a layer returns that checkpointing runs again inside the backward."""
-    runs = forward.by_key().get(key)
+def _hand_over(forward: Forward, key: LayerKey, output: Tensor, elbo: LayerElbo) -> Tensor:
+    """What a layer returns when checkpointing reruns it inside the backward."""
+    runs = forward.runs_by_layer().get(key)
     if runs and runs[0].grad_enabled:
-        return output  # it has a graph, which only wants its tensors back
+        return output  # it has a graph already, which only needs its tensors again
     if forward.masks is not None and forward.runs and not runs:
         layer, adapter = key
         raise RuntimeError(
@@ -296,16 +296,16 @@ def _hand_over(forward: Forward, key: Key, output: Tensor, elbo: LayerElbo) -> T
 
 
 def is_inside_backward() -> bool:
-    """Whether this runs inside a backward, as what gradient checkpointing runs again."""
-    # torch.utils.checkpoint asks the same way; torch has no public name for it.
+    """Whether a backward is running, as when gradient checkpointing reruns a forward."""
+    # torch.utils.checkpoint does the same; there is no public function for it.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class _Attach(torch.autograd.Function):
     """Identity on a layer's output, with the layer's ELBO as its companion.
 
-    The companion makes the ELBO's parameters part of the output's graph, as DistributedDataParallel wants to see
-    them. It gets its gradient from the sum, or, in a layer that runs again, from here.
+    The companion makes the ELBO's parameters part of the output's graph, as DistributedDataParallel requires. Its
+    gradient comes from the sum or, in a layer that is rerun, from here.
     """
 
     @staticmethod
@@ -325,14 +325,14 @@ class _Attach(torch.autograd.Function):
 
 
 def check_reached(reference: weakref.ref[Forward]) -> None:
-    """A gradient has reached a layer; see `Forward.check`."""
+    """A gradient has reached a layer; see `Forward.check_in_loss`."""
     if (forward := reference()) is None:
         raise _not_in_loss(None)  # it was dropped before its ELBO was added
-    forward.check()
+    forward.check_in_loss()
 
 
 class _Add(torch.autograd.Function):
-    """loss + ELBO; the backward notes the gradient that reached the sum, for layers that run inside it."""
+    """loss + ELBO; the backward stores the gradient that reached the sum, for layers that are rerun inside it."""
 
     @staticmethod
     def forward(ctx, loss, negative_elbo, forwards):  # type: ignore[no-untyped-def]
@@ -350,7 +350,7 @@ class _Add(torch.autograd.Function):
 
 
 def _require_hand_over(forwards: Sequence[Forward]) -> None:
-    """After a backward: a layer without graph should have run again, unless there is nothing in it to train."""
+    """After a backward: a layer without graph must have been rerun, unless it has nothing to train."""
     for forward in forwards:
         for run in forward.runs:
             if not run.grad_enabled and run.key not in forward.handed_over and _trainable(forward, run.layer):
@@ -364,17 +364,17 @@ def _trainable(forward: Forward, layer: str) -> bool:
     return forward.masks is None or any(p.requires_grad for p in forward.masks.model.get_submodule(layer).parameters())
 
 
-def add(loss: Tensor, forwards: Sequence[Forward], shares: Shares, state: State = State.ADDED) -> Tensor:
+def add_to_loss(loss: Tensor, forwards: Sequence[Forward], shares: Shares, state: State = State.ADDED) -> Tensor:
     """Add the ELBO of a model's forward passes to a scalar.
 
-    Each layer's is the mean over the tokens of all its runs, times the share of these tokens in the optimizer's step;
-    layers and adapters add up, weighted as `fvae_lora.FVAELoraConfig` says.
+    A layer's ELBO is the mean over the tokens of all its runs, times the share of these tokens in the optimizer's step;
+    layers and adapters are summed with the weights of `fvae_lora.FVAELoraConfig`.
 
     Args:
         loss: The scalar.
-        forwards: The forwards, whose ELBO counts as used from now on; several have one mean.
-        shares: The share for each sequence; 1 for those that are missing.
-        state: What becomes of the forwards by that.
+        forwards: The forwards, whose ELBO counts as used from now on; several share one mean.
+        shares: The share for each sequence; 1 where none is given.
+        state: The state that the forwards get.
 
     Returns:
         ``loss + negative ELBO``.
@@ -388,17 +388,17 @@ def add(loss: Tensor, forwards: Sequence[Forward], shares: Shares, state: State 
     negative_elbo = torch.stack([value.to(loss.device) for value in values]).sum()
     if is_transforming():
         for forward in forwards:
-            forward.runs.clear()  # outside the transform its tensors are none
+            forward.runs.clear()  # its tensors do not exist outside the transform
         return loss + negative_elbo
     return _Add.apply(loss, negative_elbo, forwards)
 
 
-def _per_token(forwards: Sequence[Forward], shares: Shares) -> dict[Key, Tensor | float]:
+def _per_token(forwards: Sequence[Forward], shares: Shares) -> dict[LayerKey, Tensor | float]:
     """The weight in the loss of one token's ELBO, for each layer and adapter."""
-    groups = by_key(forwards)
+    groups = group_by_layer(forwards)
     layers = Counter(adapter for _, adapter in groups)
     masks = next((forward.masks for forward in forwards if forward.masks is not None), None)
-    weights: dict[Key, Tensor | float] = {}
+    weights: dict[LayerKey, Tensor | float] = {}
     for (layer, adapter), runs in groups.items():
         config = runs[0].elbo.config
         weight = config.elbo_weight / (layers[adapter] if config.layer_reduction == "mean" else 1)

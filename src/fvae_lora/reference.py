@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import adapter_folder
 from .config import FVAELoraConfig
-from .module_names import todays_name
+from .module_names import current_name
 from .registration import REFERENCE_TYPES
 
 TAU_OFFSET = 1e-5  # the reference adds it to the stored tau
@@ -25,7 +25,7 @@ ADAPTER_KEY = re.compile(r"^(?P<layer>.+?)\.(?P<rest>lora_(?:A|B|E)(?:\..+)?|ran
 ENCODER = "lora_A.views_conditionalGaussianEncoders_list."
 DECODER = "lora_A.views_conditionalGaussianDecoders."
 
-# Fields of its configuration whose other values are not supported, and the one that is.
+# Fields of its configuration of which only one value is supported.
 ONLY_SUPPORTED = {
     "encoder_nn_type": "mlp",
     "decoder_nn_type": "mlp",
@@ -43,7 +43,7 @@ ONLY_SUPPORTED = {
     "enc_l2_reg": 0,
     "dec_l2_reg": 0,
 }
-# Fields that change nothing: of the reference's LoRA ancestry, or never read by it.
+# Fields without effect: inherited from LoRA, or never read by the reference.
 IGNORED = {
     "r",
     "lora_dropout",
@@ -87,13 +87,13 @@ def FVAEPEFTConfig(  # noqa: N802
     bias: str = "none",
     **others: Any,
 ) -> FVAELoraConfig:
-    """A configuration by the reference's field names: what its quick start passes, with its profile of the method.
+    """A configuration by the reference's field names, as in its quick start, with its profile of the method.
 
     The profile: ``task_weight * L_task`` plus the *mean* over layers of the negative ELBO, means of the sampled z1^2
     and (z2 - m)^2 in place of Gamma, and the scale ``lora_alpha / (latent_dim + 1e-5)``.
 
     Args:
-        latent_dim: Dimension of both latents, so the rank (its `r` is ignored).
+        latent_dim: Dimension of both latents, and so the rank (its `r` is ignored).
         latent_fusion: ``"concat"`` or ``"average"``.
         enc_num_of_layer: Number of hidden layers of the encoders.
         enc_hidden_layer: Their width.
@@ -111,8 +111,8 @@ def FVAEPEFTConfig(  # noqa: N802
         lambda_z2_l2: Weight of mean((z2 - m)^2).
         lora_alpha: The scale's numerator.
         bias: ``"none"``, ``"all"`` or ``"lora_only"``.
-        **others: ``target_modules``, ``modules_to_save``, ``task_type`` and so on are passed on; what the reference's
-            class has but never uses is accepted and ignored.
+        **others: ``target_modules``, ``modules_to_save``, ``task_type`` and so on are passed on; fields that the
+            reference has but never uses are accepted and ignored.
 
     Returns:
         A configuration for `peft.get_peft_model`.
@@ -156,7 +156,7 @@ def FVAEPEFTConfig(  # noqa: N802
 def load_reference_adapter(
     base_model: nn.Module, folder: str | os.PathLike[str], is_trainable: bool = False
 ) -> PeftModel:
-    """Load an adapter folder that the reference implementation saved, also one with names of older transformers.
+    """Load an adapter folder that the reference implementation saved, also with module names of older transformers.
 
     Args:
         base_model: The model that the adapter was trained on.
@@ -167,14 +167,14 @@ def load_reference_adapter(
         The peft model, with the reference's profile of the method.
 
     Raises:
-        ValueError: If the folder is no reference adapter, is damaged, asks for something unsupported, or does not fit
-            the model, which is unchanged then.
+        ValueError: If the folder is not a reference adapter, is damaged, needs something unsupported, or does not fit
+            the model, which then stays unchanged.
     """
     path = Path(folder)
     fields = adapter_folder.check_json(path / CONFIG_NAME)
     if fields.get("peft_type") not in REFERENCE_TYPES:
         raise ValueError(
-            f"{path / CONFIG_NAME} has peft_type {fields.get('peft_type')!r}, which is none of the reference's "
+            f"{path / CONFIG_NAME} has peft_type {fields.get('peft_type')!r}, which is not one of the reference's "
             f"({', '.join(REFERENCE_TYPES)}); load it with peft.PeftModel.from_pretrained"
         )
     adapter_folder.shapes(path)
@@ -202,7 +202,7 @@ def convert_state_dict(state: Mapping[str, Tensor], model: nn.Module) -> dict[st
         A state dict for `peft.set_peft_model_state_dict`.
 
     Raises:
-        ValueError: If a key of the adapter is not known, or a tau is not positive.
+        ValueError: If a key of the adapter is unknown, or a tau is not positive.
     """
     converted = {}
     for key, value in state.items():
@@ -217,7 +217,7 @@ def convert_state_dict(state: Mapping[str, Tensor], model: nn.Module) -> dict[st
             if not (value > 0).all():
                 raise ValueError(f"{key}: tau must be positive")
             value = torch.log(value)
-        layer = todays_name(model, match["layer"])
+        layer = current_name(model, match["layer"])
         converted[f"{adapter_folder.PEFT_PREFIX}{layer}.{our_name(match['rest'])}"] = value
     return converted
 
@@ -229,7 +229,7 @@ def our_name(name: str) -> str:
         name: For example ``lora_A.views_conditionalGaussianEncoders_list.0.mean.weight``.
 
     Raises:
-        ValueError: If the reference has no such parameter.
+        ValueError: If the reference has no parameter of that name.
     """
     if name == "lora_B":
         return "fvae_lora_B.weight"
@@ -246,4 +246,4 @@ def our_name(name: str) -> str:
         return f"fvae_lora_vae.decoder_{output or f'hidden{depth}'}_{kind}"
     if name == f"{DECODER}scale_tril":
         return "fvae_lora_vae.log_tau"
-    raise ValueError(f"{name} is no parameter of the reference's adapters that this package knows")
+    raise ValueError(f"{name} is not a known parameter of the reference's adapters")

@@ -1,4 +1,4 @@
-"""Makes FVAE_LORA one of peft's methods, without a change to peft."""
+"""Registers FVAE_LORA as a method of unmodified peft."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REFERENCE_TYPES = ("FVAEPEFT", "FVAE_PEFT")
 
 
 def add_peft_type() -> None:
-    """Add the member that `peft.utils.register_peft_method` asks for to the enum of peft's methods."""
+    """Add the member that `peft.utils.register_peft_method` needs to the enum of peft's methods."""
     if NAME in PeftType.__members__:
         return
     member = str.__new__(PeftType, NAME)
@@ -25,7 +25,7 @@ def add_peft_type() -> None:
 
 
 def register() -> None:
-    """Register configuration and tuner; harmless when called again."""
+    """Register configuration and tuner; calling it again does nothing."""
     from .config import FVAELoraConfig
     from .peft_model import FVAELoraModel
 
@@ -39,7 +39,7 @@ def register() -> None:
 
 
 class _ReferenceAdapter:
-    """Stands where peft looks up the configuration of the reference implementation's adapters."""
+    """Registered as the configuration of the reference implementation's adapters, to say how to load them."""
 
     def __init__(self, **_: Any) -> None:
         self.from_pretrained("this folder")

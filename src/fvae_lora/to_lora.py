@@ -1,17 +1,17 @@
-r"""From an adapter of this method to a plain LoRA, which peft and LoRA servers load without this package.
+r"""Conversion of an adapter to a plain LoRA, which peft and LoRA servers load without this package.
 
-A LoRA computes ``y = W x + b + B' A x``. An adapter with a linear encoder computes ``W x + b + c B (M x + k)``: that
-is a LoRA with ``A = M`` and ``B' = c B``, but for the constant ``c B k``. Two places can hold that, the user chooses:
+A LoRA computes ``y = W x + b + B' A x``. An adapter with a linear encoder computes ``W x + b + c B (M x + k)``: a LoRA
+with ``A = M`` and ``B' = c B``, except for the constant ``c B k``. It can go to one of two places:
 
 - ``bias="keep"``: a bias of LoRA's B (peft's ``lora_bias``). Exact; peft reads it, most servers refuse it.
-- ``bias="fold"``: A itself, as ``A = M + k a^T`` with ``a^T x`` close to 1. That a is the least-squares fit of the
-  constant on calibration data. Behind a LayerNorm it exists exactly: the normalised features add up to zero, so some
-  linear function of x is constant. Elsewhere, behind an RMSNorm for example, an error remains, which is measured.
+- ``bias="fold"``: A itself, as ``A = M + k a^T`` with ``a^T x`` close to 1, where a is the least-squares fit of the
+  constant on calibration data. After a LayerNorm it exists exactly: the normalised features sum to zero, so some
+  linear function of x is constant. Elsewhere, such as after an RMSNorm, an error remains, which is measured.
 
 An encoder with a ReLU is replaced by the least-squares fit of its mean, with an intercept (``"keep"``) or without one
-(``"fold"``). The fit needs the sums ``X^T X`` and ``X^T Z`` over tokens alone, so the calibration data pass once; the
-remaining error follows from the same sums. Dependent features are no obstacle: of all best fits the smallest is taken
-(the pseudo-inverse), no ridge is added.
+(``"fold"``). The fit only needs the sums ``X^T X`` and ``X^T Z`` over tokens, so one pass over the calibration data is
+enough; the remaining error follows from the same sums. Linearly dependent features are allowed: of all best fits the
+smallest is taken (the pseudo-inverse), no ridge is added.
 
 Source: the normal equations are standard; the constant behind a LayerNorm is this project's own derivation.
 """
@@ -33,26 +33,26 @@ from torch import Tensor, nn
 
 from .adapter_folder import PEFT_PREFIX, new_folder
 from .config import FVAELoraConfig
-from .export import deterministic_config, write_adapter
 from .layer import FVAELoraConv2d, FVAELoraLayer
+from .to_inference import deterministic_config, write_adapter
 from .vae import FVAE, raised
 
 BIAS_CHOICES = ("keep", "fold")
-TOKENS_PER_FEATURE = 10  # with fewer, the fit's error on its own data would say little about other data
+TOKENS_PER_FEATURE = 10  # with fewer, the fit's error on its own data says little about other data
 
 Scores = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class AffineEncoder:
-    """What takes the place of a layer's first encoder: ``z1 = weight x + bias``.
+    """The replacement of a layer's first encoder: ``z1 = weight x + bias``.
 
     Args:
         weight: (r, d).
         bias: (r,).
         error: Root mean square of the update's error over the calibration tokens, relative to that of the update
             ``c B z1`` itself; 0 where nothing was fitted.
-        tokens: How many tokens it was fitted on.
+        tokens: Number of tokens it was fitted on.
     """
 
     weight: Tensor
@@ -63,16 +63,16 @@ class AffineEncoder:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did; as a string, the text of the folder's README.
+    """What a conversion did; converted to a string, it is the text of the folder's README.
 
     Args:
         folder: The LoRA's folder.
         bias: ``"keep"`` or ``"fold"``.
         rank: The LoRA's rank, the same in all layers.
-        errors: For each layer the relative error of its update, see `AffineEncoder`.
-        tokens: For each layer the number of calibration tokens; 0 where nothing had to be fitted.
+        errors: The relative error of each layer's update, see `AffineEncoder`.
+        tokens: The number of calibration tokens of each layer; 0 where nothing had to be fitted.
         before: The task's scores with the adapter; empty if they were not measured.
-        after: The same with the LoRA.
+        after: The task's scores with the LoRA.
     """
 
     folder: Path
@@ -136,26 +136,27 @@ def convert_to_lora(
     """Write an adapter as a plain LoRA folder, which loads without this package.
 
     With linear encoders and ``bias="keep"`` the outputs are the adapter's own; otherwise encoders are fitted on
-    calibration data, see the module's text. The folder appears whole or not at all, with a README of what was done.
+    calibration data, see `fvae_lora.to_lora`. The folder is written completely or not at all; its README says what was
+    done.
 
     Args:
-        model: A peft model with an FVAE-LoRA adapter; afterwards as it was before.
+        model: A peft model with an FVAE-LoRA adapter; unchanged afterwards.
         folder: Folder to write to; must not exist, or be empty.
-        calibration: Batches, each the arguments of the model's forward by name, on its device; padding is known from
-            their ``attention_mask``. They are passed over once. A layer with d input features needs at least 10 d
-            tokens, and 8 d^2 bytes on its device.
+        calibration: Batches, each the arguments of the model's forward by name, on its device; padding is taken
+            from their ``attention_mask``. They are iterated over once. A layer with d input features needs at least
+            10 d tokens, and 8 d^2 bytes on its device.
         max_error: The largest relative error of a layer's update that is accepted, see `AffineEncoder`.
         bias: ``"keep"`` or ``"fold"``: where the constant of the encoders goes.
-        evaluate: Scores the model on the task, called with the adapter and with what replaces it, in eval mode.
+        evaluate: Scores the model on the task; called in eval mode, with the adapter and with its replacement.
         adapter_name: Which adapter; the only active one if something is to be fitted or scored.
 
     Returns:
-        What was done, with the errors and scores that the README names.
+        What was done, with the errors and scores that the README lists.
 
     Raises:
         ValueError: If there is no such FVAE-LoRA adapter, or it cannot be a LoRA (it samples at inference, is merged,
             adapts a convolution, or trained biases that ``"fold"`` has no place for); if calibration data are needed
-            and missing or too few; if an error is above `max_error`; or if the folder holds something.
+            and missing or too few; if an error is above `max_error`; or if the folder is not empty.
     """
     config = deterministic_config(model, adapter_name)
     layers = {
@@ -175,7 +176,7 @@ def convert_to_lora(
         if exact or calibration is None:
             encoders = {name: _own_encoder(layer.fvae_lora_vae[adapter_name]) for name, layer in layers.items()}
         else:
-            moments = _observe(model, layers, adapter_name, calibration)
+            moments = _collect_moments(model, layers, adapter_name, calibration)
             encoders = {name: _fit(layers[name], adapter_name, moments.get(name), bias) for name in layers}
         worst = max(encoders, key=lambda name: encoders[name].error)
         if not encoders[worst].error <= max_error:
@@ -184,7 +185,7 @@ def convert_to_lora(
                 f"{max_error:g} is allowed; allow more, or train with encoder_hidden_dims=[] (a linear encoder)"
             )
         before = dict(evaluate(model)) if evaluate is not None else {}
-        with _replaced(layers, adapter_name, encoders):
+        with _as_converted(layers, adapter_name, encoders):
             after = dict(evaluate(model)) if evaluate is not None else {}
         rank = max(layer.r[adapter_name] for layer in layers.values())
         state = _lora_state(model, layers, adapter_name, encoders, rank, bias)
@@ -278,13 +279,13 @@ class Moments:
         return 0.0 if whole == 0 and missing == 0 else float((missing / whole).sqrt())
 
 
-def _observe(
+def _collect_moments(
     model: PeftModel,
     layers: Mapping[str, FVAELoraLayer],
     adapter_name: str,
     calibration: Iterable[Mapping[str, Any]],
 ) -> dict[str, Moments]:
-    """The moments of each layer's input and z1's mean, over the tokens that are no padding."""
+    """The moments of each layer's input and z1's mean, over the tokens that are not padding."""
     moments: dict[str, Moments] = {}
 
     def add(layer: nn.Module, args: tuple[Any, ...]) -> None:
@@ -322,18 +323,18 @@ def _fit(layer: FVAELoraLayer, adapter_name: str, moments: Moments | None, bias:
     vae: Any = layer.fvae_lora_vae[adapter_name]
     start = torch.zeros_like(moments.xz)
     if vae.encoder_depth == 0:
-        # Where the data say nothing, a linear encoder stays what it is.
+        # In directions without data, a linear encoder keeps its weights.
         start[:-1] = vae.encoder1_mean_weight.mT
     B = layer.B(adapter_name)
-    fit = moments.fit(start, intercept=bias == "keep").to(B.dtype)  # the error is that of what is written
+    fit = moments.fit(start, intercept=bias == "keep").to(B.dtype)  # the error is that of the weights as written
     return AffineEncoder(fit[:-1].mT, fit[-1], moments.relative_error(fit, B), moments.tokens)
 
 
 @contextmanager
-def _replaced(
+def _as_converted(
     layers: Mapping[str, FVAELoraLayer], adapter_name: str, encoders: Mapping[str, AffineEncoder]
 ) -> Iterator[None]:
-    """Have the layers compute what the LoRA will."""
+    """Let the layers compute what the LoRA will."""
     originals: dict[str, Any] = {name: layer.fvae_lora_vae[adapter_name] for name, layer in layers.items()}
     try:
         for name, original in originals.items():
@@ -359,13 +360,13 @@ def _lora_state(
     rank: int,
     bias: str,
 ) -> dict[str, Tensor]:
-    """The LoRA's weights, and whatever else the adapter saves, a classifier for example."""
+    """The LoRA's weights and whatever else the adapter saves, such as a classifier."""
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
     state = {key: value for key, value in saved.items() if ".fvae_lora_" not in key}
     for name, layer in layers.items():
         B, encoder, key = layer.B(adapter_name), encoders[name], PEFT_PREFIX + name
         scaled = layer.scaling[adapter_name] * raised(B)
-        # Servers read one rank and one scale for all layers: lower ranks are filled with zeros.
+        # Servers expect one rank and one scale for all layers: lower ranks are padded with zeros.
         empty = rank - layer.r[adapter_name]
         state[f"{key}.lora_A.weight"] = F.pad(encoder.weight, (0, 0, 0, empty)).to(B.dtype)
         state[f"{key}.lora_B.weight"] = F.pad(scaled, (0, empty)).to(B.dtype)

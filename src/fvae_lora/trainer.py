@@ -1,4 +1,4 @@
-"""transformers' Trainer with the ELBO weighted right in every one of its settings."""
+"""transformers' Trainer with the ELBO weighted correctly in all of its settings."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from transformers import Trainer
 from .hooks import ATTRIBUTE
 from .loss import last_forwards, recorders, with_elbo
 from .loss_log import LossLog
-from .masks import SEQUENCES, count_tokens
+from .masks import SEQUENCE_KINDS, count_tokens
 
-# For the type checker a Trainer; at run time a plain mixin, to stand before any of the Trainer's subclasses.
+# A Trainer for the type checker; at run time a plain mixin, to be put in front of any subclass of the Trainer.
 _Base: Any = Trainer if TYPE_CHECKING else object
 
 
@@ -23,13 +23,13 @@ class ElboTrainerMixin(_Base):
     """Weights the ELBO by tokens, for `transformers.Trainer` and its subclasses.
 
     Use: ``class MyTrainer(ElboTrainerMixin, SFTTrainer)``. An optimizer's step gets the mean of the ELBO over all its
-    tokens that are no padding, across accumulated micro-batches and processes; where the tokens of a step cannot be
-    counted before it, as in GRPO that generates them, it is the mean over micro-batches. It is added to whatever loss
-    the Trainer computes, before or behind the mixin: the model's, one with label smoothing, one of its own. A model
-    without FVAE-LoRA layers trains as with the plain Trainer.
+    tokens that are not padding, across accumulated micro-batches and processes. Where the tokens of a step cannot be
+    counted before it, as in GRPO, which generates them, it is the mean over micro-batches. It is added to whatever loss
+    the Trainer or one of its subclasses computes: the model's, one with label smoothing, or its own. A model without
+    FVAE-LoRA layers trains as with the plain Trainer.
 
-    Its logs say what the loss is made of: ``loss = task_weight * task_loss + the sum of elbo/<term>``, all means over
-    the steps since the last log. The terms are those of the negative ELBO with all their weights, summed over layers;
+    Its logs break the loss down: ``loss = task_weight * task_loss + the sum of elbo/<term>``, all means over the steps
+    since the last log. The terms are those of the negative ELBO with all their weights, summed over layers;
     with ``trainer.log_elbo_per_layer = True`` there is ``elbo/<layer>/<term>`` too.
 
     Attributes:
@@ -49,7 +49,7 @@ class ElboTrainerMixin(_Base):
         return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's; beside the training loss stands what it is made of."""
+        """As the Trainer's; the training loss is logged with the parts it is made of."""
         if self._loss_log is not None and "loss" in logs:
 
             def over_processes(sums: Tensor) -> Tensor:
@@ -64,14 +64,14 @@ class ElboTrainerMixin(_Base):
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of one optimizer's step, whose tokens are counted here."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        root = _root(self.model)
+        root = _adapted_model(self.model)
         if root is not None and batches and isinstance(batches[0], Mapping):
             counts = torch.tensor([list(count_tokens(root, batch).values()) for batch in batches], device=device)
             self._tokens_in_step = self.accelerator.reduce(counts.sum(0), "sum").tolist()
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """As the Trainer's, with this micro-batch's share of the ELBO of the step in whatever `compute_loss` returns.
+        """As the Trainer's, adding this micro-batch's share of the step's ELBO to whatever `compute_loss` returns.
 
         Args:
             model: The model, wrapped as the Trainer does.
@@ -82,12 +82,12 @@ class ElboTrainerMixin(_Base):
         Returns:
             The loss, detached.
         """
-        if _root(self.model) is None:
+        if _adapted_model(self.model) is None:
             step: Tensor = super().training_step(model, inputs, *args, **kwargs)
             return step
         if self.args.n_gpu > 1:
             raise RuntimeError("FVAE-LoRA does not support torch.nn.DataParallel; use torchrun or accelerate launch")
-        # The loss is caught on its way from compute_loss to the backward: subclasses may compute it as they like.
+        # The loss is intercepted between compute_loss and the backward, so that subclasses may compute it as they like.
         attributes: dict[str, Any] = self.__dict__
         own = {name: value for name, value in attributes.items() if name == "compute_loss"}
         attributes["compute_loss"] = functools.partial(self._loss_with_elbo, self.compute_loss)
@@ -122,10 +122,10 @@ class ElboTrainerMixin(_Base):
         return (loss, *outputs) if outputs else loss
 
     def _shares(self, inputs: Mapping[str, Any], num_items: Tensor | int | None) -> dict[str, float]:
-        """This micro-batch's share of the step's tokens, in the scale that the Trainer's later steps expect."""
-        root = _root(self.model)
+        """This micro-batch's share of the step's tokens, scaled as the rest of the Trainer's step expects."""
+        root = _adapted_model(self.model)
         if self._tokens_in_step is None or root is None:  # nothing to count before the step, so micro-batches are equal
-            return dict.fromkeys(SEQUENCES, self._divisor(num_items) / self.current_gradient_accumulation_steps)
+            return dict.fromkeys(SEQUENCE_KINDS, self._divisor(num_items) / self.current_gradient_accumulation_steps)
         # The gradients of the processes are averaged.
         parts = self.accelerator.num_processes * self._divisor(num_items)
         counts = count_tokens(root, inputs).items()
@@ -135,7 +135,7 @@ class ElboTrainerMixin(_Base):
         """What the Trainer divides a loss by: the step's micro-batches, unless the loss is normalised over the step."""
         normalised = (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
         if getattr(Trainer, "loss_is_scaled_for_ga", ...) is None and self.loss_is_scaled_for_ga is not None:
-            normalised = self.loss_is_scaled_for_ga  # a Trainer that knows this setting goes by it
+            normalised = self.loss_is_scaled_for_ga  # a Trainer that has this setting follows it
         return 1 if normalised else self.current_gradient_accumulation_steps
 
 
@@ -143,6 +143,6 @@ class FVAELoraTrainer(ElboTrainerMixin, Trainer):
     """`transformers.Trainer` with `ElboTrainerMixin`."""
 
 
-def _root(model: nn.Module) -> nn.Module | None:
+def _adapted_model(model: nn.Module) -> nn.Module | None:
     """The first adapted model inside a model, whose forward the hooks watch."""
     return next((module for module in model.modules() if ATTRIBUTE in vars(module)), None)

@@ -4,8 +4,8 @@ from fvae_lora_experiments import signals
 
 
 def main() -> None:
-    """Runs the command line, which Ctrl-C and SIGTERM end with one line from the first moment on."""
-    signals.end_at_once()
+    """Runs the command line; from the very start Ctrl-C and SIGTERM end it with one line."""
+    signals.exit_on_signal()
 
     from fvae_lora_experiments import cli
 

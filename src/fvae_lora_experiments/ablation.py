@@ -1,7 +1,7 @@
-"""Parts of FVAE-LoRA taken away, each by itself, to see what it does: its noise, and where it starts.
+"""Ablations of FVAE-LoRA: its noise and its initialisation, each removed by itself.
 
-The ReLU is `fvae.encoder_hidden_dims=[]`, the ELBO `fvae.elbo_weight=0`. Without all four what is left is LoRA, but for
-the mean's bias.
+The ReLU is removed by `fvae.encoder_hidden_dims=[]`, the ELBO by `fvae.elbo_weight=0`. Without all four, what remains
+is LoRA, except for the mean's bias.
 """
 
 import math
@@ -12,12 +12,12 @@ from fvae_lora import LOGVAR_RANGE
 
 
 def ablate(model: nn.Module, noise: bool, start: str) -> None:
-    """Changes the adapters of `model`, which have just been made, in place.
+    """Changes the newly created adapters of `model` in place.
 
     Args:
         model: the adapted model.
-        noise: False holds z1's standard deviation at the least that the method allows.
-        start: "lora" begins with B at zero and z1's mean at random; "method" leaves both as they are.
+        noise: False fixes z1's standard deviation at its minimum.
+        start: "lora" starts with B at zero and z1's mean at random; "method" leaves both as they are.
     """
     for name, parameter in model.named_parameters():
         part = name.rpartition(".")[2]

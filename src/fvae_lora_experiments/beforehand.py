@@ -12,7 +12,7 @@ from fvae_lora_experiments.process import silence_datasets
 from fvae_lora_experiments.schema import Recipe
 
 if TYPE_CHECKING:
-    from fvae_lora_experiments.sweep.plan import Planned
+    from fvae_lora_experiments.sweep.plan import PlannedRun
 
 OPENED_BY: dict[str, tuple[str, Callable[[Any, Recipe], Any]]] = {
     "image": ("images", lambda data, recipe: data.open_images(recipe.dataset, recipe.data)),
@@ -43,7 +43,7 @@ def refuse_at_once(recipe: Recipe) -> None:
         opened(importlib.import_module(f"fvae_lora_experiments.data.{module}"), recipe)
 
 
-def refuse_if_none_can_run(runs: Iterable["Planned"]) -> None:
+def refuse_if_none_can_run(runs: Iterable["PlannedRun"]) -> None:
     """Refuses a comparison of which every run would be refused; where one can be done the others are told of later.
 
     Raises:

@@ -8,8 +8,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from fvae_lora_experiments.methods import METHODS
-from fvae_lora_experiments.places import short
-from fvae_lora_experiments.report.files import escape_markdown
+from fvae_lora_experiments.places import short_name
+from fvae_lora_experiments.report.formats import escape_markdown
 from fvae_lora_experiments.report.numbers import factor, quantity, title
 from fvae_lora_experiments.run.distributed import main_only
 from fvae_lora_experiments.run.folder import RunFolder, write_atomically
@@ -107,7 +107,7 @@ def _metadata(record: Record, is_adapter: bool) -> ModelCardData:
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag=task,
         tags=list(dict.fromkeys(tags)),
-        model_name=f"{record.method}-{short(record.dataset.name).rpartition('/')[2]}",
+        model_name=f"{record.method}-{short_name(record.dataset.name).rpartition('/')[2]}",
         eval_results=results or None,
     )
 

@@ -1,4 +1,4 @@
-"""A look at data without training: what `check` prints, and what a comparison begins with."""
+"""The summary of the data before training: what `check` prints, and what a comparison begins with."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -13,27 +13,27 @@ from fvae_lora_experiments.data.summary import Summary, summarise
 from fvae_lora_experiments.data.tables import read_tables
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import DataSettings, Recipe
-from fvae_lora_experiments.sweep.plan import Planned
+from fvae_lora_experiments.sweep.plan import PlannedRun
 
-RECIPES = {
+DEFAULT_RECIPES = {
     "image": "image/default",
     "text": "text/default",
     "commonsense": "commonsense/default",
     "phonemes": "speech/timit",
     "transcription": "speech/whisper",
 }
-"""The recipe by which each task looks at a data set alone."""
+"""The recipe for each task with which a data set is checked by itself."""
 
 
-def look(recipe: Recipe, with_model: bool = True) -> Summary:
-    """What training by `recipe` would see of its data.
+def inspect_data(recipe: Recipe, with_model: bool = True) -> Summary:
+    """What training with `recipe` would see of its data.
 
     Args:
         recipe: names the data set.
-        with_model: whether it names the model, too, whose tokenizer says which rows are cut.
+        with_model: whether it also names the model, whose tokenizer determines which rows are truncated.
 
     Raises:
-        UserError: data that training would refuse.
+        UserError: training would refuse the data.
     """
     from fvae_lora_experiments.tasks import load_task
 
@@ -43,10 +43,10 @@ def look(recipe: Recipe, with_model: bool = True) -> Summary:
     return replace(summary, cut=task.truncated(task.split(official)) if with_model else {})
 
 
-def look_at_each(runs: Iterable[Planned], seen: set[str]) -> Iterator[Summary]:
-    """A summary of each data set of the runs that are not done, but for those in `seen` and those that are refused.
+def inspect_each(runs: Iterable[PlannedRun], seen: set[str]) -> Iterator[Summary]:
+    """A summary of each data set of the runs that are not done, except for those in `seen` and those that are refused.
 
-    The runs on these say so themselves.
+    The runs report the refused ones themselves.
     """
     for run in runs:
         kept = run.recipe.model_dump_json(include={"task", "dataset", "data"})
@@ -54,16 +54,16 @@ def look_at_each(runs: Iterable[Planned], seen: set[str]) -> Iterator[Summary]:
             continue
         seen.add(kept)
         try:
-            yield look(run.recipe)
+            yield inspect_data(run.recipe)
         except UserError:
             continue
 
 
-def task_of(data: str) -> str:
-    """The task that a data set is for, by its columns; images where there are none.
+def guess_task(data: str) -> str:
+    """The task that a data set is for, judging by its columns; images if it has none.
 
     Raises:
-        UserError: no such data set.
+        UserError: there is no such data set.
     """
     if data in BUILT_IN:
         return "image"

@@ -19,14 +19,14 @@ from fvae_lora_experiments.run import distributed
 
 if TYPE_CHECKING:
     from fvae_lora_experiments.sweep.launcher import Launcher
-    from fvae_lora_experiments.sweep.plan import Planned
+    from fvae_lora_experiments.sweep.plan import PlannedRun
 
 
 class Command(TyperCommand):
-    """A command that refuses an option which is given twice."""
+    """A command that refuses an option that is given twice."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parses the command line; as typer's otherwise, which takes the last of several values without a word."""
+        """Parses the command line like typer, which would silently take the last of several values."""
         _, _, given = self.make_parser(ctx).parse_args(args=list(args))
         for option in given:
             if given.count(option) > 1 and option.nargs == 1 and not getattr(option, "multiple", False):
@@ -37,11 +37,11 @@ class Command(TyperCommand):
 app = typer.Typer(
     help="FVAE-LoRA beside LoRA, its relatives, a linear probe and full fine-tuning: train, compare, report.",
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # which would make a picture of H:M:S
+    rich_markup_mode=None,  # it would turn H:M:S into an emoji
 )
 recipes = typer.Typer(help="Lists, shows and copies recipes.", invoke_without_command=True)
 app.add_typer(recipes, name="recipes")
-console = Console(markup=False, emoji=False)  # what a user named is shown as it is
+console = Console(markup=False, emoji=False)  # names given by the user are shown as they are
 
 RecipeName = Annotated[
     str,
@@ -70,7 +70,7 @@ def _set_data_root(folder: Path | None) -> None:
     if folder is not None:
         if not folder.is_dir():
             raise UserError(f"--data-root {folder}: no such folder")
-        os.environ["FVAE_LORA_DATA_ROOT"] = str(folder.resolve())  # where the runs' processes find it, too
+        os.environ["FVAE_LORA_DATA_ROOT"] = str(folder.resolve())  # for the runs' processes as well
 
 
 DataRoot = Annotated[
@@ -91,19 +91,19 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback(invoke_without_command=True)
-def refuse_what_is_no_run(
+def refuse_several_processes(
     context: typer.Context,
     _: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="The version, and nothing else.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Prints the version.")
     ] = False,
 ) -> None:
-    """Each of the processes that torchrun starts would do the whole command.
+    """Refuses torchrun for anything but `train`: each of its processes would run the whole command.
 
     Raises:
-        UserError: there are several, and the command is not `train`.
+        UserError: there are several processes, and the command is not `train`.
     """
-    if distributed.count() > 1 and context.invoked_subcommand != "train":
-        raise UserError(f"{context.invoked_subcommand}: not for several processes; torchrun is for train")
+    if distributed.process_count() > 1 and context.invoked_subcommand != "train":
+        raise UserError(f"{context.invoked_subcommand}: cannot run in several processes; torchrun is for train")
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(2)
@@ -118,53 +118,53 @@ def train(
     data_root: DataRoot = None,
     method: Annotated[
         str | None,
-        typer.Option(help="One of those that `fvae-lora recipes` lists.", autocompletion=completion.methods),
+        typer.Option(help="One of the methods that `fvae-lora recipes` lists.", autocompletion=completion.methods),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything that is random.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/METHOD-seedN).")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
     dry_run: DryRun = False,
     flops_per_second: FlopsPerSecond = None,
 ) -> None:
-    """Trains one run and scores it. A run that was stopped goes on where it was.
+    """Trains one run and scores it. A run that was stopped resumes where it was.
 
     On several GPUs: torchrun --nproc-per-node 2 --no-python fvae-lora train RECIPE, or accelerate launch. The recipe's
-    batch is shared out among them.
+    batch is divided among them.
     """
     from fvae_lora_experiments.beforehand import refuse_at_once
     from fvae_lora_experiments.recipe import load_recipe
     from fvae_lora_experiments.run.finished import is_complete
 
-    options = _given(model=model, dataset=dataset, method=method, seed=seed)
+    options = _without_none(model=model, dataset=dataset, method=method, seed=seed)
     chosen = load_recipe(recipe, overrides or [], options)
     folder = out or Path("runs") / f"{chosen.method}-seed{chosen.seed}"
     use_one_gpu()
     _refuse_throughput(flops_per_second, dry_run)
-    if distributed.count() == 1 and not is_complete(folder, chosen):
+    if distributed.process_count() == 1 and not is_complete(folder, chosen):
         refuse_at_once(chosen)
     if dry_run:
         from fvae_lora_experiments.forecast import print_forecast
         from fvae_lora_experiments.run.folder import RunFolder
-        from fvae_lora_experiments.sweep.plan import Planned
+        from fvae_lora_experiments.sweep.plan import PlannedRun
 
         silence_libraries()
-        print_forecast([Planned(chosen, RunFolder(folder), folder.name)], flops_per_second, console)
+        print_forecast([PlannedRun(chosen, RunFolder(folder), folder.name)], flops_per_second, console)
         return
 
     from fvae_lora_experiments.report import print_table, summary_rows
-    from fvae_lora_experiments.run.runner import run
+    from fvae_lora_experiments.run.runner import run_recipe
 
     silence_libraries()
-    signals.unwind()
-    run(chosen, folder, quiet)
-    distributed.leave()
+    signals.raise_on_signal()
+    run_recipe(chosen, folder, quiet)
+    distributed.disconnect()
     if distributed.is_main():
         print_table(summary_rows(folder), console)
         console.print(f"The run is in {folder}", highlight=False)
 
 
-class Where(StrEnum):
-    """Where `compare` does its runs."""
+class LauncherName(StrEnum):
+    """Where `compare` runs."""
 
     local = "local"
     slurm = "slurm"
@@ -180,75 +180,71 @@ def compare(
     methods: Annotated[
         str, typer.Option(help="Methods, separated by commas.", autocompletion=completion.methods_in_a_list)
     ] = "fvae-lora,lora,linear-probe",
-    seeds: Annotated[str, typer.Option(help="Seeds and ranges of them, as 1-5,42.")] = "1,2,42",
-    vary: Annotated[
-        list[str] | None, typer.Option(help="KEY=A,B: do it for each value; may be given several times.")
-    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds and ranges of seeds, such as 1-5,42.")] = "1,2,42",
+    vary: Annotated[list[str] | None, typer.Option(help="KEY=A,B: run each value; may be given several times.")] = None,
     grid: Annotated[
         list[str] | None,
         typer.Option(
             help="KEY=A,B: choose the value on validation, for each method and data set; may be given several times. "
-            "With a wider grid the points that exist are used again; where that chooses otherwise, the results of the "
-            "earlier choice stay, as rows of their own."
+            "A wider grid reuses the points that exist; if it chooses another point, the results of the earlier choice "
+            "stay, as rows of their own."
         ),
     ] = None,
     selection_seeds: Annotated[
-        str | None, typer.Option(help="Seeds of the runs that choose, none of --seeds (default: 0).")
+        str | None, typer.Option(help="Seeds of the runs that choose; must differ from --seeds (default: 0).")
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder of the runs.")] = Path("runs"),
-    launcher: Annotated[Where, typer.Option(help="Runs are processes of this machine, or jobs of SLURM.")] = (
-        Where.local
+    launcher: Annotated[LauncherName, typer.Option(help="Run in processes on this machine, or as SLURM jobs.")] = (
+        LauncherName.local
     ),
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of runs at the same time.")] = 1,
     gpus: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="GPUs for a run, a process for each; they share out the recipe's batch (default: local 1 if there are "
-            "any, which runs may have to share; slurm 0).",
+            help="GPUs per run, with a process for each; the recipe's batch is divided among them (default: local 1 if "
+            "there are any, possibly shared between runs; slurm 0).",
         ),
     ] = None,
     processes: Annotated[
-        int | None, typer.Option("--processes", min=1, help="Processes for a run without GPUs (default: 1).")
+        int | None, typer.Option("--processes", min=1, help="Processes per run, without GPUs (default: 1).")
     ] = None,
-    partition: Annotated[str | None, typer.Option(help="slurm: where (default: the cluster's).")] = None,
-    account: Annotated[str | None, typer.Option(help="slurm: whom to charge.")] = None,
-    time: Annotated[str | None, typer.Option(help="slurm: limit for a run, as minutes, H:M:S or D-H:M:S.")] = None,
-    cpus: Annotated[
-        int | None, typer.Option(min=1, help="slurm: cores for a run (default: one for each process).")
-    ] = None,
+    partition: Annotated[str | None, typer.Option(help="slurm: the partition (default: the cluster's).")] = None,
+    account: Annotated[str | None, typer.Option(help="slurm: the account to charge.")] = None,
+    time: Annotated[str | None, typer.Option(help="slurm: time limit of a run, as minutes, H:M:S or D-H:M:S.")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="slurm: cores per run (default: one per process).")] = None,
     dry_run: DryRun = False,
     flops_per_second: FlopsPerSecond = None,
 ) -> None:
-    """Does recipes x data sets x methods x seeds x varied keys; only what is missing is run.
+    """Runs recipes x data sets x methods x seeds x varied keys; only what is missing is run.
 
-    Killed at any moment, it goes on from there. Local runs share the machine's cores and GPUs, and end when this
-    command ends. Jobs of SLURM go on without it, and the same command waits for them; what else they need, sbatch
-    takes from its own variables (SBATCH_MEM_PER_NODE, SBATCH_QOS, SBATCH_CONSTRAINT). Their output is in OUT/.slurm
-    until all runs of their array are complete.
+    It can be killed at any moment and resumes from there. Local runs share the machine's cores and GPUs, and end when
+    this command ends. SLURM jobs go on without it, and the same command waits for them; sbatch takes further options
+    from its own variables (SBATCH_MEM_PER_NODE, SBATCH_QOS, SBATCH_CONSTRAINT). Their output is in OUT/.slurm until
+    all runs of their array are complete.
     """
     from fvae_lora_experiments.beforehand import refuse_if_none_can_run
     from fvae_lora_experiments.sweep.grid import Grid, print_choices
     from fvae_lora_experiments.sweep.plan import contenders, parse_list, parse_seeds, parse_values, runs_of
-    from fvae_lora_experiments.sweep.sweep import sweep
+    from fvae_lora_experiments.sweep.run_sweep import run_sweep
 
     _refuse_throughput(flops_per_second, dry_run)
     if processes and gpus:
-        raise UserError(f"--processes {processes}: for runs without GPUs; --gpus {gpus} has a process for each")
+        raise UserError(f"--processes {processes}: for runs without GPUs; --gpus {gpus} starts a process for each GPU")
     size = {"processes": processes or gpus or 1, "gpus": 0 if processes else gpus}
     compared = contenders(
         recipe,
         out,
         parse_list("--methods", methods),
         overrides or [],
-        _given(model=model, dataset=dataset),
+        _without_none(model=model, dataset=dataset),
         parse_values("--vary", vary or []),
     )
     result_seeds = parse_seeds("--seeds", seeds)
     tried, lost = [], []
     seen: set[str] = set()
     if selection_seeds and not grid:
-        raise UserError("--selection-seeds: of use with --grid only")
+        raise UserError("--selection-seeds: only with --grid")
     refuse_if_none_can_run(runs_of(compared, result_seeds))
     if dry_run:
         from fvae_lora_experiments.forecast import print_forecast
@@ -259,17 +255,17 @@ def compare(
             tried = Grid(compared, parse_values("--grid", grid), choosing, result_seeds).runs()
         print_forecast([*tried, *runs_of(compared, result_seeds)], flops_per_second, console)
         return
-    launch = _launcher(launcher, out, jobs, size, partition=partition, account=account, time=time, cpus=cpus)
+    launch = _make_launcher(launcher, out, jobs, size, partition=partition, account=account, time=time, cpus=cpus)
 
-    from fvae_lora_experiments.check import look_at_each
+    from fvae_lora_experiments.check import inspect_each
     from fvae_lora_experiments.data.summary import print_summary
     from fvae_lora_experiments.report import print_table, summary_rows
 
-    signals.unwind()
+    signals.raise_on_signal()
 
-    def show_data(runs: list["Planned"]) -> None:
+    def show_data(runs: list["PlannedRun"]) -> None:
         silence_libraries()
-        for summary in look_at_each(runs, seen):
+        for summary in inspect_each(runs, seen):
             print_summary(summary, console)
 
     if grid:
@@ -277,14 +273,14 @@ def compare(
         points = Grid(compared, parse_values("--grid", grid), choosing, result_seeds)
         tried = points.runs()
         show_data(tried)
-        sweep(tried, launch, console)
+        run_sweep(tried, launch, console)
         choices = points.choices()
         print_choices(choices, console)
         compared = [choice.best.contender for choice in choices if choice.best]
         lost = [choice.name for choice in choices if not choice.best]
     runs = runs_of(compared, result_seeds)
     show_data(runs)
-    failures = sweep(runs, launch, console)
+    failures = run_sweep(runs, launch, console)
     if any(out.rglob("run.json")):
         print_table(summary_rows(out), console)
     if failures:
@@ -292,7 +288,7 @@ def compare(
             f"{len(failures)} of {len(runs)} runs failed; the same command tries them again; the first: {failures[0]}"
         )
     if lost:
-        raise RunError(f"{', '.join(lost)}: failed at every point of the grid, so without a result")
+        raise RunError(f"{', '.join(lost)}: failed at every point of the grid, so there is no result")
     if again := [run.name for run in tried if not run.is_done()]:
         raise RunError(
             f"{len(again)} runs of the grid failed; the same command tries them again; the first: {again[0]}"
@@ -304,12 +300,12 @@ def _refuse_throughput(flops_per_second: float | None, dry_run: bool) -> None:
         raise UserError(f"--flops-per-second {flops_per_second:g}: expected a number above 0, and --dry-run")
 
 
-def _launcher(where: Where, out: Path, jobs: int, size: dict[str, Any], **of_slurm: Any) -> "Launcher":
-    if where is Where.slurm:
+def _make_launcher(where: LauncherName, out: Path, jobs: int, size: dict[str, Any], **slurm_options: Any) -> "Launcher":
+    if where is LauncherName.slurm:
         from fvae_lora_experiments.sweep.slurm import SlurmLauncher
 
-        return SlurmLauncher(out / ".slurm", jobs, **size, **of_slurm)
-    for option in _given(**of_slurm):
+        return SlurmLauncher(out / ".slurm", jobs, **size, **slurm_options)
+    for option in _without_none(**slurm_options):
         raise UserError(f"--{option}: only with --launcher slurm")
 
     from fvae_lora_experiments.sweep.local import LocalLauncher
@@ -324,18 +320,18 @@ def evaluate(
     dataset: Dataset = None,
     data_root: DataRoot = None,
 ) -> None:
-    """Scores a finished run again, from its adapter alone."""
-    from fvae_lora_experiments.run.finished import finished_run, record_in
+    """Scores a finished run again from its adapter."""
+    from fvae_lora_experiments.run.finished import read_finished_run, read_record
 
-    record_in(run)
+    read_record(run)
     use_one_gpu()
 
     from fvae_lora_experiments.run import runner
 
     silence_libraries()
-    signals.unwind()
+    signals.raise_on_signal()
     scores = runner.evaluate(run, model, dataset)
-    _, record = finished_run(run, model, dataset)
+    _, record = read_finished_run(run, model, dataset)
     width = max(map(len, scores)) + 2
     for name, value in scores.items():
         console.print(f"{name:<{width}}{value:.6f}  recorded {record.metrics.test[name]:.6f}", highlight=False)
@@ -401,7 +397,7 @@ def predict(
     from fvae_lora_experiments.predict.trained import load_run
 
     silence_libraries()
-    signals.unwind()
+    signals.raise_on_signal()
     trained = load_run(run, model)
     try:
         done, left_out = predict_rows(trained, rows, output, probabilities, draws, batch_size, on_error.value)
@@ -422,41 +418,43 @@ def check(
     dataset: Dataset = None,
     data_root: DataRoot = None,
     task: Annotated[
-        str | None, typer.Option(help="DATA: what for (default: what its columns say, else images).")
+        str | None, typer.Option(help="DATA: the task (default: judged by its columns, else image).")
     ] = None,
 ) -> None:
-    """Shows what training would see of the data, and what is wrong with them; exit code 2 where it would be refused."""
-    from fvae_lora_experiments.check import RECIPES, look, task_of
+    """Shows what training would see of the data, and what is wrong with it; exit code 2 if it would be refused."""
+    from fvae_lora_experiments.check import DEFAULT_RECIPES, guess_task, inspect_data
     from fvae_lora_experiments.data.summary import print_summary
-    from fvae_lora_experiments.recipe import load_recipe, shipped
+    from fvae_lora_experiments.recipe import load_recipe, shipped_recipes
 
-    signals.unwind()
+    signals.raise_on_signal()
     silence_libraries()
-    if what in shipped() or Path(what).suffix in (".yaml", ".yml"):
-        recipe = load_recipe(what, overrides or [], _given(model=model, dataset=dataset))
-        print_summary(look(recipe), console)
+    if what in shipped_recipes() or Path(what).suffix in (".yaml", ".yml"):
+        recipe = load_recipe(what, overrides or [], _without_none(model=model, dataset=dataset))
+        print_summary(inspect_data(recipe), console)
         return
-    if task is not None and task not in RECIPES:
-        raise UserError(f"--task {task}: no such task; allowed are {', '.join(RECIPES)}")
-    own = task or task_of(what)
-    recipe = load_recipe(RECIPES[own], overrides or [], {"model": model or "none", "dataset": what})
+    if task is not None and task not in DEFAULT_RECIPES:
+        raise UserError(f"--task {task}: no such task; allowed are {', '.join(DEFAULT_RECIPES)}")
+    own = task or guess_task(what)
+    recipe = load_recipe(DEFAULT_RECIPES[own], overrides or [], {"model": model or "none", "dataset": what})
     try:
-        print_summary(look(recipe, with_model=model is not None), console)
+        print_summary(inspect_data(recipe, with_model=model is not None), console)
     except UserError as error:
         if task is None:
-            raise UserError(f"{error} (read for the task {own}; --task names another)") from error
+            raise UserError(f"{error} (read for the task {own}; --task chooses another)") from error
         raise
 
 
 @app.command(cls=Command)
 def demo(
     out: Annotated[Path | None, typer.Option(help="The folder of the runs (default: runs/demo).")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One seed, two epochs: does everything work?")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One seed, two epochs: only to see whether everything works.")
+    ] = False,
 ) -> None:
-    """FVAE-LoRA, LoRA and a linear probe on handwritten digits; nothing is fetched."""
-    from fvae_lora_experiments.demo import demo as run_demo
+    """Compares FVAE-LoRA, LoRA and a linear probe on handwritten digits, without downloads."""
+    from fvae_lora_experiments.demo import run_demo
 
-    signals.unwind()
+    signals.raise_on_signal()
     if failures := run_demo(out or Path("runs/demo-quick" if quick else "runs/demo"), quick, console):
         raise RunError(f"{len(failures)} runs failed")
 
@@ -471,7 +469,7 @@ def report(
         typer.Option(help="Folder for the page and the tables (default: the folder of runs, or that of their file)."),
     ] = None,
 ) -> None:
-    """Runs as a table, as CSV, Markdown and LaTeX, and as one HTML page."""
+    """Reports runs as a table, as CSV, Markdown and LaTeX, and as one HTML page."""
     if out is None and len(runs) > 1:
         raise UserError("report: several folders or files need --out, the folder for the page and the tables")
 
@@ -484,7 +482,7 @@ def report(
         write_page,
     )
 
-    signals.unwind()
+    signals.raise_on_signal()
     rows = summary_rows(*runs)
     folder = out or (runs[0].parent if runs[0].is_file() else runs[0])
     folder.mkdir(parents=True, exist_ok=True)
@@ -492,15 +490,17 @@ def report(
     for write, name in ((write_csv, "report.csv"), (write_markdown, "report.md"), (write_latex, "report.tex")):
         write(rows, folder / name)
     page = write_page(runs, folder / "report.html")
-    console.print(f"The page is {page}, the tables lie beside it", highlight=False)
+    console.print(f"The page is {page}, the tables are beside it", highlight=False)
 
 
 @app.command()
 def pack(
     runs: Annotated[Path, typer.Argument(metavar="RUNS", help="A folder of runs.")],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write; its name ends in runs.jsonl.gz.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The file to write; its name must end in runs.jsonl.gz.")
+    ],
 ) -> None:
-    """Writes the records and learning curves of many runs to one small file, which `report` reads as it reads RUNS."""
+    """Writes the records and learning curves of many runs to one small file, which `report` reads like RUNS."""
     from fvae_lora_experiments.run.archive import pack as pack_runs
 
     console.print(f"{file}: {pack_runs(runs, file)} runs, without their adapters", highlight=False)
@@ -509,9 +509,9 @@ def pack(
 @app.command()
 def unpack(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of runs that `pack` wrote.")],
-    out: Annotated[Path, typer.Argument(metavar="DIR", help="Where the runs' folders are to lie.")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put the runs' folders.")],
 ) -> None:
-    """Gives packed runs their folders again, without adapters; `compare --out DIR` then does what is missing."""
+    """Restores the folders of packed runs, without adapters; `compare --out DIR` then runs what is missing."""
     from fvae_lora_experiments.run.archive import unpack as unpack_runs
 
     console.print(f"{out}: {unpack_runs(file, out)} runs", highlight=False)
@@ -525,7 +525,7 @@ class Format(StrEnum):
 
 
 class Bias(StrEnum):
-    """Where the constant of the encoders goes in a LoRA."""
+    """Where the encoders' constant goes in a LoRA."""
 
     keep = "keep"
     fold = "fold"
@@ -538,25 +538,27 @@ NewFolder = Annotated[Path, typer.Option(help="The folder to write; must not exi
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A finished run's folder, or an adapter's.")],
     out: NewFolder,
-    format: Annotated[Format, typer.Option(help="inference: small, for this package; lora: for any.")] = (
+    format: Annotated[Format, typer.Option(help="inference: small, for this package; lora: for any software.")] = (
         Format.inference
     ),
     model: Model = None,
     dataset: Dataset = None,
     data_root: DataRoot = None,
     bias: Annotated[Bias, typer.Option(help="lora: keep (exact, for peft) or fold (for servers).")] = Bias.keep,
-    max_error: Annotated[float, typer.Option(help="lora: the largest relative error of a layer's update.")] = 0.1,
+    max_error: Annotated[
+        float, typer.Option(help="lora: the largest relative error accepted for a layer's update.")
+    ] = 0.1,
     rows: Annotated[int, typer.Option(min=1, help="lora: rows of the training split to fit on.")] = 512,
 ) -> None:
-    """Writes an adapter for inference alone, or as a plain LoRA that loads without this package."""
+    """Writes an adapter for inference only, or as a plain LoRA that loads without this package."""
     use_one_gpu()
 
-    from fvae_lora_experiments.export import export_lora, export_small
+    from fvae_lora_experiments.export import export_inference, export_lora
 
     silence_libraries()
-    signals.unwind()
+    signals.raise_on_signal()
     if format is Format.inference:
-        export_small(source, out, model)
+        export_inference(source, out, model)
     else:
         report = export_lora(source, out, model, dataset, bias.value, max_error, rows)
         console.print(str(report), highlight=False, soft_wrap=True)
@@ -575,7 +577,7 @@ def import_reference(
     from fvae_lora_experiments import export
 
     silence_libraries()
-    signals.unwind()
+    signals.raise_on_signal()
     export.import_reference(folder, model, out)
     console.print(f"The adapter is in {out}", highlight=False)
 
@@ -592,7 +594,7 @@ def push(
     """Puts a run's adapter and its model card on the hub; the licence in the card is yours to add."""
     from fvae_lora_experiments.push import collect, upload
 
-    signals.unwind()
+    signals.raise_on_signal()
     what = collect(run, repository)
     if what.base_is_local:
         console.print("The base model is known by its folder alone: others need a copy of it", highlight=False)
@@ -613,15 +615,15 @@ def recipes_default(context: typer.Context) -> None:
 
 @recipes.command("list", cls=Command)
 def list_recipes() -> None:
-    """The shipped recipes, the methods, and the models and data that need neither a folder nor a network."""
+    """Lists the shipped recipes, the methods, and the models and data that need neither a folder nor a network."""
     from fvae_lora_experiments.built_in import DATASETS, MODELS
     from fvae_lora_experiments.methods import METHODS
-    from fvae_lora_experiments.recipe import shipped
+    from fvae_lora_experiments.recipe import shipped_recipes
 
     table = Table(box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     for heading, entries in (
-        ("Recipes", {name: _first_comment(file) for name, file in shipped().items()}),
+        ("Recipes", {name: _first_comment(file) for name, file in shipped_recipes().items()}),
         ("Methods", {name: method.summary for name, method in METHODS.items()}),
         ("Models", dict.fromkeys(MODELS, "comes with the package; others: a folder, or a name on the hub")),
         ("Data sets", dict.fromkeys(DATASETS, "comes with a package; others: a folder, or a name on the hub")),
@@ -636,11 +638,12 @@ def list_recipes() -> None:
 def show_recipe(
     recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A shipped recipe or a YAML file.")] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="Every key, its value (here or by default), what is allowed, what it means.")
+        bool,
+        typer.Option("--all", help="Every key with its value (set or default), what is allowed and what it means."),
     ] = False,
 ) -> None:
     """Prints a recipe, or every key that recipes may have."""
-    from fvae_lora_experiments.recipe import as_yaml, keys, recipe_file, recipe_tree
+    from fvae_lora_experiments.recipe import as_yaml, recipe_file, recipe_keys, recipe_tree
 
     if recipe is None and not every:
         raise UserError("recipes show: expected a recipe, or --all")
@@ -648,10 +651,10 @@ def show_recipe(
         print(recipe_file(str(recipe)).read_text(encoding="utf-8"), end="")
         return
     here = {} if recipe is None else recipe_tree(recipe)
-    for key in keys():
+    for key in recipe_keys():
         value = as_yaml(here[key.name]) if key.name in here else key.default
         default = f"; {key.default} by default" if key.default not in (None, value) else ""
-        print(f"{key.name}: {'(to be given)' if value is None else value}")
+        print(f"{key.name}: {'(required)' if value is None else value}")
         for line in (f"{key.allowed}{default}", key.meaning):
             print(textwrap.fill(line, 120, initial_indent="    # ", subsequent_indent="    # "))
 
@@ -661,7 +664,7 @@ def copy_recipe(
     recipe: RecipeName,
     to: Annotated[Path | None, typer.Argument(metavar="FILE", help="Where to (default: its name, here).")] = None,
 ) -> None:
-    """Copies a recipe to a file, to be changed."""
+    """Copies a recipe to a file, for you to change."""
     from fvae_lora_experiments.recipe import recipe_file
     from fvae_lora_experiments.run.folder import write_atomically
 
@@ -670,7 +673,7 @@ def copy_recipe(
     if target.exists():
         raise UserError(f"{target}: exists already")
     write_atomically(target, source.read_text(encoding="utf-8"))
-    console.print(f"{target}: change it, then fvae-lora train {target}", highlight=False)
+    console.print(f"{target}: change it, then run fvae-lora train {target}", highlight=False)
 
 
 def _first_comment(file: Path) -> str:
@@ -679,13 +682,13 @@ def _first_comment(file: Path) -> str:
     return " ".join(lines).partition(". ")[0].rstrip(".")
 
 
-def _given(**options: Any) -> dict[str, Any]:
+def _without_none(**options: Any) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
 
 
 def main() -> None:
     """Runs the command line: one line and exit code 2 for a user's mistake, 1 for a failed run, 130 for Ctrl-C.
 
-    143 after SIGTERM, if its signals are handled (`fvae_lora_experiments.__main__`).
+    143 after SIGTERM, if signals are handled (`fvae_lora_experiments.__main__`).
     """
-    distributed.end(exit_code(lambda: app(standalone_mode=False)))
+    distributed.exit_process(exit_code(lambda: app(standalone_mode=False)))

@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 
 from fvae_lora_experiments.methods import METHODS
-from fvae_lora_experiments.recipe import keys as keys_of_recipes
-from fvae_lora_experiments.recipe import shipped
+from fvae_lora_experiments.recipe import recipe_keys, shipped_recipes
 
 
 def recipes(incomplete: str) -> Iterator[str]:
     """The shipped recipes; the shell itself offers files."""
-    return (name for name in shipped() if name.startswith(incomplete))
+    return (name for name in shipped_recipes() if name.startswith(incomplete))
 
 
 def methods(incomplete: str) -> Iterator[tuple[str, str]]:
@@ -26,4 +25,4 @@ def methods_in_a_list(incomplete: str) -> Iterator[str]:
 
 def keys(incomplete: str) -> Iterator[tuple[str, str]]:
     """The keys of recipes with what each means, the value still to be given."""
-    return ((f"{key.name}=", key.meaning) for key in keys_of_recipes() if key.name.startswith(incomplete))
+    return ((f"{key.name}=", key.meaning) for key in recipe_keys() if key.name.startswith(incomplete))

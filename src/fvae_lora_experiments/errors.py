@@ -1,8 +1,8 @@
-"""What can be wrong with a request or with a run, in one line."""
+"""Errors of a request or a run, each told in one line."""
 
 
 class UserError(Exception):
-    """The request cannot be served: what was wrong, where, and what is allowed. Exit code 2."""
+    """The request is wrong: the message says what, where, and what is allowed. Exit code 2."""
 
 
 class RunError(Exception):
@@ -10,7 +10,7 @@ class RunError(Exception):
 
 
 class DivergenceError(RunError):
-    """A number of the run was none any more: the same recipe would end there again."""
+    """A number in the run became NaN or infinite: the same recipe would fail the same way again."""
 
 
 def first_line(error: object) -> str:

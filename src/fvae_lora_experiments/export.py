@@ -1,4 +1,4 @@
-"""Adapters for other places: for inference alone, as a plain LoRA, or from the reference implementation."""
+"""Conversion of adapters: for inference only, to a plain LoRA, or from the reference implementation."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,9 +30,9 @@ from fvae_lora import (
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.models.pretrained import load, load_adapter, load_model, loading
 from fvae_lora_experiments.places import is_local
-from fvae_lora_experiments.run.finished import finished_run
+from fvae_lora_experiments.run.finished import read_finished_run
 from fvae_lora_experiments.run.folder import RunFolder
-from fvae_lora_experiments.run.runner import open_base, open_data, scorer
+from fvae_lora_experiments.run.runner import open_base, open_data, scoring_trainer
 from fvae_lora_experiments.schema import ImageSettings
 from fvae_lora_experiments.tasks import load_task
 
@@ -45,13 +45,13 @@ TASK_CLASSES = {
     "FEATURE_EXTRACTION": AutoModel,
 }
 OPTIONS = {"folder": "--out", "bias": "--bias", "max_error": "--max-error", "calibration": "--rows"}
-"""What the method's arguments are called on the command line."""
+"""The command line's options for the method's arguments."""
 
 HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
 
 
-def export_small(source: Path, out: Path, model: str | None = None) -> None:
-    """Writes the adapter for inference: encoder 1's mean and B alone.
+def export_inference(source: Path, out: Path, model: str | None = None) -> None:
+    """Writes the adapter for inference: only encoder 1's mean and B.
 
     Args:
         source: a run's folder, or an adapter's.
@@ -59,10 +59,10 @@ def export_small(source: Path, out: Path, model: str | None = None) -> None:
         model: where the base model is, if not where the run or the adapter says.
 
     Raises:
-        UserError: no FVAE-LoRA adapter there, no base model for it, or `out` holds something.
+        UserError: there is no FVAE-LoRA adapter or no base model for it, or `out` is not empty.
     """
-    with _refusals():
-        export_for_inference(_adapted(source, model), out)
+    with _as_user_errors():
+        export_for_inference(_load_adapted(source, model), out)
 
 
 def export_lora(
@@ -74,13 +74,13 @@ def export_lora(
     max_error: float = 0.1,
     rows: int = 512,
 ) -> ConversionReport:
-    """Writes the adapter as a plain LoRA; what has to be fitted is fitted on training data, scored on validation.
+    """Writes the adapter as a plain LoRA; if a fit is needed, it is made on training and scored on validation data.
 
     Args:
-        source: a run's folder; an adapter's will do where nothing has to be fitted.
+        source: a run's folder; an adapter's is enough if nothing has to be fitted.
         out: the folder to write; must not exist, or be empty.
         model: where the base model is, if not where the run or the adapter says.
-        dataset: where the data are, if not where the run says.
+        dataset: where the data is, if not where the run says.
         bias: where the encoders' constant goes, see `fvae_lora.to_lora`.
         max_error: the largest relative error of a layer's update that is accepted.
         rows: how many rows of the training split to fit on.
@@ -89,22 +89,24 @@ def export_lora(
         What was done.
 
     Raises:
-        UserError: as `export_small`, and what `fvae_lora.convert_to_lora` refuses.
+        UserError: as in `export_inference`, and whatever `fvae_lora.convert_to_lora` refuses.
     """
-    with _refusals():
-        folder = _adapter_folder(source)
+    with _as_user_errors():
+        folder = _find_adapter(source)
         linear = adapter_folder.check_json(folder / "adapter_config.json").get("encoder_hidden_dims") == []
         if folder == source and not (linear and bias == "keep"):
-            raise UserError(f"{source}: an adapter alone; its encoders are fitted on data, so give its run's folder")
+            raise UserError(f"{source}: only an adapter; its encoders must be fitted on data, so give its run's folder")
         if linear and bias == "keep":
-            return convert_to_lora(_adapted(source, model), out, max_error=max_error, bias=bias)
-        recipe, record = finished_run(source, model, dataset)
+            return convert_to_lora(_load_adapted(source, model), out, max_error=max_error, bias=bias)
+        recipe, record = read_finished_run(source, model, dataset)
         base, processor = open_base(recipe, record)
-        plain = recipe.model_copy(update={"image": ImageSettings()})  # fitted on images as they will be seen
+        plain = recipe.model_copy(
+            update={"image": ImageSettings()}
+        )  # without augmentation: fitted on images as at inference
         splits = load_task(plain).datasets(open_data(recipe, record), base, processor)
         generator = torch.Generator().manual_seed(recipe.seed)
         chosen = torch.randperm(len(splits["train"]), generator=generator)[:rows].tolist()
-        with scorer(load_adapter(base, folder), recipe, quiet=True) as trainer:
+        with scoring_trainer(load_adapter(base, folder), recipe, quiet=True) as trainer:
 
             def score(_: PeftModel) -> dict[str, float]:
                 scores = trainer.score(splits["validation"], "validation")
@@ -123,19 +125,19 @@ def import_reference(folder: Path, model: str, out: Path) -> None:
         out: the folder to write; must not exist, or be empty.
 
     Raises:
-        UserError: no adapter of the reference, one that asks for what is not supported or does not fit the model, or
-            `out` holds something.
+        UserError: it is not an adapter of the reference, needs something unsupported or does not fit the model, or
+            `out` is not empty.
     """
     if not (folder / "adapter_config.json").is_file():
         what = "holds no adapter_config.json" if folder.is_dir() else "no such folder"
         raise UserError(f"{folder}: {what}; expected the folder of an adapter that the reference implementation saved")
-    with _refusals(), adapter_folder.new_folder(out) as inside:
-        load_reference_adapter(_base_of(folder, model), folder).save_pretrained(inside)
+    with _as_user_errors(), adapter_folder.new_folder(out) as inside:
+        load_reference_adapter(_load_base(folder, model), folder).save_pretrained(inside)
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
-    """What the method refuses is, here, the user's mistake, and its arguments are options."""
+def _as_user_errors() -> Iterator[None]:
+    """Turns the method's ValueErrors into user errors that name options instead of arguments."""
     try:
         yield
     except ValueError as error:
@@ -143,8 +145,8 @@ def _refusals() -> Iterator[None]:
         raise UserError(f"{OPTIONS.get(argument, argument)}{colon}{reason}") from error
 
 
-def _adapter_folder(source: Path) -> Path:
-    """Where the FVAE-LoRA adapter of a run lies; `source` itself if it is no run."""
+def _find_adapter(source: Path) -> Path:
+    """The folder of a run's FVAE-LoRA adapter; `source` itself if it is not a run."""
     folder = RunFolder(source).adapter if RunFolder(source).record_file.exists() else source
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{source}: neither a run with an adapter nor an adapter's folder")
@@ -154,28 +156,29 @@ def _adapter_folder(source: Path) -> Path:
     return folder
 
 
-def _adapted(source: Path, model: str | None) -> PeftModel:
-    folder = _adapter_folder(source)
-    base = _base_of(source, model) if folder == source else open_base(*finished_run(source, model, with_data=False))[0]
-    return load_adapter(base, folder)
+def _load_adapted(source: Path, model: str | None) -> PeftModel:
+    folder = _find_adapter(source)
+    if folder == source:
+        return load_adapter(_load_base(source, model), folder)
+    return load_adapter(open_base(*read_finished_run(source, model, with_data=False))[0], folder)
 
 
-def _base_of(adapter: Path, model: str | None) -> PreTrainedModel:
-    """The base model of an adapter, with a head of the size that the adapter's has."""
+def _load_base(adapter: Path, model: str | None) -> PreTrainedModel:
+    """The base model of an adapter, with a head of the same size as the adapter's."""
     fields = adapter_folder.check_json(adapter / "adapter_config.json")
     name = model or fields.get("base_model_name_or_path")
     if not name:
-        raise UserError(f"{adapter}: does not say what its base model is; give --model")
+        raise UserError(f"{adapter}: does not name its base model; give --model")
     if is_local(name) and not Path(name).is_dir():
         raise UserError(f"model {name}: no such folder; --model says where it is")
     heads = [shape[0] for key, shape in adapter_folder.shapes(adapter).items() if key.endswith(HEADS)]
     options: dict[str, Any] = {"num_labels": heads[0]} if heads else {}
     with loading(name, "as the adapter's base model"):
-        return load_model(_class(fields, name), name, **options)[0]
+        return load_model(_model_class(fields, name), name, **options)[0]
 
 
-def _class(fields: Mapping[str, Any], model: str) -> Any:
-    """The class of an adapter's base model: as the adapter names it, or else as the model does."""
+def _model_class(fields: Mapping[str, Any], model: str) -> Any:
+    """The class of an adapter's base model, as named by the adapter or else by the model."""
     if (task := TASK_CLASSES.get(fields.get("task_type") or "")) is not None:
         return task
     named = (fields.get("auto_mapping") or {}).get("base_model_class")

@@ -19,7 +19,7 @@ from fvae_lora_experiments.report.numbers import quantity
 from fvae_lora_experiments.run.flops import training_flops
 from fvae_lora_experiments.run.state_cache import collate
 from fvae_lora_experiments.schema import Recipe
-from fvae_lora_experiments.sweep.plan import Planned
+from fvae_lora_experiments.sweep.plan import PlannedRun
 from fvae_lora_experiments.tasks import load_task
 
 
@@ -75,7 +75,7 @@ def _adapted(model: PreTrainedModel, recipe: Recipe) -> torch.nn.Module:
         raise UserError(f"recipe: {error}") from error
 
 
-def print_forecast(runs: Sequence[Planned], flops_per_second: float | None, console: Console) -> None:
+def print_forecast(runs: Sequence[PlannedRun], flops_per_second: float | None, console: Console) -> None:
     """A line for each setting of runs that are not done yet, and their sum.
 
     Args:
@@ -87,7 +87,7 @@ def print_forecast(runs: Sequence[Planned], flops_per_second: float | None, cons
         UserError: as `forecast`; a folder that holds another recipe's run.
     """
     to_do = [run for run in runs if not run.is_done()]
-    alike: dict[str, list[Planned]] = {}
+    alike: dict[str, list[PlannedRun]] = {}
     for run in to_do:
         # neither a seed nor a learning rate changes what is computed
         key = run.recipe.model_dump_json(exclude={"seed": True, "purpose": True, "train": {"learning_rate"}})

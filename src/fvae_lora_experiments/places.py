@@ -1,4 +1,4 @@
-"""How models and data sets are named: on the command line, and in records that must not tell where somebody works."""
+"""Names of models and data sets: on the command line, and in records, which must not reveal paths of a machine."""
 
 import os
 import sys
@@ -6,20 +6,20 @@ from pathlib import Path
 
 
 def is_local(name: str) -> bool:
-    """Whether `name` means a folder here rather than `name` or `owner/name` on the hub."""
+    """Whether `name` is a local folder rather than `name` or `owner/name` on the hub."""
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def short(name: str) -> str:
-    """A folder's own name; a name on the hub as it is."""
+def short_name(name: str) -> str:
+    """The last component of a folder's path; a name on the hub unchanged."""
     return Path(name).resolve().name if is_local(name) else name
 
 
-def portable(name: str, folder: Path) -> str:
-    """`name` as a record in `folder` may keep it: a path relative to `folder`, a name on the hub as it is.
+def portable_path(name: str, folder: Path) -> str:
+    """`name` as a record in `folder` may hold it: a path relative to `folder`, or a name on the hub unchanged.
 
-    Where the relative path would lead through the directories above home (and so past a user's name), the last
-    component alone is kept.
+    If the relative path would lead through the directories above home (and so contain a user's name), only the last
+    component is kept.
     """
     if not Path(name).exists():
         return name
@@ -31,13 +31,13 @@ def portable(name: str, folder: Path) -> str:
     return relative if relative.startswith(".") else f"./{relative}"
 
 
-def located(name: str, folder: Path) -> str:
-    """The inverse of `portable`: what to open for a `name` that the record in `folder` keeps."""
+def resolve_portable(name: str, folder: Path) -> str:
+    """The inverse of `portable_path`: what to open for a `name` in a record in `folder`."""
     return str(folder / name) if name.startswith(".") else name
 
 
-def without_places(text: str, *places: Path) -> str:
-    """`text` as a record may keep it: paths in it that lead through `places`, here, home or Python's begin there."""
+def without_paths(text: str, *places: Path) -> str:
+    """`text` as a record may hold it: paths in `places`, the working directory, home or Python's become relative."""
     for place in (*places, Path.cwd(), Path.home(), Path(sys.prefix)):
         text = text.replace(f"{place.resolve()}/", "").replace(f"{place}/", "")
     return text

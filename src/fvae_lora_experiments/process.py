@@ -1,4 +1,4 @@
-"""What a process of the command needs: its exit code, its one device, and libraries that keep quiet."""
+"""What a process of the command needs: its exit code, its one device, and quiet libraries."""
 
 import os
 import sys
@@ -16,20 +16,20 @@ INTERRUPTED, TERMINATED = 130, 143
 
 
 def use_one_gpu() -> None:
-    """A process has one device; the Trainer would silently give all GPUs to a lone process, and grow the batch."""
-    if distributed.count() == 1:
+    """Limits a single process to one GPU; the Trainer would silently use all of them and enlarge the batch."""
+    if distributed.process_count() == 1:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
 
 def silence_libraries() -> None:
-    """A new head and a renamed option are no news to somebody who asked for a run."""
+    """Silences warnings that are expected in a run, such as that of a new head or a renamed option."""
     import transformers
 
     silence_datasets()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    of_peft = "Setting `save_embedding_layers`|The following rank_pattern keys"  # a head for CTC; AdaLoRA's own pattern
+    of_peft = "Setting `save_embedding_layers`|The following rank_pattern keys"  # CTC heads; AdaLoRA's pattern
     warnings.filterwarnings("ignore", message=of_peft, module="peft")
 
 
@@ -42,7 +42,7 @@ def silence_datasets() -> None:
 
 
 def exit_code(command: Callable[[], Any]) -> int:
-    """Runs `command`; says in one line what a user has to know of its end."""
+    """Runs `command` and returns its exit code; errors and signals are reported in one line."""
     try:
         result = command()
     except KeyboardInterrupt:
@@ -50,21 +50,21 @@ def exit_code(command: Callable[[], Any]) -> int:
     except signals.Terminated:
         result = TERMINATED
     except (UserError, RunError) as error:
-        return _say(str(error), 2 if isinstance(error, UserError) else 1)
+        return _print_error(str(error), 2 if isinstance(error, UserError) else 1)
     except OSError as error:
-        return _say(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+        return _print_error(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
     except Exception as error:
-        if hasattr(error, "format_message"):  # typer's own: an unknown option, a value of the wrong type
-            return _say(error.format_message(), 2)
+        if hasattr(error, "format_message"):  # from typer: an unknown option, a value of the wrong type
+            return _print_error(error.format_message(), 2)
         if distributed.first_to_fail():
             traceback.print_exc()
         return 1
-    if result in (INTERRUPTED, TERMINATED):  # typer, too, makes the first of Ctrl-C
-        return _say(signals.STOPPED, result)
+    if result in (INTERRUPTED, TERMINATED):  # typer also returns 130 for Ctrl-C
+        return _print_error(signals.STOPPED_MESSAGE, result)
     return result if isinstance(result, int) else 0
 
 
-def _say(line: str, code: int) -> int:
+def _print_error(line: str, code: int) -> int:
     if distributed.first_to_fail():
         print(f"fvae-lora: {line}", file=sys.stderr)
     return code

@@ -1,4 +1,4 @@
-"""Recipes: YAML that is checked against a schema before anything starts; extending, changing, listing them."""
+"""Recipes: YAML that is checked against a schema before anything starts; loading, extending, overriding, listing."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,17 +15,17 @@ from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.schema import Recipe, Section
 from fvae_lora_experiments.suggest import did_you_mean
 
-SHIPPED = Path(str(files("fvae_lora_experiments"))) / "recipes"
+RECIPES_FOLDER = Path(str(files("fvae_lora_experiments"))) / "recipes"
 
 
-def shipped() -> dict[str, Path]:
+def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with the package: name (`image/default`) to file."""
-    return {p.relative_to(SHIPPED).with_suffix("").as_posix(): p for p in sorted(SHIPPED.rglob("*.yaml"))}
+    return {p.relative_to(RECIPES_FOLDER).with_suffix("").as_posix(): p for p in sorted(RECIPES_FOLDER.rglob("*.yaml"))}
 
 
 @dataclass(frozen=True)
-class Key:
-    """A dotted key of recipes: its default as YAML (None where it has to be given), what it may be, what it means."""
+class RecipeKey:
+    """A dotted key of recipes: its default as YAML (None if it is required), what is allowed, what it means."""
 
     name: str
     default: str | None
@@ -33,22 +33,22 @@ class Key:
     meaning: str
 
 
-def keys(section: type[Section] = Recipe, prefix: str = "") -> list[Key]:
+def recipe_keys(section: type[Section] = Recipe, prefix: str = "") -> list[RecipeKey]:
     """Every key that a recipe may have, in the schema's order."""
     schema = section.model_json_schema()
     found = []
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            found += keys(field.annotation, f"{prefix}{name}.")
+            found += recipe_keys(field.annotation, f"{prefix}{name}.")
         else:
             default = None if field.is_required() else as_yaml(field.default)
-            meaning = re.sub(r"\b(None|True|False)\b", _in_yaml, " ".join((field.description or "").split()))
+            meaning = re.sub(r"\b(None|True|False)\b", _yaml_constant, " ".join((field.description or "").split()))
             allowed = ", ".join(METHODS) if name == "method" else _allowed(schema["properties"][name])
-            found.append(Key(f"{prefix}{name}", default, allowed, meaning))
+            found.append(RecipeKey(f"{prefix}{name}", default, allowed, meaning))
     return found
 
 
-def _in_yaml(constant: re.Match[str]) -> str:
+def _yaml_constant(constant: re.Match[str]) -> str:
     return {"None": "null"}.get(constant[0], constant[0].lower())
 
 
@@ -64,7 +64,7 @@ def _allowed(schema: Mapping[str, Any]) -> str:
     if schema["type"] == "array":
         count = f"{schema['minItems']} or more " if "minItems" in schema else ""
         count = f"{schema['minItems']} to {schema['maxItems']} " if "maxItems" in schema else count
-        if "prefixItems" in schema:  # a tuple, of so many and no other
+        if "prefixItems" in schema:  # a tuple of fixed length
             return f"list of ({', '.join(map(_allowed, schema['prefixItems']))})"
         return f"list of {count}({_allowed(schema['items'])})"
     bounds = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
@@ -73,41 +73,41 @@ def _allowed(schema: Mapping[str, Any]) -> str:
 
 
 def as_yaml(value: Any) -> str:
-    """A value as it is written in a recipe and on the command line."""
+    """A value as written in a recipe and on the command line."""
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
 
 
 def recipe_tree(name: str) -> dict[str, Any]:
-    """What a recipe's file, and those that it extends, say: dotted keys and their values.
+    """The dotted keys and values in a recipe's file and those that it extends.
 
     Raises:
-        UserError: no such recipe, not YAML.
+        UserError: there is no such recipe, or it is not YAML.
     """
     return flatten(_read(name))
 
 
 def recipe_file(name: str) -> Path:
-    """The file of a shipped recipe, or the file of that path.
+    """The file of a shipped recipe, or the file at that path.
 
     Raises:
-        UserError: if there is neither.
+        UserError: there is neither.
     """
-    path = shipped().get(name, Path(name))
+    path = shipped_recipes().get(name, Path(name))
     if not path.is_file():
-        near = did_you_mean(name, shipped())
-        raise UserError(f"recipe {name}: no such file, and no shipped recipe; shipped are {', '.join(shipped())}{near}")
+        shipped = ", ".join(shipped_recipes()) + did_you_mean(name, shipped_recipes())
+        raise UserError(f"recipe {name}: no such file, and no shipped recipe; shipped are {shipped}")
     return path
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of that name or path, changed by `key=value` strings and by dotted `options`.
 
-    A recipe may `extends:` another, shipped or a path from its own folder: it holds what differs. A method's own
-    defaults win over the recipe's sections. A recipe's `per_method` maps a method to the dotted keys that it has
-    otherwise, and wins over both; overrides win over all.
+    With `extends:` a recipe names another (a shipped one, or a path relative to its own folder) and only holds what
+    differs. A method's own defaults win over the recipe's sections. A recipe's `per_method` maps methods to dotted keys
+    and wins over both; overrides win over all.
 
     Raises:
-        UserError: an unknown key, a bad value, a key that is given twice, no such recipe, not YAML.
+        UserError: an unknown key, a bad value, a key given twice, a recipe that does not exist or is not YAML.
     """
     tree = _read(name)
     per_method = tree.pop("per_method", None) or {}
@@ -124,10 +124,10 @@ def load_recipe(name: str, overrides: Sequence[str] = (), options: Mapping[str, 
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, but for a key that is given twice, of which it would take the last without a word."""
+    """The safe loader, except that it refuses a key given twice, of which it would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping without such a key."""
+        """A mapping in which no key is given twice."""
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         names = [key.value for key in keys]
         for key in keys:
@@ -152,7 +152,7 @@ def _changes(overrides: Sequence[str], options: Mapping[str, Any]) -> dict[str, 
 
 
 def _read(name: str, inheriting: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A recipe's file as a tree, laid over that of the recipe which it `extends`, if any."""
+    """A recipe's file as a tree, merged into that of the recipe that it `extends`, if any."""
     if name in inheriting:
         raise UserError(f"recipe {inheriting[0]}: extends itself, by way of {name}")
     try:
@@ -163,21 +163,21 @@ def _read(name: str, inheriting: tuple[str, ...] = ()) -> dict[str, Any]:
         raise UserError(f"recipe {name}: expected keys and values, for example `method: lora`")
     if (base := tree.pop("extends", None)) is None:
         return tree
-    beside = str(base) if str(base) in shipped() else str(recipe_file(name).parent / str(base))
-    return _laid_over(_read(beside, (*inheriting, name)), tree)
+    beside = str(base) if str(base) in shipped_recipes() else str(recipe_file(name).parent / str(base))
+    return _deep_merge(_read(beside, (*inheriting, name)), tree)
 
 
-def _laid_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _deep_merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     both = below.keys() & above.keys()
     nested = {k for k in both if isinstance(below[k], dict) and isinstance(above[k], dict)}
-    return below | dict(above) | {key: _laid_over(below[key], above[key]) for key in nested}
+    return below | dict(above) | {key: _deep_merge(below[key], above[key]) for key in nested}
 
 
 def check_recipe(tree: Mapping[str, Any], where: str) -> Recipe:
     """`tree` as a recipe.
 
     Raises:
-        UserError: names `where`, the first key that is wrong, and what is allowed there.
+        UserError: names `where`, the first wrong key, and what is allowed there.
     """
     try:
         recipe = Recipe.model_validate(tree)
@@ -218,8 +218,8 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _without_kinds(loc: tuple[int | str, ...]) -> list[int | str]:
-    """Where an error is, without the names of the kinds that a value may be of, which follow those of the keys."""
+def _key_path(loc: tuple[int | str, ...]) -> list[int | str]:
+    """The keys in an error's location, without the types of a union that pydantic adds after them."""
     section: Any = Recipe
     kept: list[int | str] = []
     for part in loc:
@@ -233,13 +233,13 @@ def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     if not first["loc"]:  # of sections that do not go together; the message names the key
         return first["msg"]
-    *parents, last = loc = _without_kinds(first["loc"])
+    *parents, last = loc = _key_path(first["loc"])
     key = ".".join(str(part) for part in loc)
     if first["type"] == "extra_forbidden":
         section: Any = Recipe
         for parent in parents:
             section = section.model_fields[parent].annotation
-        near = did_you_mean(key, (known.name for known in keys()))
+        near = did_you_mean(key, (known.name for known in recipe_keys()))
         return f"{key}: unknown key; allowed are {', '.join(section.model_fields)}{near}"
     if first["type"] == "missing":
         option = f" (or --{last})" if last in ("model", "dataset") else ""

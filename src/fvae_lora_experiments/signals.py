@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM: one line, and the exit code that a shell gives a process which they end, 130 and 143.
+"""Ctrl-C and SIGTERM: one line, and the exit code that a shell would report, 130 and 143.
 
-While libraries are imported there is nothing to clean up, and what would be raised there might be swallowed: the
-process ends at once. After that an exception is raised, so that files are whole and no process is left over, and a
-second signal ends the process at once.
+While libraries are being imported there is nothing to clean up, and an exception might be swallowed there: the process
+exits at once. After that the first signal raises an exception, so that files are complete and no process is left
+behind; a second signal exits at once.
 """
 
 import os
@@ -11,41 +11,41 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-STOPPED = "stopped; the same command goes on where it was"
+STOPPED_MESSAGE = "stopped; the same command resumes where it was"
 
 Handler = Callable[[int, FrameType | None], NoReturn]
 
 
 class Terminated(BaseException):
-    """SIGTERM, raised where the main thread is, as KeyboardInterrupt is for SIGINT."""
+    """Raised in the main thread by SIGTERM, as KeyboardInterrupt is by SIGINT."""
 
 
-def end_at_once() -> None:
-    """Lets a signal end this process where it is."""
-    _handle_by(_end)
+def exit_on_signal() -> None:
+    """Makes a signal end this process at once."""
+    _install(_exit)
 
 
-def unwind() -> None:
-    """Lets the first signal raise KeyboardInterrupt or `Terminated`. Only for a process whose signals are handled."""
-    if signal.getsignal(signal.SIGINT) is _end or signal.getsignal(signal.SIGTERM) is _end:
-        _handle_by(_raise)
+def raise_on_signal() -> None:
+    """Makes the first signal raise KeyboardInterrupt or `Terminated`, if `exit_on_signal` was called before."""
+    if signal.getsignal(signal.SIGINT) is _exit or signal.getsignal(signal.SIGTERM) is _exit:
+        _install(_raise_exception)
 
 
-def _handle_by(handler: Handler) -> None:
+def _install(handler: Handler) -> None:
     numbers = [signal.SIGINT]
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # one of several may hang in a call for the others, deaf to Python
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # several: one may hang in a collective call, deaf to signals
         numbers.append(signal.SIGTERM)
     for number in numbers:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background jobs, and nohup
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as in background jobs of a shell, and under nohup
             signal.signal(number, handler)
 
 
-def _end(number: int, _: FrameType | None) -> NoReturn:
+def _exit(number: int, _: FrameType | None) -> NoReturn:
     if int(os.environ.get("RANK", 0)) == 0:
-        os.write(2, f"fvae-lora: {STOPPED}\n".encode())
+        os.write(2, f"fvae-lora: {STOPPED_MESSAGE}\n".encode())
     os._exit(128 + number)
 
 
-def _raise(number: int, _: FrameType | None) -> NoReturn:
-    end_at_once()
+def _raise_exception(number: int, _: FrameType | None) -> NoReturn:
+    exit_on_signal()
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt

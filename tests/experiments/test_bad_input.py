@@ -51,7 +51,7 @@ def train(cli: Cli, vit: Path, tmp_path: Path) -> Callable[..., tuple[int, str, 
         (["train", "image/demo", "adapter.target_modules=[nope]"], "adapter.target_modules: 'nope' matches no module"),
         (["train", "image/demo", "fvae.residual_dim=4", "fvae.latent_fusion=average"], "latent_fusion"),
         (["compare", "image/demo", "--methods", "lora,lorax"], "method: expected one of"),
-        (["compare", "image/demo", "--methods", "lora,lora"], "lora-seed1 is asked for twice"),
+        (["compare", "image/demo", "--methods", "lora,lora"], "lora-seed1 is requested twice"),
         (["compare", "image/demo", "--seeds", "1,,2"], "--seeds: expected values separated by commas"),
         (
             ["compare", "image/demo", "--vary", "train.epochs="],

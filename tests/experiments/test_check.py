@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from colours import write_pictures
-from fvae_lora_experiments.check import look, task_of
+from fvae_lora_experiments.check import guess_task, inspect_data
 from fvae_lora_experiments.data.summary import print_summary
 from fvae_lora_experiments.recipe import load_recipe
 from fvae_lora_experiments.schema import Recipe
@@ -84,7 +84,7 @@ def test_check_refuses_what_training_would_refuse_in_the_same_words(cli: Cli, sm
     assert train[2] == check[2] == f"fvae-lora: {data}/test/blue/1.png: not a readable image\n"
     code, _, err = cli("check", data, "data.validation_share=0.25")
     assert code == 2
-    assert err.endswith("1.png: not a readable image (read for the task image; --task names another)\n")
+    assert err.endswith("1.png: not a readable image (read for the task image; --task chooses another)\n")
     assert cli("check", "image/default", *small, "--dataset", "no/where")[0] == 2
     assert "--task nope: no such task; allowed are image, text" in cli("check", data, "--task", "nope")[2]
 
@@ -116,7 +116,9 @@ def test_compare_begins_with_the_summary_of_each_data_set_once(
     settings = [*small, "train.epochs=1", "data.validation_share=0.25"]
     compare = ["compare", "image/default", *settings, "--methods", "linear-probe", "--out", tmp_path / "runs"]
     asked: list[int] = []
-    monkeypatch.setattr("fvae_lora_experiments.sweep.sweep.sweep", lambda runs, *_: asked.append(len(runs)) or [])
+    monkeypatch.setattr(
+        "fvae_lora_experiments.sweep.run_sweep.run_sweep", lambda runs, *_: asked.append(len(runs)) or []
+    )
     code, out, err = cli(*compare, "--dataset", f"{data},{pictures}", "--seeds", "1,2")
     assert (code, err, asked) == (0, "", [4])
     assert out.count("Data: ") == 2
@@ -130,7 +132,9 @@ def test_compare_begins_with_the_summary_of_each_data_set_once(
 def test_a_comparison_on_data_that_are_refused_says_so_as_its_runs_do(
     cli: Cli, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fvae_lora_experiments.sweep.sweep.sweep", lambda *_: ["a: dataset no/where: no such folder"])
+    monkeypatch.setattr(
+        "fvae_lora_experiments.sweep.run_sweep.run_sweep", lambda *_: ["a: dataset no/where: no such folder"]
+    )
     code, out, err = cli("compare", "image/default", *small, "--dataset", "no/where", "--out", tmp_path / "runs")
     assert code == 1
     assert "Data: " not in out
@@ -158,7 +162,7 @@ def test_rows_that_are_cut_are_counted_where_the_tokenizer_is_known(cli: Cli, tm
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_task_of_a_table_is_told_by_its_columns(task: str, tmp_path: Path) -> None:
-    assert task_of(str(lay_out(tmp_path, task, {"train": 8}))) == task
+    assert guess_task(str(lay_out(tmp_path, task, {"train": 8}))) == task
 
 
 def test_questions_and_recordings_are_summarised_too(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +186,7 @@ def test_many_classes_are_shortened_and_names_are_not_read_as_markup(tmp_path: P
         {"model": "none", "dataset": str(tmp_path)},
     )
     console = Console(width=60, record=True)
-    print_summary(look(recipe, with_model=False), console)
+    print_summary(inspect_data(recipe, with_model=False), console)
     lines = console.export_text().splitlines()
     assert sum("[red]class" in line for line in lines) == 10
     assert any(line.startswith("20 more, each") for line in lines)
@@ -192,6 +196,6 @@ def test_many_classes_are_shortened_and_names_are_not_read_as_markup(tmp_path: P
 def test_an_image_that_was_decoded_is_not_decoded_again(
     make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = look(make_recipe())
+    first = inspect_data(make_recipe())
     monkeypatch.setattr("fvae_lora_experiments.tasks.image.inspect_images", None)
-    assert look(make_recipe()).facts() == first.facts()
+    assert inspect_data(make_recipe()).facts() == first.facts()

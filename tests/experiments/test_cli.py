@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fvae_lora_experiments.recipe import Key, check_recipe, flatten, keys, recipe_file
+from fvae_lora_experiments.recipe import RecipeKey, check_recipe, flatten, recipe_file, recipe_keys
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -34,7 +34,7 @@ def test_progress_is_bars_on_a_terminal_lines_in_a_log_and_nothing_where_it_is_n
     code, out, err = cli(*train, "--out", tmp_path / "a")
     assert code == 0
     assert re.fullmatch(r"step 8 of 8, validation after epoch 2: loss \d\.\d{4}, accuracy \d\.\d{4}\n", err), err
-    monkeypatch.setattr("fvae_lora_experiments.run.progress.PAUSE_S", 0)
+    monkeypatch.setattr("fvae_lora_experiments.run.progress.REPORT_INTERVAL_S", 0)
     log = cli(*train, "--out", tmp_path / "b")[2].splitlines()
     assert [line.partition(" of 8")[0] for line in log] == [f"step {n}" for n in (*range(1, 9), 8)]
     assert re.search(r"step 6 of 8, validation after epoch 1: loss .*, accuracy .*, ends \d\d:\d\d, in \d:", log[5])
@@ -90,13 +90,13 @@ def test_recipes_are_listed_shown_and_copied(
         (["train", "image/demo", "train={}", "train.epochs=1"], "train.epochs: given twice"),
         (["train", "image/demo", "--seed", "1", "--seed", "2"], "--seed: given twice"),
         (["compare", "image/demo", "--seeds", "1", "--seeds", "2"], "--seeds: given twice"),
-        (["compare", "image/demo", "method=lora"], "method: runs of a comparison differ in it; --methods is for that"),
-        (["compare", "image/demo", "seed=3"], "seed: runs of a comparison differ in it; --seeds is for that"),
+        (["compare", "image/demo", "method=lora"], "method: set by the comparison; use --methods"),
+        (["compare", "image/demo", "seed=3"], "seed: set by the comparison; use --seeds"),
         (["compare", "image/demo", "dataset=a", "--dataset", "b"], "dataset: given twice"),
         (["compare", "image/demo", "adapter.r=2", "--vary", "adapter.r=2,4"], "adapter.r: given twice, as adapter.r=2"),
         (["compare", "image/demo", "adapter.r=2", "--grid", "adapter.r=2,4"], "adapter.r: given twice, as adapter.r=2"),
         (["compare", "image/demo", "--vary", "adapter.r=2", "--vary", "adapter.r=4"], "--vary adapter.r: given twice"),
-        (["compare", "image/demo", "--vary", "adapter.r=2", "--grid", "adapter.r=4"], "--vary has it too"),
+        (["compare", "image/demo", "--vary", "adapter.r=2", "--grid", "adapter.r=4"], "also given in --vary"),
     ],
 )
 def test_what_is_given_twice_is_refused(
@@ -113,7 +113,7 @@ def test_what_is_given_twice_is_refused(
 def test_help_is_shown_as_it_was_written(cli: Cli) -> None:
     code, out, _ = cli("compare", "--help")
     assert code == 0
-    assert "limit for a run, as minutes, H:M:S or D-H:M:S." in " ".join(out.split())
+    assert "time limit of a run, as minutes, H:M:S or D-H:M:S." in " ".join(out.split())
     assert "[KEY=VALUE]" in out
 
 
@@ -140,7 +140,7 @@ def test_every_key_is_listed_with_its_default_what_is_allowed_and_what_it_means(
     assert listed.keys() == flatten(complete).keys()
     defaults = {key: yaml.safe_load(value) for key, value in listed.items() if key not in ("model", "dataset")}
     assert defaults | {"model": "m", "dataset": "d"} == flatten(complete)
-    assert "train.epochs: 30\n    # integer from 1\n    # How often the training split is gone through.\n" in out
+    assert "train.epochs: 30\n    # integer from 1\n    # Number of passes over the training split.\n" in out
     assert "train.warmup_ratio: 0.1\n    # number from 0 and below 1\n" in out
     assert "image.size: null\n    # integer from 1 or null\n" in out
     assert "data.protocol: clean\n    # clean, reported-on-validation, reference, reference-on-test\n" in out
@@ -148,8 +148,8 @@ def test_every_key_is_listed_with_its_default_what_is_allowed_and_what_it_means(
     assert max(len(line) for line in out.splitlines()) <= 120
 
 
-@pytest.mark.parametrize("key", keys(), ids=lambda key: key.name)
-def test_every_key_has_a_meaning(key: Key) -> None:
+@pytest.mark.parametrize("key", recipe_keys(), ids=lambda key: key.name)
+def test_every_key_has_a_meaning(key: RecipeKey) -> None:
     assert key.meaning.endswith(".")
     assert len(key.meaning) > 15
     assert key.allowed
@@ -168,8 +168,8 @@ def test_ctrl_c_ends_a_command_with_one_line_and_130(cli: Cli, monkeypatch: pyte
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fvae_lora_experiments.demo.demo", interrupted)
-    assert cli("demo") == (130, "", "fvae-lora: stopped; the same command goes on where it was\n")
+    monkeypatch.setattr("fvae_lora_experiments.demo.run_demo", interrupted)
+    assert cli("demo") == (130, "", "fvae-lora: stopped; the same command resumes where it was\n")
 
 
 def test_a_comparison_is_refused_before_any_of_its_runs_when_a_method_has_nothing_to_train(
@@ -177,5 +177,5 @@ def test_a_comparison_is_refused_before_any_of_its_runs_when_a_method_has_nothin
 ) -> None:
     code, _, err = cli("compare", "speech/whisper", "--model", "any", "--dataset", "any", "--out", tmp_path / "runs")
     assert code == 2
-    assert err.endswith("method: a model that writes has no head that this would train, got 'linear-probe'\n")
+    assert err.endswith("method: a model that generates text has no head to train, got 'linear-probe'\n")
     assert not (tmp_path / "runs").exists()

@@ -26,7 +26,7 @@ from fvae_lora import FVAELoraConfig, elbo_terms
 from fvae_lora_experiments.data.questions import open_questions, question
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.recipe import load_recipe
-from fvae_lora_experiments.run.runner import evaluate, run
+from fvae_lora_experiments.run.runner import evaluate, run_recipe
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import load_task
 from fvae_lora_experiments.tasks.commonsense.answers import parse, write_answers
@@ -118,7 +118,7 @@ def test_a_folder_of_parquet_files_runs(make: Callable[..., Recipe], tmp_path: P
         (tmp_path / "data").mkdir(exist_ok=True)
         Dataset.from_list(rows).to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
     recipe = make("commonsense.max_new_tokens=4", dataset=str(tmp_path), method="lora")
-    record = run(recipe, tmp_path / "run", quiet=True)
+    record = run_recipe(recipe, tmp_path / "run", quiet=True)
     assert record.dataset.splits == {"train": 8, "validation": 8, "test": 8}
     assert record.metrics.test.keys() == {"loss", *SCORES}
 
@@ -307,7 +307,7 @@ def test_how_far_scoring_is_can_be_seen_on_a_terminal(
 
 
 def test_a_run_from_recipe_to_report(make: Callable[..., Recipe], cli: Cli, tmp_path: Path) -> None:
-    record = run(
+    record = run_recipe(
         make("train.epochs=2", "commonsense.max_new_tokens=8"), tmp_path / "runs" / "fvae-lora-seed1", quiet=True
     )
     assert record.metric.contents() == {"name": "choice_accuracy", "greater_is_better": True}
@@ -335,8 +335,8 @@ def test_a_run_on_cached_states_is_the_run_without_to_rounding(
 ) -> None:
     monkeypatch.setenv("FVAE_LORA_CACHE", str(tmp_path / "cache"))
     settings = ["adapter.layers=[1]", "commonsense.max_new_tokens=4", "train.log_every=1"]
-    run(make(*settings), tmp_path / "plain", quiet=True)
-    run(make(*settings, "train.cache_frozen=true"), tmp_path / "cached", quiet=True)
+    run_recipe(make(*settings), tmp_path / "plain", quiet=True)
+    run_recipe(make(*settings, "train.cache_frozen=true"), tmp_path / "cached", quiet=True)
     record = assert_alike(tmp_path / "plain", tmp_path / "cached")
     assert evaluate(tmp_path / "cached", quiet=True) == record["metrics"]["test"]
 
@@ -361,7 +361,7 @@ def test_training_on_the_batches_teaches_the_format_of_the_answers(make: Callabl
 def test_what_a_method_learns_of_questions_is_saved(make: Callable[..., Recipe], tmp_path: Path, method: str) -> None:
     short = ["train.batch_size=16", "train.learning_rate=0.02", "commonsense.max_new_tokens=4"]
     recipe = make(*short, "data.protocol=reference-on-test", method=method)
-    assert_saved(run(recipe, tmp_path, quiet=True))
+    assert_saved(run_recipe(recipe, tmp_path, quiet=True))
 
 
 def test_in_bf16_the_frozen_weights_are_bf16_and_the_adapter_is_not(
@@ -378,7 +378,7 @@ def test_in_bf16_the_frozen_weights_are_bf16_and_the_adapter_is_not(
         return write_answers(*args)
 
     monkeypatch.setattr("fvae_lora_experiments.tasks.commonsense.task.write_answers", spied)
-    record = run(recipe, tmp_path, quiet=True)
+    record = run_recipe(recipe, tmp_path, quiet=True)
     assert set(in_autocast) == {torch.bfloat16}
     assert evaluate(tmp_path, quiet=True) == record.metrics.test
     loaded = PeftModel.from_pretrained(
@@ -397,7 +397,7 @@ def test_a_run_on_weights_of_4_bits(make: Callable[..., Recipe], tmp_path: Path)
     recipe = make("commonsense.load_in_4bit=true", model=str(tmp_path / "llama"))
     model, _ = load_task(recipe).load_model([])
     assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
-    record = run(recipe, tmp_path / "run", quiet=True)
+    record = run_recipe(recipe, tmp_path / "run", quiet=True)
     assert evaluate(tmp_path / "run", quiet=True) == record.metrics.test
 
 
@@ -500,9 +500,9 @@ def test_models_that_cannot_be_used(
     refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vit: Path
 ) -> None:
     assert "the tokenizer has no chat template" in refused("commonsense.template=chat").replace("this model's", "the")
-    assert "a model that writes has no head that this would train" in refused("method=linear-probe")
+    assert "a model that generates text has no head to train" in refused("method=linear-probe")
     assert "cannot be loaded as a causal language model" in refused(model=vit)
-    assert "commonsense.load_in_4bit: weights of 4 bits cannot be trained" in refused(
+    assert "commonsense.load_in_4bit: 4-bit weights cannot be trained" in refused(
         "commonsense.load_in_4bit=true", "method=full"
     )
     find = importlib.util.find_spec

@@ -14,7 +14,7 @@ from transformers import ViTConfig
 
 from fvae_lora_experiments.forecast import forecast
 from fvae_lora_experiments.methods import METHODS
-from fvae_lora_experiments.run.runner import run
+from fvae_lora_experiments.run.runner import run_recipe
 from fvae_lora_experiments.schema import Recipe
 from sentences import sentences, write_encoder
 
@@ -38,7 +38,7 @@ def test_a_forecast_is_what_the_record_will_say(
     recipe = make_recipe(method=method, train=train)
     found = forecast(recipe)
     with sdpa_kernel(SDPBackend.MATH):  # a processor's own kernel is not counted in the record
-        record = run(recipe, tmp_path, quiet=True)
+        record = run_recipe(recipe, tmp_path, quiet=True)
     assert found.trainable == record.parameters.trainable
     assert found.flops == record.flops.train_total
 
@@ -56,7 +56,7 @@ def test_texts_have_a_forecast(make_recipe: Callable[..., Recipe], tmp_path: Pat
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     names = {"model": str(base), "dataset": str(tmp_path / "train.jsonl")}
     recipe = make_recipe(task="text", method=method, text={"max_length": 8}, **names)
-    found, record = forecast(recipe), run(recipe, tmp_path / "run", quiet=True)
+    found, record = forecast(recipe), run_recipe(recipe, tmp_path / "run", quiet=True)
     assert found.trainable == record.parameters.trainable
     assert found.flops == pytest.approx(record.flops.train_total, rel=0.3)  # which counts less of attention
 

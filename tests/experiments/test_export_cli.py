@@ -18,7 +18,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 
 from fvae_lora import FVAELoraConfig, export_for_inference, load_reference_adapter
 from fvae_lora_experiments.recipe import check_recipe
-from fvae_lora_experiments.run.runner import run
+from fvae_lora_experiments.run.runner import run_recipe
 from tiny import randomised
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -41,7 +41,9 @@ def finished(vit: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("runs") / "run"
     recipe = {"model": str(vit), "dataset": str(pictures), "method": "fvae-lora", "adapter": {"r": 4}}
     train = {"epochs": 1, "batch_size": 9, "learning_rate": 0.05}
-    run(check_recipe(recipe | {"train": train, "fvae": {"decoder_hidden_dims": [8]}}, "test"), folder, quiet=True)
+    run_recipe(
+        check_recipe(recipe | {"train": train, "fvae": {"decoder_hidden_dims": [8]}}, "test"), folder, quiet=True
+    )
     return folder
 
 
@@ -114,7 +116,7 @@ def test_what_is_no_adapter_is_refused_in_one_line(cli: Cli, finished: Path, vit
     refused("--out: .*/full exists", "export", finished, "--out", tmp_path / "full")
     refused("model .*/nowhere: no such", "export", finished, "--out", tmp_path / "x", "--model", tmp_path / "nowhere")
     alone = ("export", tmp_path / "alone", "--out", tmp_path / "x", "--model", vit, "--format", "lora")
-    refused(".*/alone: an adapter alone; its encoders are fitted", *alone)
+    refused(".*/alone: only an adapter; its encoders must be fitted", *alone)
     refused("", "export", finished, "--out", tmp_path / "x", "--format", "onnx")
     assert not (tmp_path / "x").exists()
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"

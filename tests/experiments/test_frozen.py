@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPForImageClassification, CLIPImageProcessor, CLIPVisionConfig
 
 from fvae_lora_experiments.errors import RunError, UserError
-from fvae_lora_experiments.run.runner import evaluate, run
+from fvae_lora_experiments.run.runner import evaluate, run_recipe
 from fvae_lora_experiments.schema import Recipe
 
 LAST = {"adapter": {"layers": [1]}}
@@ -33,9 +33,9 @@ def test_a_run_on_cached_states_is_the_run_without(
     make_recipe: Callable[..., Recipe], tmp_path: Path, method: str, precision: str
 ) -> None:
     train = {"learning_rate": 0.02, "precision": precision}
-    plain = run(make_recipe(method=method, train=train, **LAST), tmp_path / "plain", quiet=True)
+    plain = run_recipe(make_recipe(method=method, train=train, **LAST), tmp_path / "plain", quiet=True)
     cached = make_recipe(method=method, train=train | {"cache_frozen": True}, **LAST)
-    record = run(cached, tmp_path / "cached", quiet=True)
+    record = run_recipe(cached, tmp_path / "cached", quiet=True)
     assert learnt(tmp_path / "cached") == learnt(tmp_path / "plain")
     assert record.metrics == plain.metrics
     assert record.parameters == plain.parameters
@@ -46,13 +46,15 @@ def test_a_run_on_cached_states_is_the_run_without(
 def test_the_next_run_finds_the_states_on_disk(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(make_recipe(train={"cache_frozen": True}, **LAST), tmp_path / "first", quiet=True)
+    run_recipe(make_recipe(train={"cache_frozen": True}, **LAST), tmp_path / "first", quiet=True)
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").glob("*.safetensors")}
     assert len(files) == 3
     opened = []
     original = Image.open
     monkeypatch.setattr(Image, "open", lambda *a, **k: opened.append(a) or original(*a, **k))
-    run(make_recipe(method="fvae-lora", seed=2, train={"cache_frozen": True}, **LAST), tmp_path / "second", quiet=True)
+    run_recipe(
+        make_recipe(method="fvae-lora", seed=2, train={"cache_frozen": True}, **LAST), tmp_path / "second", quiet=True
+    )
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").glob("*.safetensors")} == files
     # the fingerprint looks at every image once; beside that only the first of a split is opened, for its shape
     assert len(opened) < 2 * 28
@@ -61,7 +63,7 @@ def test_the_next_run_finds_the_states_on_disk(
 def test_other_data_settings_have_other_states(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     for share in (0.2, 0.3):
         data = {"validation_share": share}
-        run(make_recipe(data=data, train={"cache_frozen": True}, **LAST), tmp_path / f"{share}", quiet=True)
+        run_recipe(make_recipe(data=data, train={"cache_frozen": True}, **LAST), tmp_path / f"{share}", quiet=True)
     sizes = [json.loads((tmp_path / f"{s}" / "run.json").read_text())["dataset"]["splits"]["train"] for s in (0.2, 0.3)]
     assert sizes[0] > sizes[1]
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 6
@@ -70,8 +72,8 @@ def test_other_data_settings_have_other_states(make_recipe: Callable[..., Recipe
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({}, "the first block is trained already; set adapter.layers"),
-        ({"method": "full"}, "the first block is trained already; set adapter.layers"),
+        ({}, "the first block is trained; set adapter.layers"),
+        ({"method": "full"}, "the first block is trained; set adapter.layers"),
         (LAST | {"image": {"augmentation": ["horizontal_flip"]}}, "set image.augmentation="),
     ],
 )
@@ -79,12 +81,12 @@ def test_what_cannot_be_cached_is_refused_in_one_line(
     make_recipe: Callable[..., Recipe], tmp_path: Path, changes: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises((UserError, RunError), match=f"train.cache_frozen: .*{reason}"):
-        run(make_recipe(train={"cache_frozen": True}, **changes), tmp_path / "run", quiet=True)
+        run_recipe(make_recipe(train={"cache_frozen": True}, **changes), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 
 def test_only_the_named_layers_are_adapted(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    run(make_recipe(method="fvae-lora", **LAST), tmp_path / "run", quiet=True)
+    run_recipe(make_recipe(method="fvae-lora", **LAST), tmp_path / "run", quiet=True)
     lines = learnt(tmp_path / "run")
     assert all(".1." in layer for line in lines for layer in line.get("elbo", {}))
 
@@ -93,9 +95,9 @@ def test_a_number_of_training_rows_keeps_the_classes_shares_and_the_other_splits
     make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     halves = {"validation_share": 0.5}
-    whole = run(make_recipe(data=halves), tmp_path / "whole", quiet=True).dataset.splits
+    whole = run_recipe(make_recipe(data=halves), tmp_path / "whole", quiet=True).dataset.splits
     rows = halves | {"train_rows": 8, "validation_rows": 6}
-    part = run(make_recipe(data=rows), tmp_path / "part", quiet=True).dataset.splits
+    part = run_recipe(make_recipe(data=rows), tmp_path / "part", quiet=True).dataset.splits
     assert part == whole | {"train": 8, "validation": 6}
 
 
@@ -110,7 +112,7 @@ def test_an_image_size_of_ones_own(
         vision = CLIPVisionConfig(image_size=8, patch_size=4, **widths)
         CLIPForImageClassification(CLIPConfig(vision_config=vision.to_dict())).save_pretrained(model)
         CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(model)
-    small = run(make_recipe(model=str(model)), tmp_path / "small", quiet=True)
-    large = run(make_recipe(model=str(model), image={"size": 16}), tmp_path / "large", quiet=True)
+    small = run_recipe(make_recipe(model=str(model)), tmp_path / "small", quiet=True)
+    large = run_recipe(make_recipe(model=str(model), image={"size": 16}), tmp_path / "large", quiet=True)
     assert large.flops.train_step > 2 * small.flops.train_step
     assert evaluate(tmp_path / "large", quiet=True) == large.metrics.test

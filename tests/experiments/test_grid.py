@@ -17,7 +17,7 @@ from fvae_lora_experiments.report import summary_rows
 from fvae_lora_experiments.run import runner
 from fvae_lora_experiments.run.record import Record
 from fvae_lora_experiments.sweep.grid import Choice, Grid, print_choices
-from fvae_lora_experiments.sweep.plan import Planned, contenders, parse_values, plan
+from fvae_lora_experiments.sweep.plan import PlannedRun, contenders, parse_values, runs_of
 
 Cli = Callable[..., tuple[int, str, str]]
 PLACES = {"model": "vit-fashion-mnist", "dataset": "sklearn-digits"}
@@ -28,18 +28,18 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the runs that sweeps start, which do their runs in this process."""
     names: list[str] = []
 
-    def sweep(runs: Sequence[Planned], *_: Any, **__: Any) -> list[str]:
+    def sweep(runs: Sequence[PlannedRun], *_: Any, **__: Any) -> list[str]:
         failures = []
         for run in runs:
             if not run.is_done():
                 names.append(run.name)
                 try:
-                    runner.run(run.recipe, run.folder.path, quiet=True)
+                    runner.run_recipe(run.recipe, run.folder.path, quiet=True)
                 except RunError as error:
                     failures.append(str(error))
         return failures
 
-    monkeypatch.setattr("fvae_lora_experiments.sweep.sweep.sweep", sweep)
+    monkeypatch.setattr("fvae_lora_experiments.sweep.run_sweep.run_sweep", sweep)
     return names
 
 
@@ -48,13 +48,13 @@ def grid_at(out: Path, *grid: str, methods: Sequence[str] = ("lora",), selection
     return Grid(compared, parse_values("--grid", grid), selection, [1])
 
 
-def scored(run: Planned, metric: dict[str, Any] | None = None, **validation: float) -> None:
+def scored(run: PlannedRun, metric: dict[str, Any] | None = None, **validation: float) -> None:
     """Leaves the record of such a run, `failed` without a score."""
     run.folder.path.mkdir(parents=True)
     changes: dict[str, Any] = {"state": "failed", "reason": "the loss is nan at step 3"}
     if validation:
         changes = {"state": "complete", "metrics": {"validation": validation}} | ({"metric": metric} if metric else {})
-    run.folder.write(Record.model_validate(run.folder.opening(run.recipe).contents() | changes))
+    run.folder.write(Record.model_validate(run.folder.initial_record(run.recipe).contents() | changes))
 
 
 def told(choice: Choice, width: int = 200) -> str:
@@ -129,7 +129,7 @@ def test_of_equal_points_the_first_is_chosen_and_the_others_are_named(tmp_path: 
         scored(run, accuracy=accuracy)
     (choice,) = grid.choices()
     assert choice.values(choice.best) == "learning_rate=0.2"  # type: ignore[arg-type]
-    assert choice.remarks() == ["the first of equals, with learning_rate=0.1"]
+    assert choice.remarks() == ["the first of several equal ones, with learning_rate=0.1"]
 
 
 @pytest.mark.parametrize(("accuracies", "edge"), [((0.9, 0.5, 0.4), True), ((0.5, 0.9, 0.4), False)])
@@ -152,7 +152,7 @@ def test_of_equal_points_one_with_results_is_chosen_again_and_they_are_not_run_a
     scored(second.contender.run(1), accuracy=0.9)
     (choice,) = grid.choices()
     assert choice.values(choice.best) == "learning_rate=0.2"  # type: ignore[arg-type]
-    assert choice.remarks()[0] == "of equals the one with results, with learning_rate=0.1"
+    assert choice.remarks()[0] == "of several equal ones the one with results, with learning_rate=0.1"
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_failed_point_is_named_and_never_chosen(tmp_path: Path) -> None:
 def test_data_sets_and_recipes_have_folders_of_their_own(tmp_path: Path) -> None:
     def names(recipe: str, dataset: str | None = None) -> list[str]:
         options = {"model": "vit-fashion-mnist"} | ({"dataset": dataset} if dataset else {})
-        return [run.name for run in plan(recipe, tmp_path, ["lora"], [1], options=options)]
+        return [run.name for run in runs_of(contenders(recipe, tmp_path, ["lora"], options=options), [1])]
 
     assert names("image/dtd") == ["lora-seed1"]
     assert names("image/dtd,image/eurosat") == ["dtd/lora-seed1", "eurosat/lora-seed1"]
@@ -219,16 +219,16 @@ def test_data_sets_and_recipes_have_folders_of_their_own(tmp_path: Path) -> None
         (["--grid", "train.learning_rate="], "--grid train.learning_rate: expected values separated by commas"),
         (["--grid", "train.learning_rate=[]"], "--grid train.learning_rate: expected values, for example"),
         (["--grid", "train.learning_rate"], "expected key=value"),
-        (["--grid", "seed=1,2"], "--grid seed: not a key to vary; --seeds is for that"),
+        (["--grid", "seed=1,2"], "--grid seed: cannot be varied here; use --seeds"),
         (["--vary", "fvae.encoder_hidden_dims=[]"], "--vary fvae.encoder_hidden_dims: expected values"),
         (["--vary", "fvae.encoder_hidden_dims=[]"], "[[]] is an empty list as a value"),
         (["--grid", "adapter.r=1", "--grid", "adapter.r=2"], "--grid adapter.r: given twice"),
-        (["--grid", "adapter.r=1", "--vary", "adapter.r=2"], "--grid adapter.r: --vary has it too"),
-        (["--grid", "train.learning_rate=1e-3,0.001"], "selection/lora-learning_rate=0.001-seed0 is asked for twice"),
-        (["--grid", "adapter.r=1", "--selection-seeds", "3,1"], "--selection-seeds: 1 is one of --seeds"),
-        (["--grid", "adapter.r=1", "--selection-seeds", "3,3"], "selection/lora-r=1-seed3 is asked for twice"),
+        (["--grid", "adapter.r=1", "--vary", "adapter.r=2"], "--grid adapter.r: also given in --vary"),
+        (["--grid", "train.learning_rate=1e-3,0.001"], "selection/lora-learning_rate=0.001-seed0 is requested twice"),
+        (["--grid", "adapter.r=1", "--selection-seeds", "3,1"], "--selection-seeds: 1 is also in --seeds"),
+        (["--grid", "adapter.r=1", "--selection-seeds", "3,3"], "selection/lora-r=1-seed3 is requested twice"),
         (["--grid", "adapter.r=1", "--seeds", "-1"], "seed: input should be greater than or equal to 0, got -1"),
-        (["--selection-seeds", "3"], "--selection-seeds: of use with --grid only"),
+        (["--selection-seeds", "3"], "--selection-seeds: only with --grid"),
     ],
 )
 def test_a_grid_that_makes_no_sense_is_one_line(
@@ -242,8 +242,8 @@ def test_a_grid_that_makes_no_sense_is_one_line(
 
 
 def test_recipes_of_one_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="dtd/lora-seed1 is asked for twice"):
-        plan("image/dtd,image/dtd", tmp_path, ["lora"], [1])
+    with pytest.raises(UserError, match="dtd/lora-seed1 is requested twice"):
+        runs_of(contenders("image/dtd,image/dtd", tmp_path, ["lora"]), [1])
 
 
 def test_results_are_run_at_the_chosen_point_with_fresh_seeds(
@@ -280,25 +280,25 @@ def test_results_are_run_at_the_chosen_point_with_fresh_seeds(
 def test_a_method_that_fails_everywhere_has_no_result_and_does_not_block_the_others(
     cli: Cli, small: list[str], started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = runner.run
+    run = runner.run_recipe
 
     def failing(recipe: Any, path: Path, quiet: bool) -> Any:
         if recipe.method == "lora":
             raise RunError("it does not work")
         return run(recipe, path, quiet)
 
-    monkeypatch.setattr(runner, "run", failing)
+    monkeypatch.setattr(runner, "run_recipe", failing)
     out = tmp_path / "runs"
     compare = ("compare", "image/default", *small, "--methods", "lora,linear-probe", "--seeds", "1", "--out", out)
     code, _, error = cli(*compare, "--grid", "train.learning_rate=1e-3,1e-2")
-    assert (code, error) == (1, "fvae-lora: lora: failed at every point of the grid, so without a result\n")
+    assert (code, error) == (1, "fvae-lora: lora: failed at every point of the grid, so there is no result\n")
     assert [name.partition("-learning_rate")[0] for name in started if "/" not in name] == ["linear-probe"]
 
 
 def test_a_point_that_failed_by_accident_is_told_and_tried_again(
     cli: Cli, small: list[str], started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = runner.run
+    run = runner.run_recipe
 
     def failing(recipe: Any, path: Path, quiet: bool) -> Any:
         if recipe.train.learning_rate == 1e-2:
@@ -309,7 +309,7 @@ def test_a_point_that_failed_by_accident_is_told_and_tried_again(
     compare = ("compare", "image/default", *small, "--methods", "linear-probe", "--seeds", "1", "--out", out)
     point = "selection/linear-probe-learning_rate=0.01-seed0"
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "run", failing)
+        patch.setattr(runner, "run_recipe", failing)
         code, said, error = cli(*compare, "--grid", "train.learning_rate=1e-3,1e-2")
     assert (code, error) == (
         1, f"fvae-lora: 1 runs of the grid failed; the same command tries them again; the first: {point}\n"

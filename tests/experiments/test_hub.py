@@ -48,10 +48,10 @@ def test_compare_from_names_on_the_hub_to_the_report(hub: Hub, tmp_path: Path) -
 SPLITS_OF_ALL = """
 import json
 from fvae_lora_experiments.data import split
-from fvae_lora_experiments.recipe import load_recipe, shipped
+from fvae_lora_experiments.recipe import load_recipe, shipped_recipes
 from fvae_lora_experiments.tasks import load_task
 found = {}
-for name in shipped():
+for name in shipped_recipes():
     if name.startswith("image/") and name not in ("image/default", "image/reference", "image/demo"):
         recipe = load_recipe(name)
         official = load_task(recipe).open_source()

@@ -18,8 +18,8 @@ from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.models.targets import adapted_modules
 from fvae_lora_experiments.recipe import check_recipe, load_recipe
 from fvae_lora_experiments.run.adalora import orthogonality
-from fvae_lora_experiments.run.finished import finished_run
-from fvae_lora_experiments.run.runner import evaluate, open_base, open_data, run, scorer
+from fvae_lora_experiments.run.finished import read_finished_run
+from fvae_lora_experiments.run.runner import evaluate, open_base, open_data, run_recipe, scoring_trainer
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import load_task
 
@@ -102,25 +102,25 @@ def test_without_noise_relu_start_and_elbo_the_method_is_lora(two_steps: Callabl
 
 
 def test_what_an_ablation_takes_away_is_not_trained(two_steps: Callable[..., Recipe], tmp_path: Path) -> None:
-    record = run(two_steps("fvae-lora", "ablation.noise=false"), tmp_path / "run", quiet=True)
-    whole = run(two_steps("fvae-lora"), tmp_path / "whole", quiet=True)
+    record = run_recipe(two_steps("fvae-lora", "ablation.noise=false"), tmp_path / "run", quiet=True)
+    whole = run_recipe(two_steps("fvae-lora"), tmp_path / "whole", quiet=True)
     assert whole.parameters.trainable - record.parameters.trainable == LAYERS * R * (R + 1)
     assert evaluate(tmp_path / "run", quiet=True) == record.metrics.test
 
 
 def validation_scores(folder: Path) -> dict[str, float]:
     """What the saved adapter, loaded onto the original model, scores on validation."""
-    recipe, record = finished_run(folder)
+    recipe, record = read_finished_run(folder)
     base, processor = open_base(recipe, record)
     rows = load_task(recipe).datasets(open_data(recipe, record), base, processor)["validation"]
     model = PeftModel.from_pretrained(base, str(folder / "adapter"))
-    with scorer(model, recipe, quiet=True) as trainer:
+    with scoring_trainer(model, recipe, quiet=True) as trainer:
         return trainer.score(rows, "validation")
 
 
 @pytest.mark.parametrize("method", INFERENCE)
 def test_what_was_trained_is_what_was_saved(two_steps: Callable[..., Recipe], tmp_path: Path, method: str) -> None:
-    record = run(two_steps(method), tmp_path, quiet=True)
+    record = run_recipe(two_steps(method), tmp_path, quiet=True)
     assert evaluate(tmp_path, quiet=True) == record.metrics.test
     in_training = record.metrics.validation
     again = validation_scores(tmp_path)
@@ -167,7 +167,7 @@ def test_adalora_gives_ranks_away_and_keeps_its_factors_orthogonal(
     two_steps: Callable[..., Recipe], tmp_path: Path, vit: Path
 ) -> None:
     longer = ["train.epochs=5", "train.batch_size=8", "train.learning_rate=0.01"]
-    record = run(two_steps("adalora", *longer), tmp_path / "long", quiet=True)
+    record = run_recipe(two_steps("adalora", *longer), tmp_path / "long", quiet=True)
     assert record.parameters.trainable == HEAD + LAYERS * 6 * (2 * HIDDEN + 1)
     config = json.loads((tmp_path / "long" / "adapter" / "adapter_config.json").read_text())
     assert (config["total_step"], config["tinit"], config["tfinal"]) == (20, 2, 6)
@@ -190,7 +190,7 @@ def test_adalora_s_regulariser_is_that_of_peft(two_steps: Callable[..., Recipe],
 def test_adalora_s_regulariser_counts_once_a_step(two_steps: Callable[..., Recipe], tmp_path: Path) -> None:
     def first_norm(*overrides: str) -> float:
         folder = tmp_path / "-".join(overrides)
-        run(two_steps("adalora", "adapter.dropout=0", "train.log_every=1", *overrides), folder, quiet=True)
+        run_recipe(two_steps("adalora", "adapter.dropout=0", "train.log_every=1", *overrides), folder, quiet=True)
         lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
         norm: float = next(lines)["grad_norm"]
         return norm
@@ -206,7 +206,7 @@ def test_an_interrupted_adalora_run_begins_again(
     from fvae_lora_experiments.run import runner
 
     recipe = two_steps("adalora", "train.epochs=3")
-    undisturbed = run(recipe, tmp_path / "a", quiet=True)
+    undisturbed = run_recipe(recipe, tmp_path / "a", quiet=True)
 
     class Killed(BaseException):
         """Nothing catches it."""
@@ -221,9 +221,9 @@ def test_an_interrupted_adalora_run_begins_again(
     with monkeypatch.context() as patched:
         patched.setattr(runner.RunFolder, "keep_checkpoints", keep_and_die)
         with pytest.raises(Killed):
-            run(recipe, tmp_path / "b", quiet=True)
+            run_recipe(recipe, tmp_path / "b", quiet=True)
     assert (tmp_path / "b" / "checkpoints" / "checkpoint-4").exists()
-    resumed = run(recipe, tmp_path / "b", quiet=True)
+    resumed = run_recipe(recipe, tmp_path / "b", quiet=True)
     assert resumed.metrics == undisturbed.metrics
     assert (tmp_path / "a" / "metrics.jsonl").read_text() == (tmp_path / "b" / "metrics.jsonl").read_text()
 
@@ -281,7 +281,7 @@ def test_layers_choose_among_modules_however_they_are_named(
             "adapter.target_modules: 'nope' matches no module of ViTForImageClassification; its linear",
         ),
         ("query,key", "adapter.target_modules: 'query,key' matches no module"),
-        (r".*\.(q_proj", "adapter.target_modules: '.*\\\\.(q_proj' is no regular expression: missing )"),
+        (r".*\.(q_proj", "adapter.target_modules: '.*\\\\.(q_proj' is not a regular expression: missing )"),
         (r".*layernorm_before", "recipe: Target module LayerNorm"),
     ],
 )

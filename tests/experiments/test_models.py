@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoModelForImageClassification, PreTrainedConfig, ViTImageProcessor
 
 from fvae_lora_experiments.models.heads import head_modules
-from fvae_lora_experiments.run.runner import evaluate, run
+from fvae_lora_experiments.run.runner import evaluate, run_recipe
 from fvae_lora_experiments.schema import Recipe
 
 SIDE = 16
@@ -46,7 +46,7 @@ def test_a_run_and_its_adapter_agree(make_recipe: Callable[..., Recipe], tmp_pat
     AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path / name)
     ViTImageProcessor(size={"height": side, "width": side}).save_pretrained(tmp_path / name)
     recipe = make_recipe(model=str(tmp_path / name), method=method, train={"epochs": 1, "learning_rate": 0.01})
-    record = run(recipe, tmp_path / "run", quiet=True)
+    record = run_recipe(recipe, tmp_path / "run", quiet=True)
     assert evaluate(tmp_path / "run", quiet=True) == record.metrics.test
     validation = record.metrics.validation
     assert validation["best_epoch"] == 1

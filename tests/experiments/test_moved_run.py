@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fvae_lora_experiments.errors import RunError
-from fvae_lora_experiments.run.runner import run
+from fvae_lora_experiments.run.runner import run_recipe
 from fvae_lora_experiments.run.trainer import FolderCallback
 from fvae_lora_experiments.schema import Recipe
 
@@ -22,7 +22,7 @@ def test_a_run_folder_that_was_moved_evaluates_reports_and_is_pushed(
     make_recipe: Callable[..., Recipe], cli: Cli, vit: Path, pictures: Path, tmp_path: Path
 ) -> None:
     data = shutil.copytree(pictures, tmp_path / "here" / "data")
-    record = run(make_recipe(method="fvae-lora", dataset=str(data)), tmp_path / "here" / "run", quiet=True)
+    record = run_recipe(make_recipe(method="fvae-lora", dataset=str(data)), tmp_path / "here" / "run", quiet=True)
     (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
     moved = (tmp_path / "here" / "run").rename(tmp_path / "elsewhere" / "deep" / "run")
     before = (moved / "run.json").read_bytes()
@@ -52,7 +52,7 @@ def stopped(make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(FolderCallback, "on_save", stop)
         with pytest.raises(RunError, match="stopped"):
-            run(recipe, tmp_path, quiet=True)
+            run_recipe(recipe, tmp_path, quiet=True)
     return recipe
 
 
@@ -64,7 +64,7 @@ def test_a_run_that_goes_on_under_other_versions_says_which(
     now = record["versions"]["peft"]
     record["versions"] |= {"peft": "0.20.0", "a-package-of-old": "1"}
     file.write_text(json.dumps(record))
-    done = run(stopped, tmp_path, quiet=True)
+    done = run_recipe(stopped, tmp_path, quiet=True)
     line = f"fvae-lora: warning: {tmp_path}: was begun under peft 0.20.0 (now {now}); what follows may differ"
     assert line in capsys.readouterr().err
     assert (done.state, done.versions["peft"], done.earlier_versions) == ("complete", now, [{"peft": "0.20.0"}])
@@ -73,6 +73,6 @@ def test_a_run_that_goes_on_under_other_versions_says_which(
 def test_a_run_that_goes_on_under_the_same_versions_says_nothing(
     stopped: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = run(stopped, tmp_path, quiet=True)
+    done = run_recipe(stopped, tmp_path, quiet=True)
     assert capsys.readouterr().err == ""
     assert "earlier_versions" not in done.contents()

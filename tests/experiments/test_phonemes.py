@@ -374,7 +374,7 @@ def test_a_folder_that_is_no_timit_is_refused(train: Callable[..., tuple[int, st
 def test_a_protocol_that_the_corpus_has_no_use_for_is_refused(
     train: Callable[..., tuple[int, str, str]], corpus: Path
 ) -> None:
-    assert_refused(train(corpus, "data.protocol=reference"), "data.protocol: TIMIT's speakers are split already")
+    assert_refused(train(corpus, "data.protocol=reference"), "data.protocol: TIMIT has its own splits by speaker")
     assert_refused(
         train(corpus, "train.cache_frozen=true", "adapter.layers=[1]"), "train.cache_frozen: not for sentences"
     )

@@ -22,7 +22,7 @@ from fvae_lora_experiments.data.published.timit import open_timit
 from fvae_lora_experiments.predict.trained import load_run
 from fvae_lora_experiments.recipe import load_recipe
 from fvae_lora_experiments.run.record import Record
-from fvae_lora_experiments.run.runner import run
+from fvae_lora_experiments.run.runner import run_recipe
 from sentences import sentences, write_encoder
 from spoken_words import WORDS, recorded, said, whisper, write_recordings
 from timit_corpus import hum, write_corpus
@@ -37,7 +37,7 @@ def table(text: str) -> list[dict[str, str]]:
 def trained(recipe: str, folder: Path, model: Path, dataset: Path, **more: Any) -> Record:
     options: dict[str, Any] = {"model": str(model), "dataset": str(dataset), "train.epochs": 1, "train.batch_size": 4}
     options |= {key.replace("__", "."): value for key, value in more.items()}
-    return run(load_recipe(recipe, [], options), folder, quiet=True)
+    return run_recipe(load_recipe(recipe, [], options), folder, quiet=True)
 
 
 def test_words_are_those_of_the_test(cli: Cli, tmp_path: Path) -> None:

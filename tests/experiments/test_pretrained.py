@@ -156,7 +156,7 @@ def test_a_model_that_transcribes_needs_its_own_tokenizer(tmp_path: Path) -> Non
     known = tokenizer["model"]["vocab"]
     tokenizer["model"]["vocab"] = {word if len(word) > 1 else f"{word}~{word}": n for word, n in known.items()}
     vocabulary.write_text(json.dumps(tokenizer))
-    assert "unknown to its tokenizer; is it the one that belongs to the model?" in reason(prepare)
+    assert "unknown to its tokenizer; does it belong to the model?" in reason(prepare)
     for file in [*folder.glob("tokenizer*"), *folder.glob("vocab*"), *folder.glob("merges*")]:
         file.unlink()
     assert "tokenizer" in reason(prepare)
@@ -383,7 +383,7 @@ def test_a_pickle_is_refused_with_the_line_that_converts_it(
     monkeypatch.setattr(pickle, "Unpickler", None)
     said = reason(classifier, folder)
     monkeypatch.undo()
-    assert said.startswith(f"model {folder}: its weights are there as a pickle alone, which is not read")
+    assert said.startswith(f"model {folder}: its weights are only there as a pickle, which is not read")
     line = said.partition("run ")[2]
     assert line.startswith("python -c ")
     activated = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -406,7 +406,7 @@ def test_a_pickle_beside_safetensors_is_not_read(bert: Path, tmp_path: Path) -> 
 def test_a_configuration_cannot_name_a_pickle(bert: Path) -> None:
     config(transformers_weights="adapter_model.bin")(bert)
     torch.save(load_file(bert / "model.safetensors"), bert / "adapter_model.bin")
-    assert "names weights that are no safetensors" in reason(classifier, bert)
+    assert "names weights that are not safetensors" in reason(classifier, bert)
 
 
 def test_a_pickle_on_the_hub_is_refused_with_the_lines_that_fetch_and_convert_it(
@@ -420,7 +420,7 @@ def test_a_pickle_on_the_hub_is_refused_with_the_lines_that_fetch_and_convert_it
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     assert len(load_tokenizer("owner/bert", ROLE)) == 16, "it is found in the cache"
     said = reason(classifier, "owner/bert")
-    assert said.startswith("model owner/bert: its weights are there as a pickle alone, which is not read")
+    assert said.startswith("model owner/bert: its weights are only there as a pickle, which is not read")
     assert "run hf download owner/bert --local-dir bert && python -c " in said
     assert said.endswith(" and give --model ./bert")
 

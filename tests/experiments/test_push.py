@@ -20,7 +20,7 @@ from fvae_lora_experiments.card import card
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.push import collect
 from fvae_lora_experiments.run.record import parse_record
-from fvae_lora_experiments.run.runner import run
+from fvae_lora_experiments.run.runner import run_recipe
 from fvae_lora_experiments.schema import Recipe
 from hub import READ_ONLY, Hub, command_line
 from sentences import sentences, write_encoder
@@ -31,7 +31,7 @@ Cli = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def done(make_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    run(make_recipe(method="fvae-lora", train={"epochs": 1}), folder, quiet=True)
+    run_recipe(make_recipe(method="fvae-lora", train={"epochs": 1}), folder, quiet=True)
     return folder
 
 
@@ -87,7 +87,7 @@ def pasted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 def test_the_code_of_the_card_works_as_pasted(
     make_recipe: Callable[..., Recipe], vit: Path, tmp_path: Path, method: str, pasted: Callable[[Path, Path], str]
 ) -> None:
-    run(make_recipe(method=method, train={"epochs": 1}), tmp_path / "run", quiet=True)
+    run_recipe(make_recipe(method=method, train={"epochs": 1}), tmp_path / "run", quiet=True)
     readme = tmp_path / "run" / "adapter" / "README.md"
     assert ModelCard.load(readme).data.library_name == ("transformers" if method == "full" else "peft")
     assert ("import fvae_lora" in readme.read_text()) == (method == "fvae-lora")
@@ -105,7 +105,7 @@ def test_the_code_of_a_card_for_texts_works_as_pasted(
     train = {"epochs": 1, "batch_size": 8}
     text = {"columns": columns, "max_length": 8}
     names = {"model": str(base), "dataset": str(tmp_path / "train.jsonl")}
-    run(make_recipe(task="text", train=train, data=data, text=text, **names), tmp_path / "run", quiet=True)
+    run_recipe(make_recipe(task="text", train=train, data=data, text=text, **names), tmp_path / "run", quiet=True)
     adapter = tmp_path / "run" / "adapter"
     assert re.fullmatch(r"[01] [01]\.\d{3}\n", pasted(adapter, base))
     assert ("other half" in (adapter / "README.md").read_text()) == (len(columns) == 2)

@@ -10,13 +10,13 @@ import pytest
 from fvae_lora import FVAELoraConfig, FVAEPEFTConfig
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.methods import METHODS
-from fvae_lora_experiments.recipe import load_recipe, shipped
+from fvae_lora_experiments.recipe import load_recipe, shipped_recipes
 from fvae_lora_experiments.schema import FvaeSettings
 
 PLACES = {"model": "m", "dataset": "d"}
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_is_valid_for_every_method(name: str) -> None:
     writes = name.startswith("commonsense/") or name == "speech/whisper"
     for method in METHODS.keys() - ({"linear-probe"} if writes else set()):

@@ -50,7 +50,7 @@ def test_what_a_newer_version_knows_is_kept(folder: RunFolder) -> None:
     folder.rewind(1)
     assert json.loads(folder.record_file.read_text()) == newer
     assert folder.metrics_file.read_text() == before
-    folder.close_as_failed("the disk is full")
+    folder.mark_failed("the disk is full")
     assert json.loads(folder.record_file.read_text())["energy"] == {"joules": 3.5}
 
 
@@ -69,7 +69,7 @@ def test_a_record_that_would_be_misread_is_refused_in_one_line(
     folder.record_file.write_text(json.dumps(json.loads(folder.record_file.read_text()) | change))
     with pytest.raises(UserError) as refused:
         folder.read()
-    assert str(refused.value).startswith(f"{folder.record_file}: not a whole record: {said}")
+    assert str(refused.value).startswith(f"{folder.record_file}: not a complete record: {said}")
     assert str(refused.value).endswith("; nothing was changed")
     assert "\n" not in str(refused.value)
     (row,) = summary_rows(folder.path)

@@ -18,7 +18,7 @@ import torch
 from fvae_lora_experiments import process
 from fvae_lora_experiments.errors import RunError, UserError
 from fvae_lora_experiments.run.folder import RunFolder
-from fvae_lora_experiments.run.runner import evaluate, run
+from fvae_lora_experiments.run.runner import evaluate, run_recipe
 from fvae_lora_experiments.run.trainer import FolderCallback, RunTrainer
 from fvae_lora_experiments.schema import Recipe
 from processes import CONTEXT, LIVELY, attempt, result, wait_for
@@ -107,7 +107,7 @@ def test_ctrl_c_says_how_to_go_on(make_recipe: Callable[..., Recipe], undisturbe
     process.join()
     assert process.exitcode == 130
     last = (tmp_path / "said").read_text().splitlines()[-1]
-    assert last == "fvae-lora: stopped; the same command goes on where it was"
+    assert last == "fvae-lora: stopped; the same command resumes where it was"
     assert json.loads((folder / "run.json").read_text())["state"] == "running"
     assert attempt(recipe, folder)
     assert result(folder) == undisturbed(recipe)
@@ -119,7 +119,7 @@ def _main(recipe: Recipe, folder: Path, said: Path) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
     process.silence_libraries()
     sys.stderr = said.open("w")
-    sys.exit(process.exit_code(lambda: run(recipe, folder, quiet=True)))
+    sys.exit(process.exit_code(lambda: run_recipe(recipe, folder, quiet=True)))
 
 
 def test_a_loss_that_is_no_number_names_step_and_layer_and_keeps_the_checkpoint(
@@ -135,7 +135,7 @@ def test_a_loss_that_is_no_number_names_step_and_layer_and_keeps_the_checkpoint(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FolderCallback, "on_step_begin", poison)
         with pytest.raises(RunError, match=r"the loss is nan at step 10: vit\.layers\.1\.attention\.k_proj has .*nan"):
-            run(recipe, folder, quiet=True)
+            run_recipe(recipe, folder, quiet=True)
     record = json.loads((folder / "run.json").read_text())
     assert record["state"] == "failed"
     assert "step 10: vit.layers.1.attention.k_proj" in record["reason"]
@@ -149,7 +149,7 @@ def test_a_loss_that_is_no_number_names_step_and_layer_and_keeps_the_checkpoint(
 def test_a_learning_rate_that_explodes_is_one_line(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = make_recipe(method="full", train={"learning_rate": 1e30, "max_grad_norm": 0})
     with pytest.raises(RunError, match=r"(the loss is (nan|inf) at step|the gradient's norm is (nan|inf) at step) \d"):
-        run(recipe, tmp_path, quiet=True)
+        run_recipe(recipe, tmp_path, quiet=True)
     assert json.loads((tmp_path / "run.json").read_text())["state"] == "failed"
 
 
@@ -167,7 +167,7 @@ def test_a_loss_of_validation_that_is_no_number_is_a_run_that_diverged(
 
     monkeypatch.setattr(RunTrainer, "training_step", poison)
     with pytest.raises(RunError, match=r"the validation loss is nan at step 8"):
-        run(make_recipe(), tmp_path, quiet=True)
+        run_recipe(make_recipe(), tmp_path, quiet=True)
     record = json.loads((tmp_path / "run.json").read_text())
     assert (record["state"], record["diverged"]) == ("failed", True)
     assert record["reason"] == "the validation loss is nan at step 8"
@@ -186,7 +186,7 @@ def test_a_loss_of_the_test_split_that_is_no_number_is_a_run_that_diverged(
 
     monkeypatch.setattr(RunTrainer, "score", poison)
     with pytest.raises(RunError, match=r"the test loss is nan"):
-        run(make_recipe(), tmp_path, quiet=True)
+        run_recipe(make_recipe(), tmp_path, quiet=True)
     record = json.loads((tmp_path / "run.json").read_text())
     assert (record["state"], record["diverged"], record["reason"]) == ("failed", True, "the test loss is nan")
 
@@ -210,7 +210,7 @@ def untested(
         with monkeypatch.context() as patch:
             patch.setattr(RunFolder, "save_adapter", and_spoil)
             with pytest.raises(RunError, match=r"0\.png: not a readable image"):
-                run(recipe, tmp_path / "run", quiet=True)
+                run_recipe(recipe, tmp_path / "run", quiet=True)
         return picture.parent
 
     return make
@@ -227,7 +227,7 @@ def test_a_run_that_is_trained_is_finished_on_repaired_data_and_its_record_says_
     with pytest.raises(
         UserError, match=r"not what the run was started with .*; its training is complete: fvae-lora eva"
     ):
-        run(recipe, path, quiet=True)
+        run_recipe(recipe, path, quiet=True)
     assert json.loads((path / "run.json").read_text()) == before, "nothing was changed"
 
     code, out, err = cli("evaluate", path)
@@ -255,7 +255,7 @@ def test_a_run_that_is_trained_ends_as_undisturbed_where_the_data_are_as_before(
     shutil.copy(pictures / "test" / "red" / "0.png", folder)
     evaluate(tmp_path / "run", quiet=True)
     recipe = make_recipe(method="fvae-lora", dataset=str(tmp_path / "data"))
-    run(recipe, tmp_path / "alone", quiet=True)
+    run_recipe(recipe, tmp_path / "alone", quiet=True)
     assert result(tmp_path / "run") == result(tmp_path / "alone")
 
 
@@ -277,10 +277,10 @@ def test_a_run_is_not_finished_on_data_of_other_classes_nor_before_it_is_trained
     for split in ("train", "test"):
         (tmp_path / "data" / split / "red").rename(tmp_path / "data" / split / "crimson")
     (folder.parent / "crimson" / "0.png").unlink()
-    with pytest.raises(UserError, match=r"other contents.*, and they have other classes"):
+    with pytest.raises(UserError, match=r"other contents.*, and other classes"):
         evaluate(path, quiet=True)
     shutil.rmtree(path / "checkpoints" / "checkpoint-8")
     with pytest.raises(UserError, match=r"run: no finished run; its state is failed"):
         evaluate(path, quiet=True)
     with pytest.raises(UserError, match=r"other contents\)$"):
-        run(make_recipe(dataset=str(tmp_path / "data")), path, quiet=True)
+        run_recipe(make_recipe(dataset=str(tmp_path / "data")), path, quiet=True)

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.run.runner import evaluate, run
+from fvae_lora_experiments.run.runner import evaluate, run_recipe
 from fvae_lora_experiments.schema import Recipe
 
 TERMS = {"reconstruction", "kl_z1", "gamma", "w2"}
@@ -41,7 +41,7 @@ def test_a_run_leaves_a_complete_record(
     make_recipe: Callable[..., Recipe], tmp_path: Path, method: str, trainable: Any, inference: Any, vit: Path
 ) -> None:
     recipe = make_recipe(method=method, fvae={"decoder_hidden_dims": [8]})
-    run(recipe, tmp_path / "run", quiet=True)
+    run_recipe(recipe, tmp_path / "run", quiet=True)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
 
     assert (record["schema"], record["state"], record["reason"]) == (1, "complete", None)
@@ -75,7 +75,7 @@ def test_a_run_leaves_a_complete_record(
 
 
 def test_the_learning_curve_has_a_line_for_each_event(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    record = run(make_recipe(method="fvae-lora"), tmp_path, quiet=True)
+    record = run_recipe(make_recipe(method="fvae-lora"), tmp_path, quiet=True)
     lines = events(tmp_path)
     assert [(e["event"], e["step"]) for e in lines] == [
         ("train", 2), ("train", 4), ("validation", 4), ("train", 6), ("train", 8), ("validation", 8), ("test", 8),
@@ -92,13 +92,13 @@ def test_the_learning_curve_has_a_line_for_each_event(make_recipe: Callable[...,
 
 
 def test_a_method_without_an_elbo_records_none(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    run(make_recipe(), tmp_path, quiet=True)
+    run_recipe(make_recipe(), tmp_path, quiet=True)
     assert not any("elbo" in event for event in events(tmp_path))
 
 
 def test_the_best_epoch_is_the_one_that_is_kept(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = make_recipe(method="full", train={"epochs": 6, "batch_size": 4, "learning_rate": 0.02})
-    record = run(recipe, tmp_path, quiet=True)
+    record = run_recipe(recipe, tmp_path, quiet=True)
     validation = [event for event in events(tmp_path) if event["event"] == "validation"]
     best = max(validation, key=lambda event: event["accuracy"])  # of equals the first
     found = record.metrics.validation
@@ -113,7 +113,7 @@ def test_the_adapter_alone_gives_the_recorded_figure(
     make_recipe: Callable[..., Recipe], cli: Callable[..., tuple[int, str, str]], tmp_path: Path, method: str
 ) -> None:
     recipe = make_recipe(method=method, train={"learning_rate": 0.05})
-    record = run(recipe, tmp_path, quiet=True)
+    record = run_recipe(recipe, tmp_path, quiet=True)
     assert evaluate(tmp_path, quiet=True) == record.metrics.test
     code, out, _ = cli("evaluate", tmp_path)
     assert code == 0
@@ -124,7 +124,7 @@ def test_the_adapter_alone_gives_the_recorded_figure(
 
 
 def test_the_adapter_is_a_peft_adapter(make_recipe: Callable[..., Recipe], tmp_path: Path, vit: Path) -> None:
-    run(make_recipe(method="fvae-lora"), tmp_path, quiet=True)
+    run_recipe(make_recipe(method="fvae-lora"), tmp_path, quiet=True)
     base = AutoModelForImageClassification.from_pretrained(vit, num_labels=3, ignore_mismatched_sizes=True)
     model = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
     assert model.peft_config["default"].base_model_name_or_path == "tiny-vit"
@@ -132,9 +132,9 @@ def test_the_adapter_is_a_peft_adapter(make_recipe: Callable[..., Recipe], tmp_p
 
 
 def test_a_run_that_is_complete_is_only_read(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    record = run(make_recipe(), tmp_path, quiet=True)
+    record = run_recipe(make_recipe(), tmp_path, quiet=True)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file() and file.name != ".lock"}
-    assert run(make_recipe(), tmp_path, quiet=True) == record
+    assert run_recipe(make_recipe(), tmp_path, quiet=True) == record
     assert before == {file: file.stat().st_mtime_ns for file in before}
 
 
@@ -142,7 +142,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(
     make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        run(make_recipe(method="fvae-lora", seed=seed), tmp_path / name, quiet=True)
+        run_recipe(make_recipe(method="fvae-lora", seed=seed), tmp_path / name, quiet=True)
     assert events(tmp_path / "a") == events(tmp_path / "b")
     assert events(tmp_path / "a") != events(tmp_path / "c")
 
@@ -161,7 +161,7 @@ def test_a_head_for_other_classes_is_not_taken_over(tmp_path: Path, vit: Path) -
 def test_patience_ends_training(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     # At this learning rate nothing is learnt: the first epoch stays the best.
     recipe = make_recipe(train={"epochs": 9, "learning_rate": 1e-9, "patience": 2})
-    run(recipe, tmp_path, quiet=True)
+    run_recipe(recipe, tmp_path, quiet=True)
     assert [e["epoch"] for e in events(tmp_path) if e["event"] == "validation"] == [1, 2, 3]
 
 
@@ -171,7 +171,7 @@ def test_a_run_whose_model_and_data_have_moved_is_scored_where_they_are_now(
     for place, what in ((tmp_path / "m" / "tiny-vit", vit), (tmp_path / "d", pictures)):
         shutil.copytree(what, place)
     recipe = make_recipe(model=str(tmp_path / "m" / "tiny-vit"), dataset=str(tmp_path / "d"))
-    record = run(recipe, tmp_path / "run", quiet=True)
+    record = run_recipe(recipe, tmp_path / "run", quiet=True)
     assert (record.recipe["model"], record.recipe["dataset"]) == ("../m/tiny-vit", "../d")
     for name in ("run", "m", "d"):  # moved together, a run still finds them
         (tmp_path / "moved").mkdir(exist_ok=True)

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.places import located, portable, short
+from fvae_lora_experiments.places import portable_path, resolve_portable, short_name
 from fvae_lora_experiments.run.folder import RunFolder, write_atomically
 from fvae_lora_experiments.run.record import Event
-from fvae_lora_experiments.run.runner import run
+from fvae_lora_experiments.run.runner import run_recipe
 from fvae_lora_experiments.schema import Recipe
 from processes import CONTEXT, attempt
 
@@ -60,11 +60,11 @@ def test_a_folder_that_another_process_is_using(make_recipe: Callable[..., Recip
     process.start()
     ready.wait()
     with pytest.raises(UserError, match="another process is using this run's folder"):
-        run(make_recipe(), tmp_path, quiet=True)
+        run_recipe(make_recipe(), tmp_path, quiet=True)
     assert [p.name for p in tmp_path.iterdir()] == [".lock"]
     process.kill()
     process.join()
-    run(make_recipe(), tmp_path, quiet=True)
+    run_recipe(make_recipe(), tmp_path, quiet=True)
 
 
 def _hold(folder: Path, ready: object, leave: object) -> None:
@@ -75,15 +75,15 @@ def _hold(folder: Path, ready: object, leave: object) -> None:
 
 def test_a_place_that_is_no_folder(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="not a folder that can be written to"):
-        run(make_recipe(), tmp_path / "file" / "run", quiet=True)
+    with pytest.raises(UserError, match="cannot be written to"):
+        run_recipe(make_recipe(), tmp_path / "file" / "run", quiet=True)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="not a folder that can be written to: Permission denied"):
-        run(make_recipe(), tmp_path / "run", quiet=True)
+    with pytest.raises(UserError, match="cannot be written to: Permission denied"):
+        run_recipe(make_recipe(), tmp_path / "run", quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_when_nothing_more_can_be_written_the_run_fails_and_goes_on_later(
 ) -> None:
     """A limit on the size of files fails at another file each time: record, configuration, adapter, generators."""
     recipe = make_recipe(method="fvae-lora")
-    run(recipe, tmp_path / "earlier", quiet=True)
+    run_recipe(recipe, tmp_path / "earlier", quiet=True)
     earlier = {file: file.read_bytes() for file in (tmp_path / "earlier").rglob("*") if file.is_file()}
     process = CONTEXT.Process(target=_run_limited, args=(recipe, tmp_path / "run", limit))
     process.start()
@@ -120,7 +120,7 @@ def _run_limited(recipe: Recipe, folder: Path, limit: int) -> None:
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
-        run(recipe, folder, quiet=True)
+        run_recipe(recipe, folder, quiet=True)
     except RunError:
         sys.exit(1)
 
@@ -131,16 +131,16 @@ def test_names_that_a_record_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for place in (home / "data" / "dtd", home / "runs" / "r1", tmp_path / "home" / "bob" / "dtd"):
         place.mkdir(parents=True)
     run_folder = home / "runs" / "r1"
-    relative = portable(str(home / "data" / "dtd"), run_folder)
+    relative = portable_path(str(home / "data" / "dtd"), run_folder)
     assert relative == "../../data/dtd"
-    assert Path(located(relative, run_folder)).resolve() == home / "data" / "dtd"
-    assert portable(str(tmp_path / "home" / "bob" / "dtd"), run_folder) == "dtd"
-    assert portable("owner/name", run_folder) == "owner/name"
-    assert portable("sklearn-digits", run_folder) == "sklearn-digits"
+    assert Path(resolve_portable(relative, run_folder)).resolve() == home / "data" / "dtd"
+    assert portable_path(str(tmp_path / "home" / "bob" / "dtd"), run_folder) == "dtd"
+    assert portable_path("owner/name", run_folder) == "owner/name"
+    assert portable_path("sklearn-digits", run_folder) == "sklearn-digits"
     monkeypatch.chdir(run_folder)
     (run_folder / "here").mkdir()
-    assert portable("here", run_folder) == "./here"
-    assert short("../../data/dtd") == "dtd"
+    assert portable_path("here", run_folder) == "./here"
+    assert short_name("../../data/dtd") == "dtd"
 
 
 TELLING = re.compile(r"(?<![\w.])/(?:home|Users|root|tmp|work|mnt|scratch|var|opt|private)/|[A-Z]:\\\\|file://")
@@ -154,7 +154,7 @@ def telling(text: str) -> list[str]:
 def test_a_record_does_not_tell_where_it_was_made(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     assert telling(json.dumps({"model": "/home/alice/vit"}))
     for method in ("fvae-lora", "linear-probe", "full"):
-        run(make_recipe(method=method), tmp_path / method, quiet=True)
+        run_recipe(make_recipe(method=method), tmp_path / method, quiet=True)
     for file in tmp_path.rglob("*"):
         if file.is_file() and file.suffix in (".json", ".jsonl", ".md"):
             assert not telling(file.read_text()), file

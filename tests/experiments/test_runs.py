@@ -103,7 +103,7 @@ def test_a_sweep_goes_on_from_unpacked_runs(tmp_path: Path) -> None:
 
     done = asked(tmp_path / "runs")
     done.folder.path.mkdir(parents=True)
-    done.folder.write(done.folder.opening(done.recipe).model_copy(update={"state": "complete"}))
+    done.folder.write(done.folder.initial_record(done.recipe).model_copy(update={"state": "complete"}))
     pack(tmp_path / "runs", tmp_path / "runs.jsonl.gz")
     assert not asked(tmp_path / "again").is_done()
     unpack(tmp_path / "runs.jsonl.gz", tmp_path / "again")
@@ -145,13 +145,13 @@ def test_the_user_s_name_is_found_as_a_word(tmp_path: Path, monkeypatch: pytest.
     from fvae_lora_experiments.run import archive
 
     monkeypatch.setattr(getpass, "getuser", lambda: "alice")
-    archive._telling.cache_clear()
+    archive._identifying.cache_clear()
     write_run(tmp_path / "1", record("lora", 1, reason="malice and alice-in-wonderland"))
     pack(tmp_path, tmp_path / "runs.jsonl.gz")
     write_run(tmp_path / "2", record("lora", 2, reason="the folder of alice"))
     with pytest.raises(UserError, match="the folder of alice"):
         pack(tmp_path / "2", tmp_path / "2.runs.jsonl.gz")
-    archive._telling.cache_clear()
+    archive._identifying.cache_clear()
 
 
 def test_names_on_the_hub_ways_up_and_a_data_set_s_own_classes_are_packed(tmp_path: Path) -> None:
@@ -194,9 +194,9 @@ def test_two_runs_of_one_name_are_neither_packed_nor_unpacked(packed: Path, tmp_
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda packed: packed[: len(packed) // 2], "not a whole file of runs"),
-        (lambda _: b"runs", "not a whole file of runs"),
-        (lambda _: gzip.compress(b"\xff"), "not a whole file of runs"),
+        (lambda packed: packed[: len(packed) // 2], "not a complete file of runs"),
+        (lambda _: b"runs", "not a complete file of runs"),
+        (lambda _: gzip.compress(b"\xff"), "not a complete file of runs"),
         (lambda _: gzip.compress(b'{"run": "a"}\n'), "line 1: not a run with its record and its curve"),
         (lambda _: gzip.compress(b"[" * 10**5), "line 1: not a run"),
         (lambda _: gzip.compress(b'{"run": 1, "record": 2, "curve": 3}'), "line 1: not a run"),

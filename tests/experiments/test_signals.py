@@ -16,12 +16,12 @@ import pytest
 
 from fvae_lora_experiments import process, signals
 from fvae_lora_experiments.run.folder import RunFolder
-from fvae_lora_experiments.run.runner import run
+from fvae_lora_experiments.run.runner import run_recipe
 from fvae_lora_experiments.schema import Recipe
 from processes import CONTEXT, LIVELY, attempt, result
 from sweeps import Compare, left, states
 
-LINE = "fvae-lora: stopped; the same command goes on where it was\n"
+LINE = "fvae-lora: stopped; the same command resumes where it was\n"
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 PROGRAM = """
@@ -97,11 +97,11 @@ def _main(recipe: Recipe, folder: Path, said: Path, moment: str, number: int) ->
 
     setattr(owner, name, send)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signals.end_at_once()
+    signals.exit_on_signal()
     process.silence_libraries()
-    signals.unwind()
+    signals.raise_on_signal()
     sys.stderr = said.open("w")
-    sys.exit(process.exit_code(lambda: run(recipe, folder, quiet=True)))
+    sys.exit(process.exit_code(lambda: run_recipe(recipe, folder, quiet=True)))
 
 
 MOMENTS: dict[str, tuple[Any, str]] = {
@@ -167,7 +167,7 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
 import os, signal, sys
 from fvae_lora_experiments import signals
 signal.signal(signal.SIGINT, signal.default_int_handler)
-signals.end_at_once(); signals.unwind()
+signals.exit_on_signal(); signals.raise_on_signal()
 try:
     os.kill(os.getpid(), signal.SIGTERM)
 except signals.Terminated:
@@ -183,7 +183,7 @@ def test_what_is_ignored_stays_ignored() -> None:
 import os, signal
 from fvae_lora_experiments import signals
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-signals.end_at_once(); signals.unwind()
+signals.exit_on_signal(); signals.raise_on_signal()
 os.kill(os.getpid(), signal.SIGINT)
 print("it goes on")
 """

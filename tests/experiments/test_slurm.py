@@ -13,9 +13,9 @@ from rich.console import Console
 
 from fvae_lora_experiments.errors import RunError, UserError
 from fvae_lora_experiments.sweep import slurm
-from fvae_lora_experiments.sweep.plan import Planned, plan
+from fvae_lora_experiments.sweep.plan import PlannedRun, contenders, runs_of
+from fvae_lora_experiments.sweep.run_sweep import run_sweep
 from fvae_lora_experiments.sweep.slurm import SlurmLauncher
-from fvae_lora_experiments.sweep.sweep import sweep
 from sweeps import states
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -41,9 +41,9 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, 
 
 
 @pytest.fixture
-def run(vit: Path, pictures: Path, tmp_path: Path) -> Planned:
+def run(vit: Path, pictures: Path, tmp_path: Path) -> PlannedRun:
     places = {"model": str(vit), "dataset": str(pictures)}
-    (run,) = plan("image/default", tmp_path / "runs", ["lora"], [1], ["train.epochs=2"], places)
+    (run,) = runs_of(contenders("image/default", tmp_path / "runs", ["lora"], ["train.epochs=2"], places), [1])
     return run
 
 
@@ -83,11 +83,11 @@ def test_a_slurm_that_does_not_answer_is_one_line(
         ("FAILED|9", "killed by SIGKILL"),
         (f"FAILED|{(128 + 9) << 8}", "killed by SIGKILL"),
         (f"FAILED|{1 << 8}", "ended with exit code 1"),
-        (None, "SLURM knows nothing of job 7 any more"),
+        (None, "SLURM no longer knows job 7"),
     ],
 )
 def test_however_a_job_is_lost_its_run_has_failed_with_the_jobs_last_lines(
-    run: Planned, tmp_path: Path, programs: Callable[[str, str], None], line: str | None, reason: str
+    run: PlannedRun, tmp_path: Path, programs: Callable[[str, str], None], line: str | None, reason: str
 ) -> None:
     folder = tmp_path / "runs" / ".slurm"
     programs("srun", "exit 1")
@@ -100,35 +100,35 @@ def test_however_a_job_is_lost_its_run_has_failed_with_the_jobs_last_lines(
         "echo Submitted batch job 7",
     )
     reason = f"{reason}: first | second"
-    assert sweep([run], SlurmLauncher(folder, 1), quiet()) == [f"{run.name}: failed: {reason}"]
+    assert run_sweep([run], SlurmLauncher(folder, 1), quiet()) == [f"{run.name}: failed: {reason}"]
     record = run.folder.read()
     assert record is not None
     assert (record.state, record.reason) == ("failed", reason)
 
 
 def test_a_slurm_that_falls_silent_is_waited_for_but_not_for_ever(
-    run: Planned, tmp_path: Path, programs: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+    run: PlannedRun, tmp_path: Path, programs: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     programs("srun", "exit 1")
     programs("sbatch", f"echo Submitted batch job 7; touch {tmp_path}/submitted")
     programs("squeue", f"test ! -e {tmp_path}/submitted || {{ echo gone >&2; exit 1; }}")
-    monkeypatch.setattr(slurm, "SILENCE_S", 1.0)
+    monkeypatch.setattr(slurm, "NO_ANSWER_LIMIT_S", 1.0)
     with pytest.raises(RunError, match="gone; the jobs may go on, the same command looks for them"):
-        sweep([run], SlurmLauncher(tmp_path / "runs" / ".slurm", 1), quiet())
+        run_sweep([run], SlurmLauncher(tmp_path / "runs" / ".slurm", 1), quiet())
     assert run.folder.read() is None
 
 
 def test_what_a_user_asks_for_is_what_sbatch_is_told(
-    run: Planned, tmp_path: Path, programs: Callable[[str, str], None], capfd: pytest.CaptureFixture[str]
+    run: PlannedRun, tmp_path: Path, programs: Callable[[str, str], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
     programs("srun", "exit 1")
     programs("squeue", "exit 0")
     programs("sbatch", f"cp $1 {tmp_path}/script; echo 'sbatch: error: invalid account' >&2; exit 1")
     folder = tmp_path / "runs" / ".slurm"
     launcher = SlurmLauncher(folder, 3, 2, partition="gpu", account="us", time="1-02:00:00", gpus=2, cpus=8)
-    second = Planned(run.recipe.model_copy(update={"seed": 2}), type(run.folder)(tmp_path / "runs" / "2"), "2")
+    second = PlannedRun(run.recipe.model_copy(update={"seed": 2}), type(run.folder)(tmp_path / "runs" / "2"), "2")
     with pytest.raises(UserError, match=r"^--launcher slurm: sbatch: error: invalid account$"):
-        sweep([run, second], launcher, quiet())
+        run_sweep([run, second], launcher, quiet())
     assert capfd.readouterr() == ("", "")
     script = (tmp_path / "script").read_text().splitlines()
     for flag in ("partition=gpu", "account=us", "time=1-02:00:00", "gpus-per-node=2", "cpus-per-task=8", "array=0-1%2"):
@@ -138,7 +138,7 @@ def test_what_a_user_asks_for_is_what_sbatch_is_told(
 
 
 def test_more_runs_than_an_array_may_have_wait_for_one_another_in_several(
-    run: Planned, tmp_path: Path, programs: Callable[[str, str], None]
+    run: PlannedRun, tmp_path: Path, programs: Callable[[str, str], None]
 ) -> None:
     programs("srun", "exit 1")
     programs("squeue", "exit 0")
@@ -149,9 +149,9 @@ def test_more_runs_than_an_array_may_have_wait_for_one_another_in_several(
         f"n=$(ls {tmp_path} | grep -c script); test $n = 2 && exit 1; cp $1 {tmp_path}/script$n; "
         "echo Submitted batch job 7$n",
     )
-    runs = [Planned(run.recipe, type(run.folder)(tmp_path / "runs" / str(n)), str(n)) for n in range(5)]
+    runs = [PlannedRun(run.recipe, type(run.folder)(tmp_path / "runs" / str(n)), str(n)) for n in range(5)]
     with pytest.raises(UserError, match="--launcher slurm"):
-        sweep(runs, SlurmLauncher(tmp_path / "runs" / ".slurm", 4), quiet())
+        run_sweep(runs, SlurmLauncher(tmp_path / "runs" / ".slurm", 4), quiet())
     first, second = ((tmp_path / f"script{n}").read_text() for n in range(2))
     for script in (first, second):
         assert "#SBATCH --array=0-1%2\n" in script
@@ -161,7 +161,7 @@ def test_more_runs_than_an_array_may_have_wait_for_one_another_in_several(
 
 
 def test_what_a_job_wrote_is_kept_until_every_run_of_its_array_is_complete(
-    run: Planned, tmp_path: Path, programs: Callable[[str, str], None]
+    run: PlannedRun, tmp_path: Path, programs: Callable[[str, str], None]
 ) -> None:
     programs("sbatch", "exit 1")
     programs("squeue", "exit 0")
@@ -171,13 +171,13 @@ def test_what_a_job_wrote_is_kept_until_every_run_of_its_array_is_complete(
     (array / "runs.json").write_text(json.dumps([[str(run.folder.path), ""]]))
     run.folder.path.mkdir()
     for state, kept in (("failed", True), ("running", True), ("complete", False)):
-        run.folder.write(run.folder.opening(run.recipe).model_copy(update={"state": state}))
+        run.folder.write(run.folder.initial_record(run.recipe).model_copy(update={"state": state}))
         assert list(SlurmLauncher(array.parent, 1).launch([])) == []
         assert array.exists() == kept, state
 
 
 def test_a_job_that_waits_to_do_another_recipe_in_a_runs_folder_is_named(
-    run: Planned, tmp_path: Path, programs: Callable[[str, str], None]
+    run: PlannedRun, tmp_path: Path, programs: Callable[[str, str], None]
 ) -> None:
     array = tmp_path / "runs" / ".slurm" / "fvae-lora-x"
     array.mkdir(parents=True)
@@ -187,4 +187,4 @@ def test_a_job_that_waits_to_do_another_recipe_in_a_runs_folder_is_named(
     programs("sbatch", "exit 1")
     programs("squeue", "echo '7_1|fvae-lora-x|PENDING|0|'")
     with pytest.raises(UserError, match=r"lora-seed1: job 7_1 does another recipe there; `scancel 7_1` ends it"):
-        sweep([run], SlurmLauncher(array.parent, 1), quiet())
+        run_sweep([run], SlurmLauncher(array.parent, 1), quiet())

@@ -59,7 +59,7 @@ def test_jobs_outlive_a_sweep_that_is_stopped_and_the_same_command_waits_for_the
     assert len(json.loads((array / "runs.json").read_text())) == 2
     told, stopped = first.said.splitlines()[-2:]
     assert told.startswith("the jobs go on: the same command waits for them, `scancel ")
-    assert stopped == "fvae-lora: stopped; the same command goes on where it was"
+    assert stopped == "fvae-lora: stopped; the same command resumes where it was"
     again = compare(out, *options)
     while again.lasts(0.2):
         assert arrays(out) in ([array], []), "the runs were submitted twice"

@@ -17,22 +17,22 @@ from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.report import summary_rows
 from fvae_lora_experiments.run import runner
 from fvae_lora_experiments.sweep.local import THREAD_LIMITS, LocalLauncher
-from fvae_lora_experiments.sweep.plan import Planned, parse_list, parse_values, plan
-from fvae_lora_experiments.sweep.sweep import sweep
+from fvae_lora_experiments.sweep.plan import PlannedRun, contenders, parse_list, parse_values, runs_of
+from fvae_lora_experiments.sweep.run_sweep import run_sweep
 from sweeps import Compare, assert_survives, states
 
 Cli = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def planned(vit: Path, pictures: Path, tmp_path: Path) -> Callable[..., list[Planned]]:
-    def make(methods: list[str], seeds: list[int], *more: str, vary: list[str] | None = None) -> list[Planned]:
+def planned(vit: Path, pictures: Path, tmp_path: Path) -> Callable[..., list[PlannedRun]]:
+    def make(methods: list[str], seeds: list[int], *more: str, vary: list[str] | None = None) -> list[PlannedRun]:
         varied = {text.partition("=")[0] for text in vary or []}
         overrides = later_wins(["train.epochs=2", "train.batch_size=8", "adapter.r=4", *more])
         overrides = [override for override in overrides if override.partition("=")[0] not in varied]
         places = {"model": str(vit), "dataset": str(pictures)}
         variations = parse_values("--vary", vary or [])
-        return plan("image/default", tmp_path / "runs", methods, seeds, overrides, places, variations)
+        return runs_of(contenders("image/default", tmp_path / "runs", methods, overrides, places, variations), seeds)
 
     return make
 
@@ -41,12 +41,12 @@ def quiet() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
-def do(planned: Planned) -> None:
+def do(planned: PlannedRun) -> None:
     """In this process, which has imported everything."""
-    runner.run(planned.recipe, planned.folder.path, quiet=True)
+    runner.run_recipe(planned.recipe, planned.folder.path, quiet=True)
 
 
-def test_a_plan_is_every_combination(planned: Callable[..., list[Planned]]) -> None:
+def test_a_plan_is_every_combination(planned: Callable[..., list[PlannedRun]]) -> None:
     runs = planned(["lora", "full"], [1, 2], vary=["train.learning_rate=[0.001, 0.01]", "adapter.r=[2]"])
     assert sorted(run.name for run in runs) == sorted(
         f"{method}-learning_rate={rate}-r=2-seed{seed}"
@@ -66,13 +66,13 @@ def test_lists_are_read_as_yaml() -> None:
         parse_list("--seeds", "")
 
 
-def test_only_what_is_missing_is_run(planned: Callable[..., list[Planned]]) -> None:
+def test_only_what_is_missing_is_run(planned: Callable[..., list[PlannedRun]]) -> None:
     do(*planned(["linear-probe"], [1]))
     runs = planned(["linear-probe"], [1, 2])
     first = runs[0].folder.record_file
     before = first.stat().st_mtime_ns
     console = quiet()
-    assert sweep(runs, LocalLauncher(2), console) == []
+    assert run_sweep(runs, LocalLauncher(2), console) == []
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert "1 of 2 runs are done already" in said
     assert "linear-probe-seed2: done" in said
@@ -83,9 +83,9 @@ def test_only_what_is_missing_is_run(planned: Callable[..., list[Planned]]) -> N
     assert row.seeds == (1, 2)
 
 
-def test_a_run_that_fails_does_not_stop_the_others(planned: Callable[..., list[Planned]]) -> None:
+def test_a_run_that_fails_does_not_stop_the_others(planned: Callable[..., list[PlannedRun]]) -> None:
     runs = planned(["linear-probe"], [1], "train.max_grad_norm=0", vary=["train.learning_rate=[0.001, 1.0e+30]"])
-    (failure,) = sweep(runs, LocalLauncher(2), quiet())
+    (failure,) = run_sweep(runs, LocalLauncher(2), quiet())
     assert failure.startswith("linear-probe-learning_rate=1e+30-seed1: failed: the ")
     assert "at step" in failure
     states = {run.name: record.state for run in runs if (record := run.folder.read())}
@@ -93,19 +93,19 @@ def test_a_run_that_fails_does_not_stop_the_others(planned: Callable[..., list[P
 
 
 def test_a_run_that_another_sweep_is_on_is_left_alone(
-    planned: Callable[..., list[Planned]], monkeypatch: pytest.MonkeyPatch
+    planned: Callable[..., list[PlannedRun]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fvae_lora_experiments.sweep.launcher.LETTING_GO_S", 0.1)
+    monkeypatch.setattr("fvae_lora_experiments.sweep.launcher.LOCK_WAIT_S", 0.1)
     (run,) = planned(["linear-probe"], [1])
     with run.folder.locked(), pytest.raises(UserError, match="another process is using"):
-        sweep([run], LocalLauncher(1), quiet())
+        run_sweep([run], LocalLauncher(1), quiet())
 
 
-def test_a_folder_with_another_recipes_run_starts_nothing(planned: Callable[..., list[Planned]]) -> None:
+def test_a_folder_with_another_recipes_run_starts_nothing(planned: Callable[..., list[PlannedRun]]) -> None:
     do(*planned(["linear-probe"], [1]))
     runs = planned(["linear-probe"], [1, 2], "train.batch_size=9")
     with pytest.raises(UserError, match=r"train\.batch_size is 8 there and 9 here"):
-        sweep(runs, LocalLauncher(1), quiet())
+        run_sweep(runs, LocalLauncher(1), quiet())
     assert not runs[1].folder.path.exists()
 
 
@@ -138,19 +138,19 @@ def test_a_run_whose_process_is_killed_has_failed_and_its_record_says_how(small:
 
 @pytest.mark.slow
 def test_a_process_that_dies_before_its_run_began_leaves_a_failed_run_and_its_last_lines(
-    planned: Callable[..., list[Planned]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planned: Callable[..., list[PlannedRun]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import os\nprint('a')\nprint('b')\nprint('c')\nprint(os.getcwd() + '/d', flush=True)\nos.abort()\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     (run,) = planned(["lora"], [1])
-    assert sweep([run], LocalLauncher(1), quiet()) == [f"{run.name}: failed: killed by SIGABRT: b | c | d"]
+    assert run_sweep([run], LocalLauncher(1), quiet()) == [f"{run.name}: failed: killed by SIGABRT: b | c | d"]
     record = run.folder.read()
     assert record is not None
     assert (record.state, record.reason) == ("failed", "killed by SIGABRT: b | c | d")
     monkeypatch.undo()
-    assert sweep([run], LocalLauncher(1), quiet()) == []
+    assert run_sweep([run], LocalLauncher(1), quiet()) == []
     assert (again := run.folder.read()) is not None
     assert again.state == "complete"
 
@@ -194,7 +194,7 @@ def test_a_read_only_folder_is_refused_in_one_line(small: list[str], cli: Cli, s
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     code, _, error = cli("compare", "image/default", *small, "--methods", "lora", "--seeds", "1", "--out", small_disk)
     assert code == 2
-    assert error.startswith(f"fvae-lora: {small_disk}/lora-seed1: not a folder that can be written to")
+    assert error.startswith(f"fvae-lora: {small_disk}/lora-seed1: cannot be written to")
     assert error.count("\n") == 1
 
 

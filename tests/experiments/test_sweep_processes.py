@@ -13,12 +13,12 @@ import torch
 from rich.console import Console
 
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.run.runner import run
+from fvae_lora_experiments.run.runner import run_recipe
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.sweep import child
 from fvae_lora_experiments.sweep.local import LocalLauncher
-from fvae_lora_experiments.sweep.plan import plan
-from fvae_lora_experiments.sweep.sweep import sweep
+from fvae_lora_experiments.sweep.plan import contenders, runs_of
+from fvae_lora_experiments.sweep.run_sweep import run_sweep
 from processes import assert_alike
 from sweeps import Compare, assert_survives, states
 
@@ -37,8 +37,8 @@ def test_two_processes_of_a_sweep_leave_what_one_does(vit: Path, pictures: Path,
     places = {"model": str(vit), "dataset": str(pictures)}
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        runs = plan("image/default", out, ["lora", "linear-probe"], [1], batches + without_noise, places)
-        assert sweep(runs, LocalLauncher(1, processes), Console(file=io.StringIO())) == []
+        runs = runs_of(contenders("image/default", out, ["lora", "linear-probe"], batches + without_noise, places), [1])
+        assert run_sweep(runs, LocalLauncher(1, processes), Console(file=io.StringIO())) == []
     for planned in runs:
         assert_alike(tmp_path / "1" / planned.name, tmp_path / "2" / planned.name)
 
@@ -48,10 +48,10 @@ def test_processes_that_cannot_be_forks_leave_the_same(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_recipe(adapter={"dropout": 0}, data={"train_rows": 24})
-    run(recipe, tmp_path / "alone", quiet=True)
+    run_recipe(recipe, tmp_path / "alone", quiet=True)
     monkeypatch.setattr(child, "_can_fork", lambda: False)
     with pytest.raises(SystemExit) as end:
-        child.work(str(tmp_path / "together"), recipe.model_dump_json(), 2)
+        child.do_run(str(tmp_path / "together"), recipe.model_dump_json(), 2)
     assert end.value.code == 0
     assert_alike(tmp_path / "alone", tmp_path / "together")
 
@@ -79,7 +79,7 @@ def test_a_run_that_cannot_be_shared_out_is_refused_in_one_line(small: list[str]
     code, _, error = cli(*run, "--processes", "3")
     assert code == 2
     assert error == (
-        "fvae-lora: lora-seed1: train.batch_size: 8 rows do not share out evenly among 3 processes; "
+        "fvae-lora: lora-seed1: train.batch_size: 8 rows cannot be divided evenly among 3 processes; "
         "multiples of 3 are allowed\n"
     )
     assert not states(tmp_path / "s")
@@ -115,7 +115,7 @@ def test_more_gpus_than_there_are_are_refused() -> None:
 def test_processes_are_for_runs_without_gpus(small: list[str], cli: Cli, tmp_path: Path) -> None:
     code, _, error = cli("compare", "image/default", *small, "--gpus", "2", "--processes", "3", "--out", tmp_path)
     assert code == 2
-    assert error == "fvae-lora: --processes 3: for runs without GPUs; --gpus 2 has a process for each\n"
+    assert error == "fvae-lora: --processes 3: for runs without GPUs; --gpus 2 starts a process for each GPU\n"
 
 
 @pytest.mark.slow

@@ -500,7 +500,7 @@ def with_groups(train: Sequence[str | None], test: Sequence[str | None]) -> Call
         (
             change_line("train.jsonl", 2, lambda row: row | {"label": "other"}),
             ["text.metrics=[f1]"],
-            "text.metrics: f1 is of two classes; dataset {} has 3",
+            "text.metrics: f1 is for two classes; dataset {} has 3",
         ),
         (lambda folder: (folder / "train.jsonl").unlink(), [], "dataset {}: no train split; it has test"),
         (lambda folder: (folder / "train.jsonl").write_text(""), [], "{}/train.jsonl: the file is empty"),

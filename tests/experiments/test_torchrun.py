@@ -16,7 +16,7 @@ import torch
 import torchrun_worker
 from fvae_lora_experiments.process import exit_code, silence_libraries
 from fvae_lora_experiments.run.folder import RunFolder
-from fvae_lora_experiments.run.runner import evaluate, run
+from fvae_lora_experiments.run.runner import evaluate, run_recipe
 from fvae_lora_experiments.run.trainer import RunTrainer
 from fvae_lora_experiments.schema import Recipe
 from processes import CONTEXT, LIVELY, assert_alike, result
@@ -55,7 +55,7 @@ def done(make_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFa
 def test_two_processes_learn_and_score_what_one_does(
     make_recipe: Callable[..., Recipe], done: Path, tmp_path: Path, method: str
 ) -> None:
-    run(make_recipe(**without_noise(method)), tmp_path / "alone", quiet=True)
+    run_recipe(make_recipe(**without_noise(method)), tmp_path / "alone", quiet=True)
     assert_alike(tmp_path / "alone", done / method)
 
 
@@ -100,7 +100,7 @@ def one_of_two(
     if fail is not None and rank == 1:
         RunTrainer.training_step = fail  # type: ignore[method-assign]
     sys.stderr = (said / f"{rank}.txt").open("w")
-    sys.exit(exit_code(lambda: run(recipe, folder, quiet=True)))
+    sys.exit(exit_code(lambda: run_recipe(recipe, folder, quiet=True)))
 
 
 def fall_over(trainer: RunTrainer, *_: Any, **__: Any) -> Any:
@@ -130,7 +130,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused_in_one_line(
     code, lines = two_that_fail(tmp_path / "said", make_recipe(train={"batch_size": 7}), tmp_path / "run")
     assert code == 2
     assert lines == [
-        "fvae-lora: train.batch_size: 7 rows do not share out evenly among 2 processes; multiples of 2 are allowed"
+        "fvae-lora: train.batch_size: 7 rows cannot be divided evenly among 2 processes; multiples of 2 are allowed"
     ]
     assert not (tmp_path / "run").exists()
 
@@ -151,4 +151,4 @@ def test_commands_that_are_no_single_run_refuse_several_processes(
     monkeypatch.setattr("fvae_lora_experiments.run.distributed.first_to_fail", lambda: True)
     code, _, errors = cli(command, "image/default")
     assert code == 2
-    assert errors == f"fvae-lora: {command}: not for several processes; torchrun is for train\n"
+    assert errors == f"fvae-lora: {command}: cannot run in several processes; torchrun is for train\n"

@@ -309,7 +309,7 @@ def test_what_does_not_transcribe_is_refused(
 ) -> None:
     assert_refused(transcribe(recordings, "--model", vit), "cannot be loaded for transcription")
     assert_refused(
-        transcribe(recordings, "--method", "linear-probe"), "a model that writes has no head that this would train"
+        transcribe(recordings, "--method", "linear-probe"), "a model that generates text has no head to train"
     )
     assert_refused(
         transcribe(recordings, "speech.max_new_tokens=31"), "speech.max_new_tokens: model", "30 at most, got 31"
@@ -317,4 +317,4 @@ def test_what_does_not_transcribe_is_refused(
     assert_refused(
         transcribe(recordings, "data.group_column=text"), "data.group_column: this task's data have no groups"
     )
-    assert_refused(transcribe(recordings, "train.cache_frozen=true"), "the first block is trained already")
+    assert_refused(transcribe(recordings, "train.cache_frozen=true"), "the first block is trained")

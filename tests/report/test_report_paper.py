@@ -6,9 +6,9 @@ import statistics
 import pytest
 
 from fvae_lora_experiments.report import summary_rows, write_csv, write_latex, write_markdown, write_page
-from fvae_lora_experiments.report.cells import further, results
+from fvae_lora_experiments.report.cells import extra_columns, result_columns
 from fvae_lora_experiments.report.paper import figure, paper
-from fvae_lora_experiments.report.tables import comparisons, overviews, tables
+from fvae_lora_experiments.report.tables import compared_rows, overview_tables, tables
 from synthetic_runs import record, write_run
 
 SIX = ("dtd", "eurosat", "gtsrb", "resisc45", "sun397")
@@ -53,7 +53,7 @@ def test_a_figure_is_found_where_method_data_and_score_match(method, dataset, sc
 def test_the_paper_has_a_column_of_its_own_and_is_in_no_number_of_ours(tmp_path):
     rows = rows_of(tmp_path / "runs", record("lora", dataset="tanganke/dtd"), record("vera", dataset="tanganke/dtd"))
     assert {row.method: row.paper for row in rows} == {"lora": 74.65, "vera": None}
-    columns = results(rows)
+    columns = result_columns(rows)
     lora = next(row for row in rows if row.method == "lora")
     assert columns["paper, accuracy %"](lora) == "74.65"
     assert "74.65" not in [cell(lora) for name, cell in columns.items() if not name.startswith("paper")]
@@ -76,17 +76,17 @@ def test_the_note_names_the_source_and_what_is_different_here(tmp_path):
 
 def test_without_a_matching_figure_the_paper_is_not_mentioned(tmp_path):
     rows = rows_of(tmp_path, record("lora"), record("full"))
-    assert not any("paper" in name for name in results(rows))
-    assert not any("paper" in note for c in comparisons(rows) for table in tables(c) for note in table.notes)
+    assert not any("paper" in name for name in result_columns(rows))
+    assert not any("paper" in note for c in compared_rows(rows) for table in tables(c) for note in table.notes)
 
 
 def test_a_further_score_has_the_paper_s_figure_beside_it(tmp_path):
     scores = {"accuracy": 0.8, "worst_group_accuracy": 0.5}
     run = record("lora", dataset="waterbirds", metrics={"test": scores, "validation": scores})
     rows = rows_of(tmp_path, run)
-    cells = {name: cell(rows[0]) for name, cell in further(rows).items()}
+    cells = {name: cell(rows[0]) for name, cell in extra_columns(rows).items()}
     assert cells == {"worst group accuracy %": "50.00", "paper, worst group accuracy %": "75.49"}
-    (compared,) = comparisons(rows)
+    (compared,) = compared_rows(rows)
     assert any("(worst-group accuracy), measured by its authors" in n for t in tables(compared) for n in t.notes)
 
 
@@ -100,7 +100,7 @@ def six(folder, methods):
 
 def test_the_overview_has_data_sets_across_and_a_mean_of_what_is_complete(tmp_path):
     rows = six(tmp_path, ("fvae-lora", "lora", "dora"))
-    ours, theirs = overviews(rows)
+    ours, theirs = overview_tables(rows)
     assert ours.headings == ["method", "dtd", "eurosat", "gtsrb", "resisc45", "sun397", "svhn", "mean"]
     lines = {name: cells for name, *cells in ours.rows}
     mean = statistics.fmean(row.score for row in rows if row.method == "lora")
@@ -115,11 +115,11 @@ def test_the_overview_has_data_sets_across_and_a_mean_of_what_is_complete(tmp_pa
 
 def test_a_part_of_the_paper_s_data_sets_has_no_mean_of_the_paper(tmp_path):
     rows = rows_of(tmp_path, record("lora", dataset="tanganke/dtd"), record("lora", dataset="tanganke/sun397"))
-    _, theirs = overviews(rows)
+    _, theirs = overview_tables(rows)
     assert ["lora", "74.65", "71.11", "–"] in theirs.rows
     assert "vae2lat" not in [name for name, *_ in theirs.rows]
 
 
 def test_data_sets_on_different_models_share_no_overview(tmp_path):
     other = {"name": "another", "fingerprint": "ff"}
-    assert overviews(rows_of(tmp_path, record(dataset="a"), record(dataset="b", model=other))) == []
+    assert overview_tables(rows_of(tmp_path, record(dataset="a"), record(dataset="b", model=other))) == []

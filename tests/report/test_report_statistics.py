@@ -7,8 +7,8 @@ import pytest
 import scipy.stats
 
 from fvae_lora_experiments.report import summary_rows, write_markdown
-from fvae_lora_experiments.report.cells import difference, further, results, score, seeds
-from fvae_lora_experiments.report.numbers import half_width
+from fvae_lora_experiments.report.cells import difference, extra_columns, result_columns, score, seeds
+from fvae_lora_experiments.report.numbers import ci_half_width
 from synthetic_runs import record, write_run
 
 
@@ -42,7 +42,7 @@ def test_one_seed_has_no_interval(tmp_path):
 
 def test_the_interval_covers_the_mean_as_often_as_it_says():
     draws = np.random.default_rng(0).normal(0.5, 0.05, (2000, 3))
-    covered = np.mean([abs(draw.mean() - 0.5) <= half_width(draw.tolist()) for draw in draws])
+    covered = np.mean([abs(draw.mean() - 0.5) <= ci_half_width(draw.tolist()) for draw in draws])
     assert 0.94 < covered < 0.96
 
 
@@ -175,14 +175,14 @@ def test_rows_are_judged_by_the_recorded_metric(tmp_path):
     runs = [record(method, 1, **judged_by("per", False, value)) for method, value in (("lora", 0.1234), ("full", 0.08))]
     rows = write_all(tmp_path, *runs)
     assert list(rows) == ["full", "lora"]  # fewer errors on validation first
-    assert next(iter(results(list(rows.values())))) == "per % ↓"
+    assert next(iter(result_columns(list(rows.values())))) == "per % ↓"
     assert score(rows["lora"]) == "12.34"
     assert rows["full"].difference == pytest.approx(-0.0434)
 
 
 def test_what_is_no_fraction_is_shown_as_it_is(tmp_path):
     rows = write_all(tmp_path, record("lora", 1, **judged_by("perplexity", False, 12.5)))
-    assert next(iter(results(list(rows.values())))) == "perplexity ↓"
+    assert next(iter(result_columns(list(rows.values())))) == "perplexity ↓"
     assert score(rows["lora"]) == "12.50"
 
 
@@ -203,7 +203,7 @@ def test_further_scores_are_averaged_over_seeds(tmp_path):
         run = record("lora", seed, **judged_by("accuracy", True, 0.9, worst_group_accuracy=worst, gap=None))
         write_run(tmp_path / str(seed), run)
     (row,) = summary_rows(tmp_path)
-    (worst,) = row.further
+    (worst,) = row.extra_scores
     assert (worst.name, worst.mean) == ("worst_group_accuracy", pytest.approx(0.6))
     assert worst.std == pytest.approx(0.1 * math.sqrt(2))
 
@@ -211,7 +211,7 @@ def test_further_scores_are_averaged_over_seeds(tmp_path):
 def test_counts_are_no_percentages(tmp_path):
     write_run(tmp_path / "a", record("lora", 1, **judged_by("choice_accuracy", True, 0.5, piqa_unparsable=3.0)))
     rows = summary_rows(tmp_path)
-    assert {name: cell(rows[0]) for name, cell in further(rows).items()} == {"piqa unparsable": "3.00"}
+    assert {name: cell(rows[0]) for name, cell in extra_columns(rows).items()} == {"piqa unparsable": "3.00"}
 
 
 def test_a_copy_of_the_data_that_is_not_the_published_one_is_said(tmp_path):

@@ -46,7 +46,7 @@ def do_run(recipe: Recipe, folder: Path, die: tuple[str, int] | None = None) -> 
         owner, name = PLACES[die[0]]
         setattr(owner, name, _deadly(getattr(owner, name), die[1]))
     silence_libraries()
-    runner.run(recipe, folder, quiet=True)
+    runner.run_recipe(recipe, folder, quiet=True)
 
 
 def _deadly(function: Callable[..., Any], calls: int) -> Callable[..., Any]:

@@ -72,7 +72,7 @@ class Compare:
 def _compare(arguments: list[str], said: Path, env: dict[str, str]) -> None:
     os.environ.update(env)  # the server that processes are forked from may be older than what a test has set
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
-    signals.end_at_once()
+    signals.exit_on_signal()
     sys.stdout = sys.stderr = cli.console.file = said.open("w", buffering=1)
     sys.exit(process.exit_code(lambda: cli.app(arguments, standalone_mode=False)))
 

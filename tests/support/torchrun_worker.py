@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from fvae_lora_experiments.run.distributed import leave
+from fvae_lora_experiments.run.distributed import disconnect
 from fvae_lora_experiments.schema import Recipe
 from processes import do_run
 
@@ -17,7 +17,7 @@ def main(jobs: Path) -> None:
     for job in json.loads(jobs.read_text()):
         die = tuple(job["die"]) if job["die"] and os.environ["RANK"] == "1" else None
         do_run(Recipe.model_validate(job["recipe"]), Path(job["folder"]), die)
-    leave()
+    disconnect()
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Pretrained models of others, and their heads."""
+"""Pretrained models and their heads."""

@@ -10,17 +10,17 @@ from fvae_lora_experiments.models.pretrained import load, load_model
 
 
 def load_classifier(source: str, kind: Any, classes: list[str]) -> tuple[PreTrainedModel, set[str]]:
-    """A model in float32 that tells `classes` apart, or that gives one number if there are none.
+    """A model in float32 that classifies into `classes`, or predicts one number if there are none.
 
-    Unless the model was trained on these very classes, the head is a new one, drawn from torch's global generator.
+    Unless the model was trained on exactly these classes, it gets a new head, drawn from torch's global generator.
 
     Args:
         source: a folder or a name on the hub.
-        kind: the class of transformers that loads it, as `AutoModelForImageClassification`.
+        kind: the transformers class that loads it, such as `AutoModelForImageClassification`.
         classes: names, in the order of their numbers.
 
     Returns:
-        The model, and the names of its parameters that `source` does not have.
+        The model, and the names of its parameters that are missing in `source`.
 
     Raises:
         UserError, Exception: as `pretrained.load_model`.

@@ -1,4 +1,4 @@
-"""The part of a model that turns features into classes."""
+"""The head of a model, which turns features into classes."""
 
 from transformers import PreTrainedModel
 
@@ -6,12 +6,12 @@ from fvae_lora_experiments.errors import UserError
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:
-    """Names of the head's modules: everything directly below the model but its largest child, the backbone.
+    """Names of the head's modules: all children of the model except the largest, which is the backbone.
 
-    A model that generates has none: what turns its features into tokens is pretrained.
+    A generative model has none: what turns its features into tokens is pretrained.
 
     Raises:
-        UserError: if the model keeps its head inside its backbone.
+        UserError: the head is inside the backbone.
     """
     if model.get_output_embeddings() is not None:
         return []
@@ -24,7 +24,7 @@ def head_modules(model: PreTrainedModel) -> list[str]:
 
 
 def draw_new_head(model: PreTrainedModel) -> None:
-    """Draws the head's parameters anew, from torch's global generator."""
+    """Draws new parameters for the head from torch's global generator."""
     for name in head_modules(model):
         for module in model.get_submodule(name).modules():
             if callable(reset := getattr(module, "reset_parameters", None)):

@@ -1,4 +1,4 @@
-"""Models, tokenizers and processors of others: they run no code of their own, and nothing of them is unpickled."""
+"""Pretrained models, tokenizers and processors: none of their code is run, and nothing is unpickled."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from fvae_lora_experiments.errors import UserError, first_line
 from fvae_lora_experiments.models.heads import head_modules
 from fvae_lora_experiments.places import is_local
 
-os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # transformers would let the hub convert a pickle for everybody
+os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else transformers asks the hub to convert a pickle
 
 TO_SAFETENSORS = """\
 import pathlib, torch; from safetensors.torch import save_file; folder = pathlib.Path({folder}); \
@@ -29,15 +29,15 @@ save_file({{k: v.contiguous().clone() for k, v in state.items()}}, folder / "mod
 """A program that writes the weights in a folder as safetensors, beside the pickles that hold them."""
 
 NEARLY_ALL = 0.9
-"""The share of unknown tokens among those of the training split from which on a tokenizer is none of this text's."""
+"""A tokenizer is refused if at least this share of the training split's tokens is unknown to it."""
 
 
 @contextmanager
 def loading(name: str, role: str) -> Iterator[None]:
-    """Whatever goes wrong when a model or a part of it is loaded, its files are at fault.
+    """Turns whatever goes wrong when a model or a part of it is loaded into an error about its files.
 
     Raises:
-        UserError: in one line that names the model and its `role`, as "for transcription".
+        UserError: one line that names the model and its `role`, such as "for transcription".
     """
     if is_local(name) and not Path(name).is_dir():
         raise UserError(f"model {name}: no such folder")
@@ -56,7 +56,7 @@ def _reason(error: Exception, role: str) -> str:
 
 
 def in_one_line(error: Exception) -> str:
-    """The first line of what an error says, after its kind where that is no sentence."""
+    """The first line of an error's message, preceded by the error's type if the line is not a sentence."""
     line = first_line(error).rstrip(":")
     is_sentence = isinstance(error, ImportError | OSError | ValueError | RuntimeError) and " " in line
     return line if is_sentence else ": ".join(filter(None, (type(error).__name__, line)))
@@ -66,7 +66,7 @@ def load(kind: Any, name: str, **options: Any) -> Any:
     """`kind.from_pretrained(name)` for a configuration, a tokenizer or a processor; code that comes with it is refused.
 
     Raises:
-        Exception: whatever transformers makes of the files, see `loading`.
+        Exception: whatever transformers raises, see `loading`.
     """
     return kind.from_pretrained(name, trust_remote_code=False, **options)
 
@@ -97,22 +97,23 @@ def load_model(kind: Any, name: str, **options: Any) -> tuple[PreTrainedModel, s
     """A model from safetensors.
 
     Args:
-        kind: the class of transformers that loads it, as `AutoModelForCausalLM`.
+        kind: the transformers class that loads it, such as `AutoModelForCausalLM`.
         name: a folder or a name on the hub.
-        options: as those of `from_pretrained`.
+        options: those of `from_pretrained`.
 
     Returns:
-        The model, and the names of its parameters that `name` does not have. A head of another size is new.
+        The model, and the names of its parameters that are missing in `name`. A head of another size is new.
 
     Raises:
-        UserError: an adapter; weights in pickle format alone, or of other shapes than the configuration says.
-        Exception: whatever else transformers makes of the files, see `loading`.
+        UserError: it is an adapter, or its weights are only there as a pickle or do not have the shapes of its
+            configuration.
+        Exception: whatever else transformers raises, see `loading`.
     """
     if find_adapter_config_file(name):
         raise UserError(f"model {name}: holds an adapter (adapter_config.json); expected a whole model")
     config = options.get("config") or load(AutoConfig, name)
     if not str(getattr(config, "transformers_weights", None) or ".safetensors").endswith((".safetensors", ".json")):
-        raise UserError(f"model {name}: its config.json names weights that are no safetensors, which are not read")
+        raise UserError(f"model {name}: its config.json names weights that are not safetensors, which are not read")
     if _weightless.get():
         head = {key: value for key, value in options.items() if key in ("id2label", "label2id", "problem_type")}
         head |= {"num_labels": options["num_labels"]} if "num_labels" in options else {}
@@ -148,7 +149,7 @@ def _how_to_convert(name: str) -> str:
     program = shlex.quote(TO_SAFETENSORS.format(folder=json.dumps(folder)))
     fetch, use = ("", "") if here else (f"hf download {name} --local-dir {folder} && ", f" and give --model ./{folder}")
     return (
-        f"model {name}: its weights are there as a pickle alone, which is not read; if you trust it, "
+        f"model {name}: its weights are only there as a pickle, which is not read; if you trust it, "
         f"run {fetch}python -c {program}{use}"
     )
 
@@ -157,7 +158,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, is_trainable: bool = False
     """`base` with the adapter in `folder`.
 
     Raises:
-        UserError: it cannot be loaded, or is not in safetensors.
+        UserError: it cannot be loaded, or is not a safetensors file.
     """
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(f"{folder}: holds no {ADAPTER_WEIGHTS}")
@@ -171,7 +172,7 @@ def load_tokenizer(name: str, role: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model.
 
     Raises:
-        UserError: there is none; transformers would make one up of a few special tokens.
+        UserError: there is none; transformers would make one up from a few special tokens.
     """
     with loading(name, role):
         if Path(name).is_dir() and not any(map(_may_be_vocabulary, Path(name).iterdir())):
@@ -190,13 +191,13 @@ def _no_tokenizer(name: str) -> str:
 
 
 def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises a `UserError` if there is nothing in the vocabulary of a model's tokenizer but special tokens."""
+    """Raises a `UserError` if the vocabulary of a model's tokenizer only has special tokens."""
     if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens, "▁"}:
         raise UserError(_no_tokenizer(name))
 
 
 def check_tokens(name: str, tokenizer: PreTrainedTokenizerBase, texts: Iterable[Sequence[int]]) -> None:
-    """Refuses a tokenizer that does not know its texts.
+    """Refuses a tokenizer that does not fit the texts.
 
     Args:
         name: the model's.
@@ -204,7 +205,7 @@ def check_tokens(name: str, tokenizer: PreTrainedTokenizerBase, texts: Iterable[
         texts: tokens of the training split's texts.
 
     Raises:
-        UserError: nearly all of them are unknown, or there are none but special ones.
+        UserError: nearly all tokens are unknown, or all are special.
     """
     special, unknown_id = set(tokenizer.all_special_ids), tokenizer.unk_token_id
     known = unknown = 0
@@ -213,4 +214,4 @@ def check_tokens(name: str, tokenizer: PreTrainedTokenizerBase, texts: Iterable[
         known, unknown = known + ordinary, unknown + sum(token == unknown_id for token in ids)
     if known <= (1 - NEARLY_ALL) * (known + unknown):
         share = f"{unknown / (known + unknown):.0%} of the training split's tokens" if unknown else "its texts"
-        raise UserError(f"model {name}: {share} are unknown to its tokenizer; is it the one that belongs to the model?")
+        raise UserError(f"model {name}: {share} are unknown to its tokenizer; does it belong to the model?")

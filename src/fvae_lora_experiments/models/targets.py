@@ -1,4 +1,4 @@
-"""Which modules of a model a recipe's targets and layers mean."""
+"""The modules of a model that a recipe's targets and layers select."""
 
 import re
 import warnings
@@ -14,19 +14,19 @@ from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.models.heads import head_modules
 
 NAME = re.compile(r"[\w.]+")
-"""A module's name, in which nothing says that it is an expression."""
+"""A module's name, as opposed to a regular expression."""
 
 
 def adapted_modules(model: PreTrainedModel, wanted: Sequence[str] | str) -> list[str]:
-    """Which modules of `model` are meant, full names or their last parts.
+    """The selected modules of `model`: full names or their last parts.
 
     Args:
         model: not adapted yet.
-        wanted: names, of which ViT's `query` is `q_proj` in transformers 5; or, as in peft, `all-linear` or a regular
-            expression of whole names. A name alone is that name.
+        wanted: names, also old ones such as ViT's `query`, which is `q_proj` in transformers 5; or, as in peft,
+            `all-linear` or a regular expression for whole names. A single name is taken as that name.
 
     Raises:
-        UserError: if the model has no module of a name; lists the names of its linear layers.
+        UserError: the model has no module of a name; lists the names of its linear layers.
     """
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         others = (*head_modules(model), *_output_layers(model))
@@ -34,10 +34,10 @@ def adapted_modules(model: PreTrainedModel, wanted: Sequence[str] | str) -> list
         return [name for name in linear if not f"{name}.".startswith(tuple(f"{other}." for other in others))]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # recipes use the old names on purpose: they fit more models
+            warnings.simplefilter("ignore")  # recipes use the old names on purpose, because they fit more models
             found = resolve_targets(model, [wanted] if isinstance(wanted, str) and NAME.fullmatch(wanted) else wanted)
     except re.error as error:
-        raise UserError(f"adapter.target_modules: {wanted!r} is no regular expression: {error}") from error
+        raise UserError(f"adapter.target_modules: {wanted!r} is not a regular expression: {error}") from error
     except ValueError as error:
         raise UserError(f"adapter.{error}") from error
     if isinstance(found, str):
@@ -51,10 +51,10 @@ def _output_layers(model: PreTrainedModel) -> list[str]:
 
 
 def in_layers(model: PreTrainedModel, targets: Sequence[str], layers: Sequence[int]) -> list[str]:
-    """Full names of the modules that are meant and lie in these blocks, counted as peft does.
+    """Full names of the selected modules inside these blocks, numbered as in peft.
 
     Raises:
-        UserError: if there are none in one of the blocks.
+        UserError: there are none in one of the blocks.
     """
     ends = tuple(f".{target}" for target in targets)
     blocks = {

@@ -15,7 +15,7 @@ from fvae_lora_experiments.predict.output import Output
 from fvae_lora_experiments.predict.predictors import PREDICTORS, Predictor
 from fvae_lora_experiments.predict.rows import Row
 from fvae_lora_experiments.predict.trained import Trained
-from fvae_lora_experiments.run.timing import on_terminal
+from fvae_lora_experiments.run.timing import is_terminal
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def predict(
     predictor = PREDICTORS[trained.recipe.task](trained, probabilities, draws)
     output.open(predictor.columns)
     done = left_out = 0
-    bar = tqdm(unit="row", desc="predicting", disable=not on_terminal(), leave=False)
+    bar = tqdm(unit="row", desc="predicting", disable=not is_terminal(), leave=False)
     try:
         with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
             for batch in _batches(output.not_done(rows), batch_size or trained.recipe.train.batch_size):

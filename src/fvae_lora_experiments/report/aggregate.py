@@ -10,40 +10,41 @@ from pathlib import Path
 from fvae_lora_experiments.recipe import flatten
 from fvae_lora_experiments.report import paper
 from fvae_lora_experiments.report.baseline import Difference, differences
-from fvae_lora_experiments.report.grids import Place, read_grids
-from fvae_lora_experiments.report.numbers import factor, half_width, spread
-from fvae_lora_experiments.report.rows import Further, Group, Measured, Row, State, Trials, differing
-from fvae_lora_experiments.run.archive import Run, read_runs
-from fvae_lora_experiments.run.record import Record, Source, is_number, printable
+from fvae_lora_experiments.report.grids import Placement, read_grids
+from fvae_lora_experiments.report.numbers import ci_half_width, factor, spread
+from fvae_lora_experiments.report.rows import ExtraScore, Group, Measured, Row, State, Trials, differing
+from fvae_lora_experiments.run.archive import StoredRun, read_runs
+from fvae_lora_experiments.run.record import Record, SourceRecord, is_number, printable
 from fvae_lora_experiments.schema import WITHOUT_EFFECT
 
 
-def summary_rows(*places: Path) -> list[Row]:
+def summary_rows(*placements: Path) -> list[Row]:
     """Return one row per recipe over its finished seeds and per point of a grid, then each run that is not counted.
 
-    Rows that may be compared stand together, results first, in the order of their validation score: the order does
-    not look at test.
+    Rows that may be compared are together, results first, in the order of their validation score, never of test.
 
     Raises:
         UserError: as `read_runs`.
 
     """
-    return [group.row for group in aggregate(read_runs(*places))]
+    return [group.row for group in aggregate(read_runs(*placements))]
 
 
-def aggregate(runs: Iterable[Run]) -> list[Group]:
-    """Group the runs whose recipes differ in nothing but the seed, in the order of `summary_rows`."""
+def aggregate(runs: Iterable[StoredRun]) -> list[Group]:
+    """Group the runs whose recipes only differ in the seed, in the order of `summary_rows`."""
     trials, left_out = _gathered([_countable(run) for run in runs])
-    compared = [_compared(list(alike)) for _, alike in groupby(sorted(trials, key=_comparison), key=_comparison)]
+    compared = [
+        _compared(list(alike)) for _, alike in groupby(sorted(trials, key=_comparison_key), key=_comparison_key)
+    ]
     return [group for alike in compared for group in alike] + left_out
 
 
-def _comparison(trials: Trials) -> tuple[str, ...]:
-    return trials.measured.comparison
+def _comparison_key(trials: Trials) -> tuple[str, ...]:
+    return trials.measured.comparison_key
 
 
-def _gathered(runs: Sequence[Run]) -> tuple[list[Trials], list[Group]]:
-    """Gather the runs of each recipe, and those that are counted nowhere."""
+def _gathered(runs: Sequence[StoredRun]) -> tuple[list[Trials], list[Group]]:
+    """Gather the runs of each recipe, and those that are not counted."""
     runs = _identified(runs)
     records = [run.record for run in runs if run.record]
     models, datasets = _labels(r.model for r in records), _labels(map(_data, records))
@@ -85,13 +86,13 @@ def _gathered(runs: Sequence[Run]) -> tuple[list[Trials], list[Group]]:
     return list(found.values()), left_out
 
 
-def _left_out(run: Run, seed: int, trials: Trials, state: State, reason: str) -> Group:
+def _left_out(run: StoredRun, seed: int, trials: Trials, state: State, reason: str) -> Group:
     measured, rate = vars(trials.measured) | {"state": state}, _learning_rate(trials)
     return Group(Row(**measured, learning_rate=rate, seeds=(seed,), run=run.name, reason=reason))
 
 
-def _countable(run: Run) -> Run:
-    """Take the record from a run that claims to be complete and is not."""
+def _countable(run: StoredRun) -> StoredRun:
+    """Mark a run as unreadable if its record claims to be complete and is not."""
     record = run.record
     if record is None or record.state != "complete":
         return run
@@ -102,13 +103,13 @@ def _countable(run: Run) -> Run:
         error = f"{name} is {score:g}, and not a fraction"
     else:
         return run
-    return Run(run.name, None, f"run.json: {error}")
+    return StoredRun(run.name, None, f"run.json: {error}")
 
 
-def _identified(runs: Sequence[Run]) -> list[Run]:
-    """Say of a run that ended before it had opened model and data which ones its recipe means, if another run knows."""
+def _identified(runs: Sequence[StoredRun]) -> list[StoredRun]:
+    """Fill in model and data of runs that ended before opening them, from other runs of the same recipe."""
 
-    def asked(run: Run) -> tuple[str, ...]:
+    def asked(run: StoredRun) -> tuple[str, ...]:
         return tuple(printable(run.recipe.get(key)) for key in ("task", "model", "dataset", "data"))
 
     known = {asked(run): run.record for run in runs if run.record and run.record.dataset.fingerprint}
@@ -124,11 +125,11 @@ def _identified(runs: Sequence[Run]) -> list[Run]:
 
 
 NAMED_ELSEWHERE = {"task", "method", "model", "dataset", "seed", "purpose", *WITHOUT_EFFECT}
-"""What rows of a comparison do not differ in by these names: model and data are known by their contents."""
+"""Keys that do not distinguish rows: model and data are identified by their contents instead."""
 
 
 def _compared(trials: Sequence[Trials]) -> list[Group]:
-    """Make the rows of what was measured alike, in their order."""
+    """Make the rows of one comparison, in their order."""
     results = [each for each in trials if each.measured.state == "complete"]
     points = [each for each in trials if each.measured.state == "selection"]
     begun = [each.runs.keys() | each.unfinished.keys() for each in results]
@@ -144,7 +145,7 @@ def _compared(trials: Sequence[Trials]) -> list[Group]:
     }
     sign = -1 if trials[0].measured.greater_is_better else 1
     finished.sort(key=lambda each: (sign * (rows[each].validation_score or 0), rows[each].label))
-    rows |= {each: _point(each, settings[each], grids.places[each]) for each in points}
+    rows |= {each: _point(each, settings[each], grids.placements[each]) for each in points}
     return [Group(rows[each], each.runs, each.recipe) for each in (*finished, *points)]
 
 
@@ -169,13 +170,13 @@ def _result(trials: Trials, expected: set[int], settings: str, superseded: bool,
         scores=tuple(scores),
         score=statistics.fmean(scores),
         score_std=spread(scores),
-        score_half_width=half_width(scores),
+        score_half_width=ci_half_width(scores),
         validation_score=over_seeds(lambda r: r.metrics.validation.get(measured.metric), statistics.fmean),
         pairs=difference.pairs,
         difference=difference.mean,
         difference_half_width=difference.half_width,
         paper=paper.figure(measured.method, measured.hub_name, measured.metric),
-        further=tuple(_further(measured, records)),
+        extra_scores=tuple(_extra_scores(measured, records)),
         trainable_parameters=count(lambda r: r.parameters.trainable),
         inference_parameters=count(lambda r: r.parameters.inference),
         time_s=over_seeds(lambda r: r.time.wall_s, statistics.fmean),
@@ -186,7 +187,7 @@ def _result(trials: Trials, expected: set[int], settings: str, superseded: bool,
     )
 
 
-def _point(trials: Trials, settings: str, place: Place) -> Row:
+def _point(trials: Trials, settings: str, place: Placement) -> Row:
     states = trials.unfinished.values()
     return Row(
         **vars(trials.measured),
@@ -202,22 +203,22 @@ def _point(trials: Trials, settings: str, place: Place) -> Row:
     )
 
 
-def _further(measured: Measured, records: Sequence[Record]) -> Iterable[Further]:
+def _extra_scores(measured: Measured, records: Sequence[Record]) -> Iterable[ExtraScore]:
     tests = [record.metrics.test for record in records]
     for score in dict.fromkeys(score for test in tests for score in test):
         if score not in (measured.metric, "loss"):
             values = [test[score] for test in tests if score in test]
             figure = paper.figure(measured.method, measured.hub_name, score)
-            yield Further(score, statistics.fmean(values), spread(values), figure)
+            yield ExtraScore(score, statistics.fmean(values), spread(values), figure)
 
 
 def _settings(
     trials: Sequence[Trials], superseded: Collection[Trials] = (), gridded: Collection[str] = ()
 ) -> dict[Trials, str]:
-    """Name, for each, the entries in which its recipe differs from another of its method.
+    """Name the entries in which each recipe differs from others of its method.
 
-    What a grid chose (`gridded`) is left out where the rows are told apart without it: a row then has the same name on
-    every data set. What is superseded is told apart, and tells nothing apart.
+    Keys that a grid chose (`gridded`) are left out if the rows are distinct without them, so that a row has the same
+    name on every data set. Superseded rows are named by all their entries, but do not make others longer.
     """
     named = {}
     for method in {each.measured.method for each in trials}:
@@ -239,18 +240,20 @@ def _learning_rate(trials: Trials) -> float | None:
     return float(rate) if is_number(rate) else None
 
 
-def _data(record: Record) -> Source:
+def _data(record: Record) -> SourceRecord:
     """Return the data set of a run, with its configuration in its name."""
     name, settings = record.dataset.name, record.recipe.get("data")
     config = settings.get("config") if isinstance(settings, dict) else None
-    return Source(name=f"{name} ({printable(config)})" if config else name, fingerprint=record.dataset.fingerprint)
+    return SourceRecord(
+        name=f"{name} ({printable(config)})" if config else name, fingerprint=record.dataset.fingerprint
+    )
 
 
-def _identity(source: Source) -> tuple[str, str]:
+def _identity(source: SourceRecord) -> tuple[str, str]:
     return source.name, source.fingerprint
 
 
-def _labels(sources: Iterable[Source]) -> dict[tuple[str, str], str]:
+def _labels(sources: Iterable[SourceRecord]) -> dict[tuple[str, str], str]:
     """Label each (name, fingerprint) by its name, and by the fingerprint where two things share the name."""
     identities = {_identity(s) for s in sources}
     uses = Counter(name for name, _ in identities)

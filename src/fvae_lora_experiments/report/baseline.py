@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from fvae_lora_experiments.methods import METHODS
-from fvae_lora_experiments.report.numbers import half_width
+from fvae_lora_experiments.report.numbers import ci_half_width
 from fvae_lora_experiments.report.rows import Trials, differing
 from fvae_lora_experiments.run.record import Record
 
@@ -24,11 +24,11 @@ class Difference:
 def differences(
     results: Sequence[Trials], superseded: Collection[Trials], gridded: Collection[str]
 ) -> dict[Trials, Difference]:
-    """Return the differences of those that have a baseline.
+    """Return the differences of those results that have a baseline.
 
     Args:
-        results: finished runs that were measured alike.
-        superseded: those of them that are no baseline.
+        results: finished runs of one comparison.
+        superseded: those of them that cannot be a baseline.
         gridded: the keys that a grid chose for each method.
 
     """
@@ -37,14 +37,14 @@ def differences(
     for each in results:
         if each.measured.method != BASELINE and (baseline := _baseline(each, baselines, gridded)):
             pairs = list(_pairs(each, baseline))
-            found[each] = Difference(len(pairs), statistics.fmean(pairs) if pairs else None, half_width(pairs))
+            found[each] = Difference(len(pairs), statistics.fmean(pairs) if pairs else None, ci_half_width(pairs))
     return found
 
 
 def _baseline(ours: Trials, baselines: Sequence[Trials], gridded: Collection[str]) -> Trials | None:
-    """Pick the baseline under the settings of `ours`, apart from what a grid chose and what the method is.
+    """Pick the baseline with the settings of `ours`, apart from what a grid chose and what defines the method.
 
-    Where several are left, only a varied setting tells them apart: the one that shares it is picked, if there is one.
+    If several are left, they only differ in a varied setting: the one that shares it is picked, if there is one.
     """
     method = METHODS.get(ours.measured.method)
     own = {"train.learning_rate", *gridded, *(method.defaults if method else ())}

@@ -1,4 +1,4 @@
-"""What every table shows of a row."""
+"""The columns of the tables, and how a row's cells are written."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,7 +15,7 @@ from fvae_lora_experiments.report.numbers import (
     signed,
     title,
 )
-from fvae_lora_experiments.report.rows import Further, Row
+from fvae_lora_experiments.report.rows import ExtraScore, Row
 
 Column = Callable[[Row], str]
 
@@ -26,7 +26,7 @@ def score(row: Row) -> str:
 
 
 def seeds(row: Row) -> str:
-    """Say how many seeds finished, and of how many where some are missing."""
+    """Write how many seeds finished, and out of how many if some are missing."""
     n = len(row.seeds)
     return f"{n} of {n + len(row.missing_seeds)}, incomplete" if row.missing_seeds else str(n)
 
@@ -43,8 +43,8 @@ def difference(row: Row) -> str:
     return signed(shown(row.metric, row.difference, row.difference_half_width))
 
 
-def results(rows: Sequence[Row]) -> dict[str, Column]:
-    """Return the columns of the scores; those of the baseline and of the paper where a row has something in them."""
+def result_columns(rows: Sequence[Row]) -> dict[str, Column]:
+    """Return the columns of the scores; those of the baseline and the paper only if a row has an entry."""
     metric = rows[0].metric
     lower = "" if rows[0].greater_is_better else " ↓"
     columns: dict[str, Column] = {title(metric) + lower: score, "95% CI ±": half_width, "seeds": seeds}
@@ -56,13 +56,13 @@ def results(rows: Sequence[Row]) -> dict[str, Column]:
     return columns
 
 
-def further(rows: Sequence[Row]) -> dict[str, Column]:
-    """Return a column for each test score beside the one by which the runs are judged, and the paper's beside it."""
+def extra_columns(rows: Sequence[Row]) -> dict[str, Column]:
+    """Return a column for each further test score, with the paper's beside it."""
     columns: dict[str, Column] = {}
-    for name in dict.fromkeys(score.name for row in rows for score in row.further):
-        columns[title(name)] = partial(_further, name, lambda found: shown(found.name, found.mean, found.std))
-        if any(score.name == name and score.paper is not None for row in rows for score in row.further):
-            columns[f"paper, {title(name)}"] = partial(_further, name, lambda found: percent(found.paper))
+    for name in dict.fromkeys(score.name for row in rows for score in row.extra_scores):
+        columns[title(name)] = partial(_extra_scores, name, lambda found: shown(found.name, found.mean, found.std))
+        if any(score.name == name and score.paper is not None for row in rows for score in row.extra_scores):
+            columns[f"paper, {title(name)}"] = partial(_extra_scores, name, lambda found: percent(found.paper))
     return columns
 
 
@@ -75,8 +75,8 @@ COSTS: dict[str, Column] = {
     "training FLOPs": lambda row: quantity(row.train_flops),
     "batch FLOPs": lambda row: quantity(row.inference_flops),
 }
-"""What it took: FLOPs are those of the whole training, and of a forward of one batch with the final model."""
+"""Costs: FLOPs are those of the whole training, and of a forward of one batch with the final model."""
 
 
-def _further(name: str, write: Callable[[Further], str], row: Row) -> str:
-    return next((write(score) for score in row.further if score.name == name), UNKNOWN)
+def _extra_scores(name: str, write: Callable[[ExtraScore], str], row: Row) -> str:
+    return next((write(score) for score in row.extra_scores if score.name == name), UNKNOWN)

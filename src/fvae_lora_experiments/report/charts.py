@@ -1,6 +1,6 @@
-"""Charts as inline SVG. Colours, dashes and fonts are the style sheet's: series n has the class `s<n % 8>`.
+"""Charts as inline SVG. Colours, dashes and fonts come from the style sheet: series n has the class `s<n % 8>`.
 
-Coordinates are rounded to a tenth of a unit of the view box, so equal data give equal text.
+Coordinates are rounded to a tenth of a unit of the view box, so equal data gives equal text.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from fvae_lora_experiments.run.archive import Point
+from fvae_lora_experiments.run.archive import CurvePoint
 
 HEIGHT = 280
 LEFT, TOP, BOTTOM = 54, 12, 238
@@ -30,7 +30,7 @@ MARKERS = (
 
 @dataclass(frozen=True)
 class Mark:
-    """How a row looks in every chart: its number stands for a colour, a dash and a marker."""
+    """How a row looks in every chart: its number determines a colour, a dash and a marker."""
 
     label: str
     number: int
@@ -48,12 +48,12 @@ class Mark:
 
 @dataclass(frozen=True)
 class Line:
-    """A row's curve, the curves of its seeds, and the points where its marker stands: its end, if none."""
+    """A row's curve, the curves of its seeds, and the points with a marker; by default its end."""
 
     mark: Mark
-    mean: Sequence[Point]
-    seeds: Sequence[Sequence[Point]]
-    marked: Sequence[Point] = ()
+    mean: Sequence[CurvePoint]
+    seeds: Sequence[Sequence[CurvePoint]]
+    marked: Sequence[CurvePoint] = ()
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Dot:
 def line_chart(title: str, x_label: str, lines: Sequence[Line], ticks: Sequence[float] = ()) -> Markup:
     """Draw the seeds of each line faint, and its mean bold with its marker.
 
-    With `ticks`, these are the values that x names, and x is logarithmic where they span a factor of ten.
+    With `ticks`, x is labelled at these values, and logarithmic if they span a factor of ten.
     """
     everything = [point for line in lines for curve in (*line.seeds, line.mean) for point in curve]
     x = Axis.linear([point[0] for point in everything], LEFT, 440)
@@ -94,7 +94,7 @@ def line_chart(title: str, x_label: str, lines: Sequence[Line], ticks: Sequence[
 
 
 def scatter_chart(title: str, x_label: str, dots: Sequence[Dot], unit: Callable[[float], str]) -> Markup:
-    """Draw dots with their error bars; x is logarithmic where it spans a factor of ten."""
+    """Draw dots with their error bars; x is logarithmic if it spans a factor of ten."""
     costs = [dot.x for dot in dots]
     x = (Axis.logarithmic if _wide(costs) else Axis.linear)(costs, LEFT + 12, 320, unit)
     y = Axis.linear([dot.y + end for dot in dots for end in (-dot.spread, dot.spread)], BOTTOM - 12, TOP)
@@ -126,7 +126,9 @@ def strip(scores: Sequence[float], low: float, high: float) -> Markup:
     ).format(dots, x(statistics.fmean(scores)))
 
 
-def spark(mean: Sequence[Point], low: Sequence[Point], high: Sequence[Point], y_range: tuple[float, float]) -> Markup:
+def spark(
+    mean: Sequence[CurvePoint], low: Sequence[CurvePoint], high: Sequence[CurvePoint], y_range: tuple[float, float]
+) -> Markup:
     """Draw a small curve with the range over seeds behind it; three curves on the same x."""
     x, y = Axis(mean[0][0], mean[-1][0], 1, 119), Axis(*y_range, 31, 1)
     band = _path(x, y, [*low, *reversed(high)])
@@ -206,7 +208,7 @@ def _marker(mark: Mark, x: float, y: float) -> Markup:
     return Markup('<path class="point" transform="translate({:g} {:g})" d="{}"/>').format(x, y, mark.outline)
 
 
-def _path(x: Axis, y: Axis, curve: Sequence[Point]) -> str:
+def _path(x: Axis, y: Axis, curve: Sequence[CurvePoint]) -> str:
     return "M" + " ".join(f"{x(px):g} {y(py):g}" for px, py in curve)
 
 

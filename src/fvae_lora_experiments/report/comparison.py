@@ -1,4 +1,4 @@
-"""What the page says about the rows that were measured alike: their table, their charts, their facts."""
+"""What the page shows of one comparison: tables, charts and facts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from fvae_lora_experiments.report.charts import COLOURS, Dot, Line, Mark, line_c
 from fvae_lora_experiments.report.curves import mean_curve, thinned
 from fvae_lora_experiments.report.numbers import factor, number, quantity, title
 from fvae_lora_experiments.report.rows import Group, Row
-from fvae_lora_experiments.report.tables import Compared, Table, grid_key, grid_lines, grids, tables
-from fvae_lora_experiments.run.archive import Point, Run
+from fvae_lora_experiments.report.tables import ComparedRows, Table, grid_key, grid_lines, grid_tables, tables
+from fvae_lora_experiments.run.archive import CurvePoint, StoredRun
 from fvae_lora_experiments.run.record import is_number, printable
 
 POINTS_IN_A_MEAN = 120
 POINTS_IN_A_SEED = 60
 POINTS_IN_A_SPARK = 24
-"""What a curve is thinned to, so that 200 runs stay a page that a browser opens at once."""
+"""The points that a curve is thinned to, so that a page of 200 runs opens fast."""
 
 CHARTED_COSTS: dict[str, Callable[[Row], float | None]] = {
     "FLOPs of training": lambda row: row.train_flops,
@@ -39,7 +39,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Layer:
-    """How each term of one adapted layer developed: (curve, first value, last value), None where unknown."""
+    """How each ELBO term of a layer developed: (curve, first, last value), or None if unknown."""
 
     name: str
     terms: Sequence[tuple[Markup, str, str] | None]
@@ -47,7 +47,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Elbo:
-    """The layers of one row."""
+    """The ELBO terms of a row's layers."""
 
     label: str
     terms: Sequence[str]
@@ -56,16 +56,16 @@ class Elbo:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that the page shows of the rows that were measured alike."""
+    """Everything that the page shows of one comparison."""
 
     row: Row
     better: str
-    """Where in a chart of score against cost the good ones are."""
+    """The direction of better scores in a chart of score against cost."""
     results: Table | None
     rows: Sequence[tuple[Row, Mark, Markup]]
-    """For each row of `results` its row, its mark, and the strip of its seeds."""
+    """For each row of `results`: the row, its mark, and the strip of its seeds."""
     scale: tuple[str, str]
-    """The ends of the strips, as scores are shown."""
+    """The ends of the strips, formatted like scores."""
     tables: Sequence[Table]
     """The other tables of the results."""
     grids: Sequence[Table]
@@ -77,12 +77,12 @@ class Comparison:
     classes: Sequence[Classes]
 
 
-def comparison(groups: Sequence[Group], marks: dict[str, Mark]) -> Comparison:
-    """Draw everything about `groups`, which were measured alike; `marks` has a mark for each label and grid line."""
+def draw_comparison(groups: Sequence[Group], marks: dict[str, Mark]) -> Comparison:
+    """Draw everything about the groups of one comparison; `marks` has a mark for each label and grid line."""
     finished = [group for group in groups if group.row.state == "complete"]
     points = [group.row for group in groups if group.row.state == "selection"]
     row = groups[0].row
-    measured = tables(Compared([group.row for group in finished], []))
+    measured = tables(ComparedRows([group.row for group in finished], []))
     scores = [score for group in finished for score in group.row.scores]
     low, high = min(scores, default=0.0), max(scores, default=0.0)
     scale = factor(row.metric)
@@ -94,7 +94,7 @@ def comparison(groups: Sequence[Group], marks: dict[str, Mark]) -> Comparison:
         rows=[(g.row, marks[g.row.label], strip(g.row.scores, low, high)) for g in finished],
         scale=(f"{scale * low:.1f}", f"{scale * high:.1f}"),
         tables=measured[1:],
-        grids=grids(points),
+        grids=grid_tables(points),
         grid_charts=list(_grid_charts(points, marks)),
         curves=[panel for chunk in _chunks(by_mark) if (panel := _curves(chunk, marks)).charts],
         costs=_costs([group.row for group in by_mark], marks),
@@ -128,7 +128,7 @@ def _curves(groups: Sequence[Group], marks: dict[str, Mark]) -> Panel:
 
 
 def _grid_charts(points: Sequence[Row], marks: dict[str, Mark]) -> Iterator[Panel]:
-    """Draw validation score against the value of the grid's key, the chosen point marked, failed ones left out."""
+    """Draw validation score against the value of the grid's key, the chosen point marked, without failed ones."""
     key = grid_key(points)
     values = sorted({value for row in points if is_number(value := dict(row.point).get(key))})
     for chunk in _chunks(list(grid_lines(points, key).items())):
@@ -184,7 +184,7 @@ def _without_common_parents(modules: Sequence[str]) -> list[str]:
     return [".".join(path[shared:] or path) for path in paths]
 
 
-def _development(seeds: Sequence[list[Point]]) -> tuple[Markup, str, str] | None:
+def _development(seeds: Sequence[list[CurvePoint]]) -> tuple[Markup, str, str] | None:
     mean = mean_curve(seeds)
     if not mean:
         return None
@@ -197,8 +197,8 @@ def _development(seeds: Sequence[list[Point]]) -> tuple[Markup, str, str] | None
     return curve, number(mean[0][1]), number(mean[-1][1])
 
 
-def _facts(runs: Sequence[Run]) -> dict[str, str]:
-    """List what was measured on what, each fact with every value that the runs have for it."""
+def _facts(runs: Sequence[StoredRun]) -> dict[str, str]:
+    """List facts on data, model and machine, each with every value that occurs in the runs."""
     records = [run.record for run in runs if run.record]
     facts = {
         "data": [f"{r.dataset.name}, SHA-256 {r.dataset.fingerprint[:12]}" for r in records],

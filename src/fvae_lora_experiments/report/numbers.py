@@ -1,4 +1,4 @@
-"""Numbers for people: what a score is called, how numbers are written, what a handful of seeds says about a mean."""
+"""Numbers for people: titles of scores, formatting, and confidence intervals over seeds."""
 
 import math
 import statistics
@@ -9,11 +9,11 @@ from scipy.stats import t
 UNKNOWN = "–"
 
 NO_FRACTIONS = {"loss", "perplexity", "count", "unparsable"}
-"""The last words of names of scores that are no fractions; all others are shares, error rates and correlations."""
+"""Last words of the names of scores that are not fractions; all others are shares, error rates or correlations."""
 
 
 def factor(score: str) -> int:
-    """Return what the score of that name is multiplied with to be shown: 100 for a fraction."""
+    """Return the factor by which a score is multiplied for display: 100 for a fraction."""
     return 1 if score.rpartition("_")[2] in NO_FRACTIONS else 100
 
 
@@ -23,7 +23,7 @@ def title(score: str) -> str:
 
 
 def shown(score: str, mean: float, std: float | None = None) -> str:
-    """Write a score, with its standard deviation over seeds where there is one."""
+    """Write a score, with its standard deviation over seeds if there is one."""
     scale = factor(score)
     return f"{scale * mean:.2f}" + ("" if std is None else f" ± {scale * std:.2f}")
 
@@ -36,7 +36,7 @@ def spread(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def half_width(values: Sequence[float]) -> float | None:
+def ci_half_width(values: Sequence[float]) -> float | None:
     """Return half the width of the 95% confidence interval of the mean of `values`, by Student's t.
 
     It is t(n - 1) s / sqrt(n) with s the sample standard deviation: exact for normal values. None for fewer than two.
@@ -78,7 +78,7 @@ def duration(seconds: float | None) -> str:
 
 
 def memory(megabytes: float | None) -> str:
-    """Write a size in MB, or in GB from one gigabyte on."""
+    """Write a size in MB, or from one gigabyte in GB."""
     if megabytes is None:
         return UNKNOWN
     return f"{megabytes:.0f}MB" if megabytes < 999.5 else f"{megabytes / 1000:.1f}GB"

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing but itself: no script, no request."""
+"""The report as one self-contained HTML page, without scripts or requests."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fvae_lora_experiments.report.aggregate import aggregate
 from fvae_lora_experiments.report.charts import Mark, swatch
-from fvae_lora_experiments.report.comparison import comparison
-from fvae_lora_experiments.report.tables import comparisons, grid_key, grid_lines, left_out, overviews
-from fvae_lora_experiments.run.archive import place_name, read_runs
+from fvae_lora_experiments.report.comparison import draw_comparison
+from fvae_lora_experiments.report.tables import compared_rows, grid_key, grid_lines, overview_tables, uncounted
+from fvae_lora_experiments.run.archive import folder_name, read_runs
 from fvae_lora_experiments.run.folder import write_atomically
 
 
@@ -25,10 +25,10 @@ def write_page(places: Sequence[Path], out: Path) -> Path:
     read = read_runs(*places)
     groups = aggregate(read)
     rows = [group.row for group in groups]
-    uncounted = left_out(rows)
+    left_out = uncounted(rows)
     counted = [group for group in groups if group.runs]
     labels = {row.label for row in rows if row.state == "complete"}
-    for compared in comparisons(rows):
+    for compared in compared_rows(rows):
         labels |= grid_lines(compared.points, grid_key(compared.points)).keys()
     marks = {label: Mark(label, i) for i, label in enumerate(sorted(labels))}
     templates = Environment(
@@ -39,22 +39,22 @@ def write_page(places: Sequence[Path], out: Path) -> Path:
         lstrip_blocks=True,
     )
     page = templates.get_template("page.html").render(
-        folder=", ".join(map(place_name, places)),
+        folder=", ".join(map(folder_name, places)),
         runs=len(read),
         counted=sum(len(group.runs) for group in counted if group.row.state == "complete"),
         selecting=sum(len(group.runs) for group in counted if group.row.state == "selection"),
-        states=Counter(row.state for row in uncounted),
+        states=Counter(row.state for row in left_out),
         incomplete=sum(bool(row.missing_seeds) for row in rows if row.state == "complete"),
         swatch=swatch,
-        overviews=overviews(rows),
+        overviews=overview_tables(rows),
         comparisons=[
-            comparison(list(alike), marks)
+            draw_comparison(list(alike), marks)
             for _, alike in groupby(
                 (group for group in groups if group.row.state in ("complete", "selection")),
-                lambda group: group.row.comparison,
+                lambda group: group.row.comparison_key,
             )
         ],
-        left_out=uncounted,
+        left_out=left_out,
     )
     write_atomically(out, page)
     return out

@@ -1,4 +1,4 @@
-"""The figures that the paper published, to set beside ours and never among them."""
+"""The figures that the paper published, shown beside ours and never mixed with them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class Published:
     datasets: Sequence[str]
     figures: Mapping[str, Sequence[float]]
     means: Mapping[str, float] = field(default_factory=dict)
-    """Means over all of `datasets` as published; for some methods there is nothing else."""
+    """Means over all of `datasets` as published; for some methods only these exist."""
 
     def figure(self, method: str, dataset: str) -> float | None:
         """Return the figure of a method on one of `datasets`, or None."""
@@ -37,7 +37,7 @@ def paper() -> tuple[str, Sequence[Published]]:
 def published(dataset: str, score: str) -> tuple[Published, str] | None:
     """Return the table that has this score on this data set, and the data set's name there, or None.
 
-    A run that is tested on several data sets names them in its scores: `piqa_generated_accuracy` is one on piqa.
+    Scores of a run that is tested on several data sets begin with their names: `piqa_generated_accuracy`.
     """
     for table in paper()[1]:
         for name in table.datasets:
@@ -47,6 +47,6 @@ def published(dataset: str, score: str) -> tuple[Published, str] | None:
 
 
 def figure(method: str, dataset: str, score: str) -> float | None:
-    """Return the published figure in percent where method, data set and score match one, or None."""
+    """Return the published figure in percent for method, data set and score, or None."""
     found = published(dataset, score)
     return found[0].figure(method, found[1]) if found else None

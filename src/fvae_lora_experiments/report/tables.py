@@ -1,4 +1,4 @@
-"""What is told of the rows, as tables and notes of plain text; each format writes these."""
+"""The report's tables and notes as plain text, which each format writes."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from fvae_lora_experiments.report.baseline import BASELINE
-from fvae_lora_experiments.report.cells import COSTS, further, results, score
+from fvae_lora_experiments.report.cells import COSTS, extra_columns, result_columns, score
 from fvae_lora_experiments.report.numbers import UNKNOWN, percent, shown, title
 from fvae_lora_experiments.report.paper import paper, published
 from fvae_lora_experiments.report.rows import Row
@@ -14,59 +14,63 @@ from fvae_lora_experiments.report.rows import Row
 
 @dataclass(frozen=True)
 class Table:
-    """A heading for each column, and rows of as many cells; the first column says which row it is."""
+    """A heading for each column, and rows with as many cells; the first column names the row."""
 
     title: str
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
-    """What a reader must know of it, a sentence or two each."""
+    """What a reader must know about it, a sentence or two each."""
 
 
 @dataclass(frozen=True)
-class Compared:
-    """The rows that were measured alike: finished ones, and the points of their methods' grids."""
+class ComparedRows:
+    """The rows of one comparison: finished ones, and the points of their methods' grids."""
 
     rows: Sequence[Row]
     points: Sequence[Row]
 
     @property
     def any(self) -> Row:
-        """A row, for what all have in common."""
+        """Any of the rows, for what all have in common."""
         return (*self.rows, *self.points)[0]
 
     @property
     def name(self) -> str:
         """What was measured."""
-        return " · ".join(filter(None, self.any.comparison[:4]))
+        return " · ".join(filter(None, self.any.comparison_key[:4]))
 
 
-def comparisons(rows: Sequence[Row]) -> Iterator[Compared]:
-    """Yield the rows that were measured alike together, for each of such sets."""
+def compared_rows(rows: Sequence[Row]) -> Iterator[ComparedRows]:
+    """Yield the rows of each comparison."""
     counted = (row for row in rows if row.state in ("complete", "selection"))
-    for _, alike in groupby(counted, key=lambda row: row.comparison):
+    for _, alike in groupby(counted, key=lambda row: row.comparison_key):
         both = list(alike)
-        yield Compared(
+        yield ComparedRows(
             [row for row in both if row.state == "complete"], [row for row in both if row.state == "selection"]
         )
 
 
-def left_out(rows: Sequence[Row]) -> list[Row]:
-    """Pick the runs that no number contains: failed, unfinished, unreadable, or there twice."""
+def uncounted(rows: Sequence[Row]) -> list[Row]:
+    """Pick the runs that are in no number: failed, unfinished, unreadable or duplicate."""
     return [row for row in rows if row.state not in ("complete", "selection")]
 
 
-def tables(compared: Compared) -> list[Table]:
-    """Return the tables of a comparison that have something to tell, the results first."""
-    return [*_measured(compared.rows), *grids(compared.points)]
+def tables(compared: ComparedRows) -> list[Table]:
+    """Return the tables of a comparison that are not empty, results first."""
+    return [*_measured(compared.rows), *grid_tables(compared.points)]
 
 
 def _measured(rows: Sequence[Row]) -> list[Table]:
     if not rows:
         return []
     made = (
-        ("Test scores", results(rows), _result_notes(rows)),
-        ("Further test scores", further(rows), ["Mean ± sample standard deviation over seeds.", *_paper_note(rows)]),
+        ("Test scores", result_columns(rows), _result_notes(rows)),
+        (
+            "Further test scores",
+            extra_columns(rows),
+            ["Mean ± sample standard deviation over seeds.", *_paper_note(rows)],
+        ),
         ("Settings and cost", COSTS, [COST_NOTE]),
     )
     return [
@@ -78,10 +82,10 @@ def _measured(rows: Sequence[Row]) -> list[Table]:
     ]
 
 
-def grids(points: Sequence[Row]) -> list[Table]:
+def grid_tables(points: Sequence[Row]) -> list[Table]:
     """Return the table of validation scores over the grids of all methods, if there is a grid.
 
-    The key that most methods vary (the learning rate, if it is one of them) goes across, what else varies goes down.
+    The key that most methods vary (preferably the learning rate) goes across, others go down.
     """
     if not points:
         return []
@@ -125,11 +129,11 @@ def _point(row: Row) -> str:
     return shown(row.metric, row.validation_score) + (" *" if row.chosen else "")
 
 
-def overviews(rows: Sequence[Row]) -> list[Table]:
+def overview_tables(rows: Sequence[Row]) -> list[Table]:
     """Return a table of data sets across and methods down for each model that has results on several data sets.
 
-    The mean over the data sets is that of methods which have every seed on every one of them. Where the paper has
-    figures for the same data sets, they follow as a table of their own.
+    The mean over the data sets is only given for methods with every seed on each of them. If the paper has figures for
+    the same data sets, they follow in a separate table.
     """
     results = sorted((row for row in rows if row.state == "complete"), key=_family)
     made = []
@@ -169,7 +173,7 @@ def _overview(rows: Sequence[Row], datasets: Sequence[str]) -> Table:
 
 
 def _published(row: Row, datasets: dict[str, str]) -> list[Table]:
-    """The paper's figures for the data sets of an overview, where one of its tables has them all."""
+    """The paper's figures for the data sets of an overview, if one of its tables has them all."""
     found = published(row.hub_name, row.metric)
     if found is None:
         return []
@@ -218,10 +222,10 @@ def _result_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _paper_note(rows: Sequence[Row]) -> list[str]:
-    if all(row.paper is None and all(score.paper is None for score in row.further) for row in rows):
+    if all(row.paper is None and all(score.paper is None for score in row.extra_scores) for row in rows):
         return []
     row, (source, _) = rows[0], paper()
-    scores = [row.metric, *(score.name for row in rows for score in row.further)]
+    scores = [row.metric, *(score.name for row in rows for score in row.extra_scores)]
     settings = dict.fromkeys(found[0].setting for score in scores if (found := published(row.hub_name, score)))
     return [
         f"paper: as published in {source} ({'; '.join(settings)}), measured by its authors under their own protocol. "

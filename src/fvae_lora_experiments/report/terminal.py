@@ -1,4 +1,4 @@
-"""The report in a terminal, at whatever width it has."""
+"""The report in a terminal of any width."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,23 +8,23 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from fvae_lora_experiments.report.rows import Row
-from fvae_lora_experiments.report.tables import Table, comparisons, left_out, overviews, tables
+from fvae_lora_experiments.report.tables import Table, compared_rows, overview_tables, tables, uncounted
 
 
 def print_table(rows: Sequence[Row], console: Console) -> None:
     """Print the tables of each comparison (task, data, protocol, model), an overview, and the runs not counted."""
     said: dict[str, None] = {}
-    for compared in comparisons(rows):
+    for compared in compared_rows(rows):
         console.print(Text(compared.name, style="bold"))
         for table in tables(compared):
             _print(table, console)
             said |= dict.fromkeys(table.notes)
-    for table in overviews(rows):
+    for table in overview_tables(rows):
         _print(table, console)
         said |= dict.fromkeys(table.notes)
     for note in said:
         console.print(Text(note, style="yellow" if note.startswith(("Warning", "incomplete")) else "dim"))
-    if rest := left_out(rows):
+    if rest := uncounted(rows):
         console.print(f"Not counted: {len(rest)}", style="bold")
     for row in rest:
         console.print(Text.assemble((f"{row.state:<10}", "red"), f" {row.run}  {row.reason}"))
@@ -46,7 +46,7 @@ def _print(table: Table, console: Console) -> None:
 
 
 def _fitting(table: Table, width: int) -> Iterator[list[int]]:
-    """Yield column numbers in portions that, beside the first column, fit into `width`."""
+    """Yield column numbers in portions that fit into `width` together with the first column."""
     first = 1 + max(len(word) for line, *_ in table.rows for word in line.split(" "))
     portion: list[int] = []
     used = first
@@ -61,7 +61,7 @@ def _fitting(table: Table, width: int) -> Iterator[list[int]]:
 
 
 def _width(table: Table, column: int) -> int:
-    """Return the width that no cell needs to be broken for, and no word of the heading."""
+    """Return the width at which no cell and no word of the heading has to be broken."""
     lines = (line for row in table.rows for line in _broken(row[column]).split("\n"))
     return max(map(len, (*table.headings[column].split(), *lines)))
 

@@ -1,1 +1,1 @@
-"""One run: its trainer, its record and folder, and what surrounds it."""
+"""One run: its trainer, its record, its folder and its environment."""

@@ -1,7 +1,7 @@
-"""Runs as they lie on a disk: in folders of their own, or many in one file, in whatever state they were left.
+"""Reading stored runs, from their folders or many from one file, in whatever state they were left.
 
-Such a file is gzip'd JSON lines: a run's name, its record and its learning curve per line. It holds all that a report
-needs, a hundred runs in a hundred kilobytes; the adapters stay behind.
+Such a file is gzip'd JSON lines: a run's name, its record and its learning curve per line. It holds everything that a
+report needs, a hundred runs in a hundred kilobytes, but not the adapters.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ from fvae_lora_experiments.run.folder import RunFolder, write_atomically
 from fvae_lora_experiments.run.record import Event, Record, parse_record, printable, read_events
 from fvae_lora_experiments.schema import Recipe
 
-Point = tuple[float, float]
+CurvePoint = tuple[float, float]
 
 ENDING = "runs.jsonl.gz"
-"""How the name of a file of runs ends: by it a report finds the file in a folder."""
+"""The ending of the name of a file of runs, by which a report finds it in a folder."""
 
 
 NAMES_OF_DATA = ("record.dataset.classes", "record.dataset.groups", "record.by_class")
@@ -39,8 +39,8 @@ NAMES_OF_DATA = ("record.dataset.classes", "record.dataset.groups", "record.by_c
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run: its name below the place where runs were looked for, its record, or None and the `error`."""
+class StoredRun:
+    """A run: its name relative to where runs were searched, and its record, or None and the `error`."""
 
     name: str
     record: Record | None
@@ -49,7 +49,7 @@ class Run:
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        """Its recipe with the keys that it was written without, so that it compares with one that has them."""
+        """Its recipe with defaults for keys that did not exist when it was written, for comparison with newer ones."""
         written = self.record.recipe if self.record else {}
         try:
             return Recipe.model_validate(written).model_dump()
@@ -61,12 +61,12 @@ class Run:
         """Its learning curve."""
         return self.read_events()
 
-    def curve(self, event: str, score: str) -> list[Point]:
-        """(epoch, score) of every such event, in order."""
+    def curve(self, event: str, score: str) -> list[CurvePoint]:
+        """(epoch, score) of every event of that kind, in order."""
         measured = [(e.epoch, e.scores) for e in self.events if e.event == event]
         return sorted({epoch: scores[score] for epoch, scores in measured if score in scores}.items())
 
-    def elbo(self) -> dict[str, dict[str, list[Point]]]:
+    def elbo(self) -> dict[str, dict[str, list[CurvePoint]]]:
         """{module: {term: [(epoch, value), ...]}}, modules and terms in order of appearance."""
         curves: dict[str, dict[str, dict[float, float]]] = {}
         for event in self.events:
@@ -80,15 +80,15 @@ class Run:
         }
 
 
-def read_runs(*places: Path) -> list[Run]:
+def read_runs(*places: Path) -> list[StoredRun]:
     """Reads all runs at or below `places`, sorted by path.
 
     Args:
-        places: folders, in which runs and files of runs lie at any depth, or files of runs. Where there are several,
-            the names of the runs begin with theirs. A run that lies unpacked beside its file is read from its folder.
+        places: folders with runs and files of runs at any depth, or files of runs. If there are several, the names of
+            the runs begin with theirs. A run that was unpacked beside its file is read from its folder.
 
     Raises:
-        UserError: there is no such place, or no run there; a file of runs that cannot be read.
+        UserError: a place does not exist or has no run, or a file of runs cannot be read.
     """
     runs = []
     for place in places:
@@ -96,49 +96,51 @@ def read_runs(*places: Path) -> list[Run]:
         if not found:
             what = f"no run (a folder with a run.json, or a file {ENDING}) in it"
             raise UserError(f"{place}: {what if place.exists() else 'no such folder or file'}")
-        above = place_name(place) if len(places) > 1 else ""
-        runs += [Run("/".join(filter(None, (above, r.name))), r.record, r.error, r.read_events) for r in found]
+        above = folder_name(place) if len(places) > 1 else ""
+        runs += [StoredRun("/".join(filter(None, (above, r.name))), r.record, r.error, r.read_events) for r in found]
     return sorted(runs, key=lambda run: PurePosixPath(run.name))
 
 
-def place_name(place: Path) -> str:
-    """What to call the runs of a place: as its folder is called."""
+def folder_name(place: Path) -> str:
+    """The name of the folder of a place, used to name its runs."""
     folder = place.resolve()
     return printable((folder.parent if folder.is_file() else folder).name)
 
 
-def _below(root: Path) -> Iterator[Run]:
+def _below(root: Path) -> Iterator[StoredRun]:
     for parent, _, files in os.walk(root):
         folder = Path(parent)
         above = "" if folder == root else folder.relative_to(root).as_posix()
         if "run.json" in files or "metrics.jsonl" in files:
-            yield _in_folder(folder, printable(above) or place_name(root))
+            yield _in_folder(folder, printable(above) or folder_name(root))
         for file in files:
             if file.endswith(ENDING):
                 packed = (run for run in _packed_in(folder / file) if not (folder / run.name / "run.json").exists())
                 for run in packed:
-                    yield Run(printable(f"{above}/{run.name}".lstrip("/")), run.record, run.error, run.read_events)
+                    yield StoredRun(
+                        printable(f"{above}/{run.name}".lstrip("/")), run.record, run.error, run.read_events
+                    )
 
 
-def _in_folder(folder: Path, name: str) -> Run:
+def _in_folder(folder: Path, name: str) -> StoredRun:
     try:
-        return Run(name, parse_record((folder / "run.json").read_bytes()), "", RunFolder(folder).events)
+        return StoredRun(name, parse_record((folder / "run.json").read_bytes()), "", RunFolder(folder).events)
     except OSError as error:
-        return Run(name, None, f"run.json: {error.strerror}")
+        return StoredRun(name, None, f"run.json: {error.strerror}")
     except ValueError as error:
-        return Run(name, None, f"run.json: {error}")
+        return StoredRun(name, None, f"run.json: {error}")
 
 
-def _packed_in(file: Path) -> Iterator[Run]:
+def _packed_in(file: Path) -> Iterator[StoredRun]:
     try:
         with gzip.open(file, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 yield _packed_run(line, f"{file}: line {number}")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not a whole file of runs: {printable(str(error))}") from error
+        raise UserError(f"{file}: not a complete file of runs: {printable(str(error))}") from error
 
 
-def _packed_run(line: str, where: str) -> Run:
+def _packed_run(line: str, where: str) -> StoredRun:
     try:
         packed = json.loads(line)
         name, record, curve = packed["run"], packed["record"], packed["curve"]
@@ -147,20 +149,20 @@ def _packed_run(line: str, where: str) -> Run:
     if not (isinstance(name, str) and isinstance(record, dict) and isinstance(curve, list)):
         raise UserError(f"{where}: not a run with its record and its curve")
     try:
-        return Run(printable(name), parse_record(record), "", partial(read_events, curve))
+        return StoredRun(printable(name), parse_record(record), "", partial(read_events, curve))
     except ValueError as error:
-        return Run(printable(name), None, f"run.json: {error}")
+        return StoredRun(printable(name), None, f"run.json: {error}")
 
 
 def pack(place: Path, file: Path) -> int:
-    """Writes all runs at or below `place` to `file`, which is the same for the same runs, to the byte.
+    """Writes all runs at or below `place` to `file`; the same runs give the same bytes.
 
     Returns:
-        How many.
+        The number of runs.
 
     Raises:
-        UserError: no run there, or one that cannot be read or tells where it was done; two of one name; a file that
-            exists already or whose name does not end in `runs.jsonl.gz`. Nothing was written.
+        UserError: there is no run, a run cannot be read or reveals where it was done, two runs have one name, or the
+            file exists already or its name does not end in `runs.jsonl.gz`. Nothing was written.
     """
     if not file.name.endswith(ENDING):
         raise UserError(f"{file}: expected a name that ends in {ENDING}, by which a report finds it")
@@ -170,7 +172,7 @@ def pack(place: Path, file: Path) -> int:
     _refuse_namesakes(runs, place)
     lines = "".join(f"{json.dumps(_contents(run, place), separators=(',', ':'))}\n" for run in runs)
     packed = io.BytesIO()
-    with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as out:  # no name and no date: the same runs, the same bytes
+    with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as out:  # without name and date, for reproducible bytes
         out.write(lines.encode())
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, packed.getvalue())
@@ -178,13 +180,13 @@ def pack(place: Path, file: Path) -> int:
 
 
 def unpack(file: Path, folder: Path) -> int:
-    """Gives the runs in `file` folders of their own again, below `folder`: without adapters, but `compare` goes on.
+    """Restores the folders of the runs in `file` below `folder`, without adapters; `compare` can continue there.
 
     Returns:
-        How many.
+        The number of runs.
 
     Raises:
-        UserError: not a file of runs; a run in it that cannot be read, or whose folder exists already or would lie
+        UserError: it is not a file of runs, or a run in it cannot be read, or its folder exists already or would be
             elsewhere. Nothing was written.
     """
     runs = read_runs(file)
@@ -205,13 +207,13 @@ def unpack(file: Path, folder: Path) -> int:
     return len(runs)
 
 
-def _refuse_namesakes(runs: Sequence[Run], place: Path) -> None:
+def _refuse_namesakes(runs: Sequence[StoredRun], place: Path) -> None:
     for run, following in pairwise(runs):
         if run.name == following.name:
             raise UserError(f"{place}: {run.name}: there are two runs of this name")
 
 
-def _contents(run: Run, place: Path) -> dict[str, Any]:
+def _contents(run: StoredRun, place: Path) -> dict[str, Any]:
     if run.record is None:
         raise UserError(f"{place}: {run.name}: {run.error}")
     curve = [event.contents() for event in run.events]
@@ -219,14 +221,14 @@ def _contents(run: Run, place: Path) -> dict[str, Any]:
     for where, text in _texts(contents):
         if not where.startswith(NAMES_OF_DATA) and tells_where(text):
             raise UserError(
-                f"{place}: {run.name}: {where}: {printable(text)!r} tells where the run was done; a file of runs holds "
-                "no absolute path, host or user"
+                f"{place}: {run.name}: {where}: {printable(text)!r} reveals where the run was done; a file of runs "
+                "may hold no absolute path, host or user"
             )
     return contents
 
 
 def _texts(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """Each text in JSON `value`, keys included, with its dotted place."""
+    """Each string in JSON `value`, keys included, with its dotted path."""
     if isinstance(value, str):
         yield where, value
     elif isinstance(value, list):
@@ -240,12 +242,12 @@ def _texts(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
 
 def tells_where(text: str) -> bool:
     """Whether a text tells where, or by whom, something was done: a path, a host, a user."""
-    return bool(_telling().search(text))
+    return bool(_identifying().search(text))
 
 
 @cache
-def _telling() -> re.Pattern[str]:
-    """What tells of a machine or of whose it is: a path that begins at a root or at a home, its name, its user's."""
+def _identifying() -> re.Pattern[str]:
+    """Matches what identifies a machine or its user: absolute paths, paths from a home folder, host and user names."""
     names = {socket.gethostname(), socket.gethostname().partition(".")[0], Path.home().name}
     with contextlib.suppress(KeyError, OSError):  # a user without a name
         names.add(getpass.getuser())

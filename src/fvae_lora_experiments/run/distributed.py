@@ -1,6 +1,6 @@
-"""The processes of one run: `torchrun` and `accelerate launch` start several, each with a device of its own.
+"""The processes of one run: `torchrun` and `accelerate launch` start several, each with its own device.
 
-All of them do the same, each with its share of every batch; the main one alone writes.
+All do the same, each with its share of every batch; only the main process writes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 
-PATIENCE = timedelta(days=1)
-"""How long the others wait while one downloads or generates. If one dies, their launcher ends them at once."""
+TIMEOUT = timedelta(days=1)
+"""How long the others wait while one downloads or generates. If one dies, the launcher ends the others at once."""
 
 
-def count() -> int:
-    """How many processes do this run."""
+def process_count() -> int:
+    """The number of processes of this run."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -33,7 +33,7 @@ def is_main() -> bool:
 
 
 def main_only(function: Callable[P, None]) -> Callable[P, None]:
-    """Makes a function do nothing in all processes but the main one."""
+    """Makes a function do nothing except in the main process."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -44,25 +44,25 @@ def main_only(function: Callable[P, None]) -> Callable[P, None]:
 
 
 def wait() -> None:
-    """Waits until every process is here."""
+    """Waits until every process has reached this point."""
     _state().wait_for_everyone()
 
 
 def main_first() -> AbstractContextManager[None]:
-    """Lets the main process go through a block before the others begin it."""
+    """Lets the main process run a block before the others start it."""
     first: AbstractContextManager[None] = _state().main_process_first()
     return first
 
 
-def leave() -> None:
-    """Ends the connection to the others, when the run is done."""
+def disconnect() -> None:
+    """Closes the connection to the other processes at the end of the run."""
     _state().destroy_process_group()
 
 
 @functools.cache
 def first_to_fail() -> bool:
-    """Whether no other process of the run failed before this one, which so has to say why: their failures follow."""
-    if count() == 1:
+    """Whether this process failed first and has to report why; failures of the others are consequences."""
+    if process_count() == 1:
         return True
     from torch.distributed import TCPStore
 
@@ -70,13 +70,13 @@ def first_to_fail() -> bool:
     try:
         store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
         return store.add(f"fvae_lora/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
-    except RuntimeError:  # the main process held the store, and is gone or was never that far
+    except RuntimeError:  # the store's process, the main one, has exited or never started it
         return is_main()
 
 
-def end(code: int) -> NoReturn:
-    """Ends this process; of several, one that failed at once: an orderly end would wait for the others."""
-    if code and count() > 1:
+def exit_process(code: int) -> NoReturn:
+    """Exits; if this is one of several and it failed, at once: an orderly exit would wait for the others."""
+    if code and process_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -87,4 +87,4 @@ def _state() -> PartialState:
     import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)

@@ -1,4 +1,4 @@
-"""What a run ran on: packages, commit, machine. Nothing that tells whose machine it is."""
+"""What a run ran on: packages, commit, hardware; nothing that identifies the machine or its user."""
 
 import importlib.metadata
 import os
@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of this package's own checkout (`-dirty` if it was changed); None where it was installed."""
+    """The commit of this package's checkout (with `-dirty` if changed); None if it is installed."""
     here = Path(__file__)
 
     def git(*arguments: str) -> str | None:
@@ -42,13 +42,13 @@ def git_commit() -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """The device that trains, how many of them (one for each process), and the machine around it."""
+    """The training device, the number of processes (each with one device), and the machine."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "device": device,
-        "processes": distributed.count(),
+        "processes": distributed.process_count(),
         "cpu": _cpu_name(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
@@ -58,7 +58,7 @@ def hardware() -> dict[str, Any]:
 
 
 def cores() -> int:
-    """The processor's cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -72,13 +72,13 @@ def _cpu_name() -> str:
 
 
 def peak_memory_mb() -> float:
-    """The most memory that this process had in use at once, in MB: of its GPU where there is one."""
+    """The peak memory of this process in MB: of its GPU if there is one."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the parent process used before it started this one
+    if status.exists():  # getrusage would include what the parent process used before the fork
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(peak.split()[1]) * 1024 / 1e6
     unit = 1 if sys.platform == "darwin" else 1024

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.places import is_local, located
+from fvae_lora_experiments.places import is_local, resolve_portable
 from fvae_lora_experiments.recipe import check_recipe
 from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.run.record import Record
 from fvae_lora_experiments.schema import Recipe
 
 
-def finished_run(
+def read_finished_run(
     path: Path, model: str | None = None, dataset: str | None = None, with_data: bool = True
 ) -> tuple[Recipe, Record]:
     """A finished run's recipe and record.
@@ -24,13 +24,13 @@ def finished_run(
     Raises:
         UserError: no finished run there; its model or its data have moved.
     """
-    record = record_in(path)
+    record = read_record(path)
     if record.state != "complete":
         raise UserError(f"{path}: no finished run; its state is {record.state}")
     return recorded_recipe(record, path, model, dataset, with_data), record
 
 
-def record_in(path: Path) -> Record:
+def read_record(path: Path) -> Record:
     """The record of the run in the folder `path`, whatever its state.
 
     Raises:
@@ -52,7 +52,7 @@ def recorded_recipe(
     """
     places = {}
     for key, given in (("model", model), ("dataset", dataset)):
-        places[key] = given or located(record.recipe[key], path)
+        places[key] = given or resolve_portable(record.recipe[key], path)
         needed = given is None and (with_data or key == "model")
         if needed and is_local(record.recipe[key]) and not Path(places[key]).exists():
             raise UserError(f"{key} {places[key]}: no such folder or file any more; --{key} says where it is now")
@@ -75,7 +75,7 @@ def usable_run(path: Path, model: str | None = None) -> tuple[Recipe, Record]:
     Raises:
         UserError: no such run, a point of a grid, or no folder of its base model.
     """
-    recipe, record = finished_run(path, model, with_data=False)
+    recipe, record = read_finished_run(path, model, with_data=False)
     if recipe.purpose == "selection":
         raise UserError(f"{path}: a point of a grid, which only chooses settings; give a run of the results")
     if not RunFolder(path).adapter.is_dir():

@@ -1,4 +1,4 @@
-"""What a step costs, in floating-point operations."""
+"""The cost of a step in floating-point operations."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 def training_flops(model: nn.Module, batch: Mapping[str, Any]) -> int:
     """Floating-point operations of one training step, forward and backward, on `batch`.
 
-    It is a step: do it on a model that is not needed any more.
+    It leaves gradients behind: use a model that is no longer needed.
     """
     model.train()
     with FlopCounterMode(display=False) as counter:

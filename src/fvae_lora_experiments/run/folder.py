@@ -1,8 +1,8 @@
-"""A run's folder: what it holds, how it is written, and how two processes stay out of each other's way.
+"""A run's folder: what it holds, how it is written, and how it is locked against other processes.
 
 `run.json` is the record, `metrics.jsonl` the learning curve, `adapter/` what was trained, `checkpoints/` what an
-unfinished run resumes from. Every file is replaced as a whole or not at all; whatever kills the process, the folder
-holds one consistent state.
+unfinished run resumes from. Every file is replaced completely or not at all; whenever the process is killed, the
+folder is in a consistent state.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.methods import METHODS
-from fvae_lora_experiments.places import portable, short
+from fvae_lora_experiments.places import portable_path, short_name
 from fvae_lora_experiments.recipe import check_recipe, flatten
 from fvae_lora_experiments.run.distributed import main_only
 from fvae_lora_experiments.run.record import Event, Record, parse_events, parse_record
@@ -24,7 +24,7 @@ from fvae_lora_experiments.schema import WITHOUT_EFFECT, Recipe
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:
-    """Puts `contents` in the place of the file `path`, in one step that survives a crash."""
+    """Replaces the file `path` by `contents` in one step that survives a crash."""
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as file:
@@ -39,10 +39,10 @@ def write_atomically(path: Path, contents: str | bytes) -> None:
 
 
 class RunFolder:
-    """One run's folder. Of several processes that do the run, the main one alone changes it.
+    """One run's folder. Of several processes of a run, only the main one changes it.
 
     Args:
-        path: the folder; it is made when the run is locked.
+        path: the folder; created when the run is locked.
     """
 
     def __init__(self, path: Path):
@@ -54,24 +54,24 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
 
     @contextlib.contextmanager
-    def locked(self, patience_s: float = 0) -> Iterator[None]:
-        """Holds the folder for this process; the system lets go of it however the process ends.
+    def locked(self, wait_s: float = 0) -> Iterator[None]:
+        """Locks the folder for this process; the system releases the lock however the process ends.
 
         Args:
-            patience_s: how long to wait for another process to let go.
+            wait_s: how long to wait for another process to release it.
 
         Raises:
-            UserError: another process holds it, or it cannot be written to.
+            UserError: another process holds the lock, or the folder is not writable.
         """
         existed = self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock", timeout=patience_s)
+            lock = FileLock(self.path / ".lock", timeout=wait_s)
             lock.acquire()
         except Timeout as error:
             raise UserError(f"{self.path}: another process is using this run's folder") from error
         except OSError as error:
-            raise UserError(f"{self.path}: not a folder that can be written to: {error.strerror}") from error
+            raise UserError(f"{self.path}: cannot be written to: {error.strerror}") from error
         try:
             yield
         finally:
@@ -79,14 +79,14 @@ class RunFolder:
                 Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
             if not existed:
-                with contextlib.suppress(OSError):  # not empty: a run has begun
+                with contextlib.suppress(OSError):  # not empty if a run has begun
                     self.path.rmdir()
 
     def read(self) -> Record | None:
         """The record, or None if there is none yet.
 
         Raises:
-            UserError: if it is not a whole record.
+            UserError: it is not a complete record.
         """
         try:
             return parse_record(self.record_file.read_bytes())
@@ -95,11 +95,11 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.record_file}: {error.strerror}; nothing was changed") from error
         except ValueError as error:
-            raise UserError(f"{self.record_file}: not a whole record: {error}; nothing was changed") from error
+            raise UserError(f"{self.record_file}: not a complete record: {error}; nothing was changed") from error
 
-    def opening(self, recipe: Recipe, earlier: Record | None = None) -> Record:
-        """What a record begins with: what was asked for, and what an `earlier` start of the run has found out."""
-        places = {"model": portable(recipe.model, self.path), "dataset": portable(recipe.dataset, self.path)}
+    def initial_record(self, recipe: Recipe, earlier: Record | None = None) -> Record:
+        """The record at the start of a run: the recipe, and what an `earlier` start of the run has found out."""
+        places = {"model": portable_path(recipe.model, self.path), "dataset": portable_path(recipe.dataset, self.path)}
         asked = Record(
             schema=1,
             state="running",
@@ -115,19 +115,19 @@ class RunFolder:
         return earlier.model_copy(update={key: getattr(asked, key) for key in asked.model_fields_set})
 
     def read_for(self, recipe: Recipe) -> Record | None:
-        """The record of this very recipe's run, or None if there is none yet.
+        """The record, which must be of this recipe's run, or None if there is none yet.
 
-        Where model and data lie may have changed since; what they are is compared by fingerprint when they are open.
-        A finished run of fewer epochs whose checkpoints were kept is one that goes on, and its record says so.
+        The paths of model and data may have changed; their contents are compared by fingerprint when they are opened.
+        A finished run of fewer epochs is resumed if its checkpoints were kept, and its record says so.
 
         Raises:
-            UserError: the folder holds another recipe's run, or no whole record.
+            UserError: the folder holds a run of another recipe, or an incomplete record.
         """
         record = self.read()
         if record is None:
             return None
         earlier = check_recipe(record.recipe, str(self.record_file)).model_dump()
-        there, here = flatten(earlier), flatten(self.opening(recipe).recipe)
+        there, here = flatten(earlier), flatten(self.initial_record(recipe).recipe)
         compared = sorted((there.keys() | here.keys()) - {"model", "dataset", *WITHOUT_EFFECT})
         others = [key for key in compared if there.get(key) != here.get(key)]
         if others == ["train.epochs"] and record.state == "complete" and there["train.epochs"] < here["train.epochs"]:
@@ -153,15 +153,15 @@ class RunFolder:
         """Replaces the record."""
         self._replace(record)
 
-    def close_as_failed(self, reason: str, opening: Record | None = None, diverged: bool = False) -> None:
-        """Closes the record of a run that had begun; on a full disk a half-written checkpoint makes room for that.
+    def mark_failed(self, reason: str, opening: Record | None = None, diverged: bool = False) -> None:
+        """Marks the record of a run that had begun as failed; a half-written checkpoint is deleted to make room for it.
 
-        Whichever process failed may do that: the main one may hang, waiting for it.
+        Any process may do this: the main one may be waiting for the one that failed.
 
         Args:
-            reason: why.
-            opening: what to begin the record with where there is none yet; without it, none is written then.
-            diverged: whether it would end like this again.
+            reason: why it failed.
+            opening: the initial record if there is none yet; without it, none is written.
+            diverged: whether it would fail the same way again.
         """
         with contextlib.suppress(OSError):
             self.drop_unfinished_checkpoints()
@@ -173,7 +173,7 @@ class RunFolder:
         write_atomically(self.record_file, json.dumps(record.contents(), indent=1) + "\n")
 
     def restore(self, record: Record, events: Iterable[Event]) -> None:
-        """Writes a record and a learning curve that were read elsewhere."""
+        """Writes a record and a learning curve that were read from elsewhere."""
         self._replace_curve(events)
         self._replace(record)
 
@@ -189,7 +189,7 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def events(self) -> list[Event]:
-        """The learning curve, without a last line that was cut off; none if there is no file that can be read."""
+        """The learning curve, without a truncated last line; empty if there is no readable file."""
         try:
             return parse_events(self.metrics_file.read_text(encoding="utf-8", errors="replace"))
         except OSError:
@@ -202,17 +202,17 @@ class RunFolder:
 
     @main_only
     def rewind(self, step: int) -> None:
-        """Forgets what the learning curve tells about steps after `step`: they will be done again."""
+        """Removes the steps after `step` from the learning curve, because they will be repeated."""
         self._replace_curve([e for e in self.events() if e.step <= step and e.event != "test"])
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that was written to its end."""
+        """The newest complete checkpoint."""
         whole = [c for c in self.checkpoints.glob("checkpoint-*") if (c / ".whole").exists()]
         return max(whole, key=checkpoint_step, default=None)
 
     @main_only
     def keep_checkpoints(self, *keep: int) -> None:
-        """Marks the checkpoints of these steps as whole and removes all others."""
+        """Marks the checkpoints of these steps as complete and removes all others."""
         for step in keep:
             (self.checkpoints / f"checkpoint-{step}" / ".whole").touch()
         for checkpoint in self.checkpoints.glob("checkpoint-*"):
@@ -229,10 +229,10 @@ class RunFolder:
 
     @main_only
     def save_adapter(self, checkpoint: Path, base: str) -> None:
-        """Makes what a checkpoint holds of the model the run's result.
+        """Copies the model's files from a checkpoint to `adapter/`, as the run's result.
 
-        Where the files name `base`, the place of the base model on this machine, or the place where it was when the
-        checkpoint was written, they get its short name.
+        Where they contain `base`, the path of the base model on this machine, or its path when the checkpoint was
+        written, it is replaced by its short name.
         """
         part = self.path / ".adapter.part"
         shutil.rmtree(part, ignore_errors=True)
@@ -245,7 +245,7 @@ class RunFolder:
         for file in (*part.glob("*.json"), *part.glob("*.md")):
             text = file.read_text(encoding="utf-8")
             for place in filter(None, (then, base)):
-                text = text.replace(place, short(base))
+                text = text.replace(place, short_name(base))
             file.write_text(text, encoding="utf-8")
         shutil.rmtree(self.adapter, ignore_errors=True)
         part.rename(self.adapter)

@@ -1,4 +1,4 @@
-"""How far something is, as lines of a log: without a terminal bars would fill it with the codes that move them."""
+"""Progress as lines of a log: without a terminal, progress bars would fill it with control codes."""
 
 import sys
 import time
@@ -7,21 +7,21 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fvae_lora_experiments.run.timing import PAUSE_S, ends
+from fvae_lora_experiments.run.timing import REPORT_INTERVAL_S, eta
 
 
 class ProgressLines(TrainerCallback):
-    """Says now and then how far training is, and what the last epoch has brought."""
+    """Prints from time to time how far training is, and the scores of the last epoch."""
 
     def __init__(self, metric: str):
         self.metric, self.scores = metric, ""
-        self.began = self.said = time.monotonic()
-        self.began_with = 0
+        self.started = self.last_printed = time.monotonic()
+        self.steps_at_start = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """From here on time counts."""
-        self.began = self.said = time.monotonic()
-        self.began_with = state.global_step
+        """Starts the clock."""
+        self.started = self.last_printed = time.monotonic()
+        self.steps_at_start = state.global_step
 
     def on_evaluate(
         self,
@@ -31,22 +31,26 @@ class ProgressLines(TrainerCallback):
         metrics: dict[str, float],
         **_: Any,
     ) -> None:
-        """An epoch has its scores."""
+        """Keeps the scores of an epoch."""
         names = dict.fromkeys(("loss", self.metric))
         scores = [f"{name} {metrics[f'eval_{name}']:.4f}" for name in names if f"eval_{name}" in metrics]
         self.scores = f", validation after epoch {round(state.epoch or 0, 2):g}: {', '.join(scores)}"
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A step is done."""
-        if time.monotonic() - self.said >= PAUSE_S:
-            self._say(state)
+        """Prints a line if the last one is old enough."""
+        if time.monotonic() - self.last_printed >= REPORT_INTERVAL_S:
+            self._print(state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The last line."""
-        self._say(state)
+        """Prints the last line."""
+        self._print(state)
 
-    def _say(self, state: TrainerState) -> None:
-        self.said = time.monotonic()
-        done, left = state.global_step - self.began_with, state.max_steps - state.global_step
-        end = f", {ends(timedelta(seconds=round((self.said - self.began) * left / done)))}" if left and done else ""
+    def _print(self, state: TrainerState) -> None:
+        self.last_printed = time.monotonic()
+        done, left = state.global_step - self.steps_at_start, state.max_steps - state.global_step
+        end = (
+            f", {eta(timedelta(seconds=round((self.last_printed - self.started) * left / done)))}"
+            if left and done
+            else ""
+        )
         print(f"step {state.global_step} of {state.max_steps}{self.scores}{end}", file=sys.stderr, flush=True)

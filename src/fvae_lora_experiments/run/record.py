@@ -1,6 +1,6 @@
-"""A run's record, as it is written and as it is read: `run.json`, and the lines of `metrics.jsonl`.
+"""A run's record, for writing and reading: `run.json`, and the lines of `metrics.jsonl`.
 
-What only a later version knows is kept; a record that this version would misread has another `schema`.
+Fields of later versions are kept; a record that this version would misread has another `schema`.
 """
 
 import contextlib
@@ -12,13 +12,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 
 def printable(value: object) -> str:
-    """`value` as text without control characters and lone surrogates, fit for terminals and files."""
+    """`value` as text without control characters and lone surrogates, safe for terminals and files."""
     text = value if isinstance(value, str) else "" if value is None else json.dumps(value)
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether `value` is a number that can be averaged and drawn: not True, not NaN, not beyond 1e100."""
+    """Whether `value` is a number that can be averaged and plotted: not a bool, not NaN, not above 1e100."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
 
 
@@ -31,7 +31,7 @@ def _terms(value: object) -> object:
     return {module: _numbers(terms) for module, terms in modules if isinstance(terms, dict)}
 
 
-def _refuse_no_number(value: object) -> object:
+def _require_number(value: object) -> object:
     if not is_number(value):
         raise ValueError("not a number")
     return value
@@ -39,22 +39,22 @@ def _refuse_no_number(value: object) -> object:
 
 Name = Annotated[str, BeforeValidator(printable)]
 Note = Annotated[str | None, BeforeValidator(lambda value: None if value is None else printable(value))]
-Count = Annotated[int, Field(ge=0, le=10**18)]
+NonNegative = Annotated[int, Field(ge=0, le=10**18)]
 Quantity = Annotated[int | float, Field(ge=0, le=1e30)]
 Measured = Annotated[int | float | None, BeforeValidator(lambda value: value if is_number(value) else None)]
 Scores = Annotated[dict[str, int | float], BeforeValidator(_numbers)]
-"""Scores by name; NaN, infinity and what is not a number are left out."""
+"""Scores by name, without those that are NaN, infinite or not numbers."""
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     def contents(self) -> dict[str, Any]:
-        """What is written of it: what was found out, and what was read and is unknown here."""
+        """What is written: the fields that were set, and unknown ones that were read."""
         return self.model_dump(by_alias=True, exclude_unset=True)
 
 
-class Source(_Part):
+class SourceRecord(_Part):
     """A model: its name and the fingerprint of its contents."""
 
     name: Name = "unknown"
@@ -62,14 +62,14 @@ class Source(_Part):
 
 
 class TestedOn(_Part):
-    """The data of a run's test scores, where they have changed since it was trained."""
+    """The data of a run's test scores, if it has changed since training."""
 
     fingerprint: Name
     splits: dict[str, Any] = {}
 
 
-class Dataset(Source):
-    """A data set, and what was measured on it. A task adds facts of its own."""
+class DatasetRecord(SourceRecord):
+    """A data set and its splits. A task may add further facts."""
 
     protocol: Name = ""
     splits: dict[str, Any] = {}
@@ -80,25 +80,25 @@ class Dataset(Source):
     average: Name = ""
     """How the groups are weighted in an average over them."""
     note: Note = None
-    """How it differs from the published data set that it looks like."""
+    """How it differs from the published data set that it resembles."""
     tested_on: TestedOn | None = None
 
     @property
     def test_fingerprint(self) -> str:
-        """The fingerprint of the data of the test scores."""
+        """The fingerprint of the data that the test scores are from."""
         return self.tested_on.fingerprint if self.tested_on else self.fingerprint
 
 
 class Parameters(_Part):
     """Numbers of parameters."""
 
-    total: Count | None = None
-    trainable: Count | None = None
-    inference: Count | None = None
+    total: NonNegative | None = None
+    trainable: NonNegative | None = None
+    inference: NonNegative | None = None
 
 
 class Time(_Part):
-    """Seconds from start to end, pauses not counted; the dates of start and end."""
+    """Seconds of work, without pauses, and the dates of start and end."""
 
     wall_s: Quantity | None = None
     train_s: Quantity | None = None
@@ -113,22 +113,22 @@ class Memory(_Part):
 
 
 class Flops(_Part):
-    """Floating-point operations: of a step, of the whole training, of a forward of one batch with the final model."""
+    """Floating-point operations: of a step, of the whole training, and of one batch's forward with the final model."""
 
     train_step: Quantity | None = None
     train_total: Quantity | None = None
     eval_batch: Quantity | None = None
 
 
-class Metric(_Part):
-    """The score by which a run selected its epoch and by which it is judged."""
+class MetricRecord(_Part):
+    """The score by which a run selects its epoch and is judged."""
 
     name: Name = "accuracy"
     greater_is_better: bool = True
 
 
 class Metrics(_Part):
-    """The scores that a run ended with: on validation those of its best epoch, on test none for a point of a grid."""
+    """The final scores of a run: on validation those of its best epoch; on test none for a point of a grid."""
 
     validation: Scores = {}
     test: Scores = {}
@@ -140,7 +140,7 @@ class ClassScores(_Part):
     precision: Measured = None
     recall: Measured = None
     f1: Measured = None
-    support: Count | None = None
+    support: NonNegative | None = None
 
 
 class ByClass(_Part):
@@ -149,26 +149,26 @@ class ByClass(_Part):
     macro_f1: Measured = None
     balanced_accuracy: Measured = None
     classes: dict[Name, ClassScores] = {}
-    confusion: dict[Name, dict[Name, Count]] = {}
+    confusion: dict[Name, dict[Name, NonNegative]] = {}
 
 
 class Record(_Part):
-    """`run.json`. A run that was stopped early lacks what it had not yet found out."""
+    """`run.json`. If a run was stopped early, later fields are missing."""
 
     schema_version: Literal[1] = Field(alias="schema")
     state: Literal["running", "complete", "failed"]
     reason: Note = None
     """Why it failed."""
     diverged: bool = False
-    """Whether it failed because a number became NaN or infinite, and would fail so again."""
+    """Whether it failed because a number became NaN or infinite, and would do so again."""
     task: Name = ""
     method: Name
     seed: int
     recipe: dict[str, Any] = {}
-    """As it was resolved; places of model and data are relative to the run's folder."""
-    metric: Metric = Metric()
-    model: Source = Source()
-    dataset: Dataset = Dataset()
+    """The resolved recipe; paths of model and data are relative to the run's folder."""
+    metric: MetricRecord = MetricRecord()
+    model: SourceRecord = SourceRecord()
+    dataset: DatasetRecord = DatasetRecord()
     parameters: Parameters = Parameters()
     versions: dict[str, Any] = {}
     git_commit: Note = None
@@ -178,14 +178,14 @@ class Record(_Part):
     flops: Flops = Flops()
     metrics: Metrics = Metrics()
     by_class: ByClass | None = None
-    extended_from: list[Count] = []
+    extended_from: list[NonNegative] = []
     """At how many epochs it had been finished before it went on."""
     earlier_versions: list[dict[str, Any]] = []
     """What of `versions` was another before it went on, once for each time that it did under others."""
 
     @property
     def is_selection(self) -> bool:
-        """Whether it is a point of a grid: scored on validation alone, to choose a setting."""
+        """Whether it is a point of a grid, scored only on validation to choose a setting."""
         return self.recipe.get("purpose") == "selection"
 
     @property
@@ -196,11 +196,11 @@ class Record(_Part):
 
 
 class Event(_Part):
-    """A line of `metrics.jsonl`: what was measured after a step, by the name of each score."""
+    """A line of `metrics.jsonl`: what was measured after a step, by name."""
 
     event: Literal["train", "validation", "test"]
-    step: Count = 0
-    epoch: Annotated[int | float, BeforeValidator(_refuse_no_number)]
+    step: NonNegative = 0
+    epoch: Annotated[int | float, BeforeValidator(_require_number)]
     loss: Measured = None
     learning_rate: Measured = None
     grad_norm: Measured = None
@@ -215,10 +215,10 @@ class Event(_Part):
 
 
 def parse_record(contents: str | bytes | dict[str, Any]) -> Record:
-    """The record in `contents`, which are those of a `run.json` or what these say.
+    """The record in `contents`: the text of a `run.json`, or its parsed object.
 
     Raises:
-        ValueError: there is none; in one line.
+        ValueError: it is not a record; the message is one line.
     """
     try:
         if isinstance(contents, str | bytes):
@@ -231,16 +231,16 @@ def parse_record(contents: str | bytes | dict[str, Any]) -> Record:
 
 
 def parse_events(text: str) -> list[Event]:
-    """The learning curve in the text of a `metrics.jsonl`, without the line that a kill cut off."""
-    return _whole(Event.model_validate_json, text.splitlines())
+    """The learning curve in the text of a `metrics.jsonl`, without a line truncated by a kill."""
+    return _valid_events(Event.model_validate_json, text.splitlines())
 
 
 def read_events(lines: Iterable[Any]) -> list[Event]:
-    """The learning curve in `lines`, each as a dict."""
-    return _whole(Event.model_validate, lines)
+    """The learning curve in `lines`, each a dict."""
+    return _valid_events(Event.model_validate, lines)
 
 
-def _whole(read: Callable[[Any], Event], lines: Iterable[Any]) -> list[Event]:
+def _valid_events(read: Callable[[Any], Event], lines: Iterable[Any]) -> list[Event]:
     events = []
     for line in lines:
         with contextlib.suppress(ValidationError):

@@ -1,6 +1,6 @@
-"""One run: from a recipe to a scored adapter and its record. Started again, it goes on where it was stopped.
+"""One run: from a recipe to a scored adapter and its record. Started again, it resumes where it was stopped.
 
-Several processes (see `processes`) may do it together: all go through the same steps.
+Several processes (see `run.distributed`) may do it together: all go through the same steps.
 """
 
 import contextlib
@@ -38,24 +38,24 @@ from fvae_lora_experiments.errors import DivergenceError, RunError, UserError, f
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.models.heads import head_modules
 from fvae_lora_experiments.models.pretrained import load_adapter, loading
-from fvae_lora_experiments.places import short, without_places
+from fvae_lora_experiments.places import short_name, without_paths
 from fvae_lora_experiments.run import distributed
 from fvae_lora_experiments.run.balance import balancing
 from fvae_lora_experiments.run.class_scores import by_class, predictions_csv
 from fvae_lora_experiments.run.environment import git_commit, hardware, peak_memory_mb, versions
-from fvae_lora_experiments.run.finished import finished_run, recorded_recipe
+from fvae_lora_experiments.run.finished import read_finished_run, recorded_recipe
 from fvae_lora_experiments.run.flops import inference_flops, training_flops
 from fvae_lora_experiments.run.folder import RunFolder, checkpoint_step
 from fvae_lora_experiments.run.record import (
-    Dataset,
+    DatasetRecord,
     Event,
     Flops,
     Memory,
-    Metric,
+    MetricRecord,
     Metrics,
     Parameters,
     Record,
-    Source,
+    SourceRecord,
     TestedOn,
     Time,
 )
@@ -65,33 +65,33 @@ from fvae_lora_experiments.run.trainer import (
     FolderCallback,
     RunTrainer,
     checkpoint_state,
-    finished,
+    is_training_over,
     load_whole_model,
     trainer_arguments,
 )
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import Task, load_task
 
-EXPECTED = (RunError, UserError, OSError, RuntimeError, ValueError, SafetensorError)
-"""What a full disk, a small GPU or a model that does not fit the data raise. Anything else is a bug: its traceback
-is shown, and the run is marked as failed all the same."""
+RUN_FAILURES = (RunError, UserError, OSError, RuntimeError, ValueError, SafetensorError)
+"""Raised by a full disk, a small GPU or a model that does not fit the data. Anything else is a bug: its traceback is
+shown, and the run is also marked as failed."""
 
 
-def run(recipe: Recipe, path: Path, quiet: bool = False, on_other_data: bool = False) -> Record:
-    """Trains, selects the epoch on validation, scores it once on test, and leaves the record in the folder `path`.
+def run_recipe(recipe: Recipe, path: Path, quiet: bool = False, accept_changed_data: bool = False) -> Record:
+    """Trains, selects the epoch on validation, scores it once on test, and writes the record to the folder `path`.
 
     Args:
-        recipe: what to do.
-        path: the run's folder. A run that was stopped there goes on; a complete one is only read.
+        recipe: the recipe.
+        path: the run's folder. A run that was stopped there is resumed; a complete one is only read.
         quiet: no progress bars.
-        on_other_data: whether a run whose training is complete may be scored on data that have changed since. Its
-            record says so then (`tested_on` beside the data that it was trained on).
+        accept_changed_data: whether a run whose training is complete may be scored on data that has changed since. Its
+            record then says so (`tested_on` beside the data that it was trained on).
 
     Returns:
         The record.
 
     Raises:
-        UserError: bad input; a folder that is in use, holds another run or cannot be read. Nothing was overwritten.
+        UserError: bad input, or the folder is in use, holds another run or cannot be read. Nothing was overwritten.
         RunError: the run failed. Its record says why, and its last checkpoint is kept.
     """
     folder = RunFolder(path)
@@ -100,14 +100,14 @@ def run(recipe: Recipe, path: Path, quiet: bool = False, on_other_data: bool = F
         distributed.wait()
         earlier = folder.read_for(recipe)
         if earlier is None or earlier.state != "complete":
-            prepared = _prepare(recipe, folder, folder.opening(recipe, earlier), quiet, on_other_data)
+            prepared = _prepare(recipe, folder, folder.initial_record(recipe, earlier), quiet, accept_changed_data)
             try:
-                earlier = _complete(prepared, folder, quiet)
+                earlier = _train_and_score(prepared, folder, quiet)
             except Exception as error:
-                reason = _in_one_line(error, recipe, path)
+                reason = _reason(error, recipe, path)
                 if distributed.first_to_fail():
-                    folder.close_as_failed(reason, diverged=isinstance(error, DivergenceError))
-                if isinstance(error, EXPECTED):
+                    folder.mark_failed(reason, diverged=isinstance(error, DivergenceError))
+                if isinstance(error, RUN_FAILURES):
                     raise RunError(f"{path}: {reason}") from error
                 raise
         kept = earlier.recipe.get("train", {}).get("keep_checkpoints", False)
@@ -119,31 +119,31 @@ def run(recipe: Recipe, path: Path, quiet: bool = False, on_other_data: bool = F
 def evaluate(path: Path, model: str | None = None, dataset: str | None = None, quiet: bool = False) -> dict[str, float]:
     """Scores a finished run's adapter on its test split again.
 
-    A run whose training is complete, and which could not be scored, is finished, on data that may have been repaired.
+    A run that was trained but could not be scored is finished, on data that may have been repaired since.
 
     Args:
         path: the run's folder.
         model: where the base model is, if not where the record says.
-        dataset: where the data are, if not where the record says.
+        dataset: where the data is, if not where the record says.
         quiet: no progress bars.
 
     Returns:
         `loss` and the task's metric, as in the record's `metrics.test`.
 
     Raises:
-        UserError: no finished run there, or one without its adapter; another model or other data than the run had.
+        UserError: there is no finished run, its adapter is missing, or model or data are not those of the run.
         RunError: the run cannot be finished. Its record says why.
     """
     folder = RunFolder(path)
     if (record := folder.read()) and record.state != "complete":
         recipe = recorded_recipe(record, path, model, dataset)
         if _is_trained(folder, recipe):
-            run(recipe, path, quiet, on_other_data=True)
-    recipe, record = finished_run(path, model, dataset)
+            run_recipe(recipe, path, quiet, accept_changed_data=True)
+    recipe, record = read_finished_run(path, model, dataset)
     if recipe.purpose == "selection":
         raise UserError(f"{path}: a point of a grid, which is not scored on the test split")
     if not folder.adapter.is_dir():
-        raise UserError(f"{path}: its adapter is not there, which is what would be scored")
+        raise UserError(f"{path}: its adapter, which would be scored, is missing")
     task, splits = load_task(recipe), open_data(recipe, record)
     base, processor = open_base(recipe, record)
     return _score(task, base, task.datasets(splits, base, processor)["test"], RunFolder(path), record, quiet)[0]
@@ -151,37 +151,37 @@ def evaluate(path: Path, model: str | None = None, dataset: str | None = None, q
 
 def _is_trained(folder: RunFolder, recipe: Recipe) -> bool:
     last = folder.last_checkpoint()
-    return last is not None and finished(checkpoint_state(last), recipe)
+    return last is not None and is_training_over(checkpoint_state(last), recipe)
 
 
 def open_data(recipe: Recipe, record: Record) -> Splits:
     """A run's data.
 
     Raises:
-        UserError: no such data, or other data than the run had.
+        UserError: the data does not exist, or is not that of the run.
     """
     task = load_task(recipe)
     official = task.open_source()
     if fingerprint(official, task.content) != record.dataset.test_fingerprint:
-        raise UserError(_other_contents("dataset", recipe.dataset, record.dataset))
+        raise UserError(_changed_since("dataset", recipe.dataset, record.dataset))
     return task.split(official)
 
 
 def open_base(recipe: Recipe, record: Record) -> tuple[PreTrainedModel, Any]:
-    """A run's base model, and what prepares its inputs.
+    """A run's base model and its processor.
 
     Raises:
-        UserError: no such model, or another model than the run had.
+        UserError: the model does not exist, or is not that of the run.
     """
     base, processor = load_task(recipe).load_model(record.dataset.classes)
     if _model_fingerprint(base) != record.model.fingerprint:
-        raise UserError(_other_contents("model", recipe.model, record.model))
+        raise UserError(_changed_since("model", recipe.model, record.model))
     return base, processor
 
 
 @contextlib.contextmanager
-def scorer(model: nn.Module, recipe: Recipe, quiet: bool = False) -> Iterator[RunTrainer]:
-    """A Trainer that scores `model` on what the recipe's task made of a split."""
+def scoring_trainer(model: nn.Module, recipe: Recipe, quiet: bool = False) -> Iterator[RunTrainer]:
+    """A Trainer that scores `model` on splits that the recipe's task has prepared."""
     task = load_task(recipe)
     with tempfile.TemporaryDirectory() as scratch:
         untracked = recipe.model_copy(update={"train": recipe.train.model_copy(update={"report_to": []})})
@@ -207,14 +207,14 @@ class _Prepared:
     """For the Trainer, see `balance`."""
 
 
-def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, on_other_data: bool) -> _Prepared:
-    """Opens data and model, and refuses what `record`, if a run has begun, was not started with."""
+def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, accept_changed_data: bool) -> _Prepared:
+    """Opens data and model, and refuses them if they are not those with which `record` was started."""
     began = time.monotonic()
     set_seed(recipe.seed)
     task = load_task(recipe)
     arguments = trainer_arguments(recipe, folder.checkpoints, task.metric, quiet)
     notes = Notes()
-    with distributed.main_first():  # what has to be downloaded is there when the others begin
+    with distributed.main_first():  # downloads are complete when the others start
         official = task.open_source(notes)
         splits = task.split(official)
         model, processor = task.load_model(splits.classes)
@@ -222,15 +222,17 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, on_
     if note is not None and distributed.is_main():
         print(f"fvae-lora: warning: dataset {recipe.dataset}: {note}", file=sys.stderr)
     identity = task.identify(official)
-    base = Source(name=short(recipe.model), fingerprint=_model_fingerprint(model))
-    data = Dataset(name=short(recipe.dataset), fingerprint=identity.fingerprint, **_described(splits, recipe, note))
-    if record.model.fingerprint not in ("", base.fingerprint):  # a run that is only beginning knows nothing yet
-        raise UserError(_other_contents("model", base.name, record.model))
+    base = SourceRecord(name=short_name(recipe.model), fingerprint=_model_fingerprint(model))
+    data = DatasetRecord(
+        name=short_name(recipe.dataset), fingerprint=identity.fingerprint, **_describe_splits(splits, recipe, note)
+    )
+    if record.model.fingerprint not in ("", base.fingerprint):  # empty at the first start of a run
+        raise UserError(_changed_since("model", base.name, record.model))
     changed = record.dataset.fingerprint not in ("", data.fingerprint)
     if changed:
-        data = _on_other_data(record.dataset, data, folder, recipe, on_other_data)
+        data = _accept_changed_data(record.dataset, data, folder, recipe, accept_changed_data)
 
-    with distributed.main_first():  # images that one has decoded are known to the others
+    with distributed.main_first():  # the others reuse the images checked by the first
         summary = summarise(task, official, identity, notes, quiet)
     rows = task.datasets(splits, model, processor)
     balanced = {}
@@ -244,9 +246,9 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, on_
     total = sum(p.numel() for p in model.parameters())
     adapted = method.apply(model, recipe)
     trained = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
-    record.metric = Metric(**asdict(task.metric))
+    record.metric = MetricRecord(**asdict(task.metric))
     record.model = base
-    record.dataset = data if changed else Dataset(**facts, **summary.facts(), **data.contents())
+    record.dataset = data if changed else DatasetRecord(**facts, **summary.facts(), **data.contents())
     record.parameters = Parameters(
         total=total,
         trainable=sum(trained.values()),
@@ -260,8 +262,8 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, on_
     return _Prepared(recipe, task, arguments, rows, adapted, record, began, balanced)
 
 
-def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
-    """Trains from the last checkpoint on, scores, and closes the record."""
+def _train_and_score(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
+    """Trains from the last checkpoint, scores, and completes the record."""
     recipe, record, rows = prepared.recipe, prepared.record, prepared.rows
     before, started = record.time, record.time.started or _now()
     training_began = time.monotonic()
@@ -297,8 +299,8 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
     distributed.wait()
     best = next(e for e in folder.events() if e.event == "validation" and e.step == state.best_global_step)
     micro_batches = state.global_step * recipe.train.gradient_accumulation
-    share = _batch(prepared.task, rows["train"], prepared.arguments.per_device_train_batch_size)
-    step_flops = training_flops(prepared.model, share) * distributed.count()
+    share = _first_batch(prepared.task, rows["train"], prepared.arguments.per_device_train_batch_size)
+    step_flops = training_flops(prepared.model, share) * distributed.process_count()
     record.flops = Flops(train_step=step_flops, train_total=step_flops * micro_batches)
     record.metrics = Metrics(validation=best.scores | {"best_epoch": math.ceil(round(best.epoch, 6))})
     if recipe.purpose == "result":
@@ -321,17 +323,21 @@ def _complete(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
 
 
 def _train(trainer: RunTrainer, recipe: Recipe, folder: RunFolder) -> TrainerState:
-    """Trains to the end, from the last whole checkpoint if there is one; what the Trainer knew at the end."""
+    """Trains to the end, from the last complete checkpoint if there is one; returns the Trainer's final state."""
     with distributed.main_first():
         folder.drop_unfinished_checkpoints()
         last = folder.last_checkpoint()
-        if last is not None and not METHODS[recipe.method].resumable and not finished(checkpoint_state(last), recipe):
+        if (
+            last is not None
+            and not METHODS[recipe.method].resumable
+            and not is_training_over(checkpoint_state(last), recipe)
+        ):
             shutil.rmtree(folder.checkpoints)
             last = None
         folder.rewind(checkpoint_step(last) if last else 0)
-    if last is None or not finished(checkpoint_state(last), recipe):
+    if last is None or not is_training_over(checkpoint_state(last), recipe):
         if not distributed.is_main():
-            set_seed(recipe.seed, device_specific=True)  # noise and augmentation of their own
+            set_seed(recipe.seed, device_specific=True)  # different noise and augmentation
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         distributed.wait()
     return checkpoint_state(folder.last_checkpoint())
@@ -346,14 +352,14 @@ def _score(
     """
     recipe = task.recipe
     model = with_adapter(base, folder.adapter, recipe.train.cache_frozen)
-    with scorer(model, recipe, quiet) as trainer:
+    with scoring_trainer(model, recipe, quiet) as trainer:
         if recipe.train.cache_frozen:
             rows = use_cached_states(model, {"test": rows}, task, record, trainer.args.device, quiet)["test"]
         scores = trainer.score(rows, "test")
-    return scores, inference_flops(model, _batch(task, rows, recipe.train.batch_size)), model, trainer.scored
+    return scores, inference_flops(model, _first_batch(task, rows, recipe.train.batch_size)), model, trainer.scored
 
 
-def _batch(task: Task, rows: Any, size: int) -> dict[str, Any]:
+def _first_batch(task: Task, rows: Any, size: int) -> dict[str, Any]:
     return collate(task, [rows[i] for i in range(min(size, len(rows)))])
 
 
@@ -370,7 +376,7 @@ def with_adapter(base: PreTrainedModel, adapter: Path, is_trainable: bool = Fals
     return base
 
 
-def _described(splits: Splits, recipe: Recipe, note: str | None) -> dict[str, Any]:
+def _describe_splits(splits: Splits, recipe: Recipe, note: str | None) -> dict[str, Any]:
     described: dict[str, Any] = {
         "protocol": recipe.data.protocol,
         "splits": splits.sizes,
@@ -388,33 +394,35 @@ def _described(splits: Splits, recipe: Recipe, note: str | None) -> dict[str, An
 
 
 def _model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the pretrained parameters and buffers: all but the head's."""
+    """SHA-256 over the pretrained parameters and buffers, without the head's."""
     heads = tuple(f"{head}." for head in head_modules(model))
     total = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if not name.startswith(heads):
-            contents = tensor.cpu().flatten().view(torch.uint8)  # numpy does not know every dtype
+            contents = tensor.cpu().flatten().view(torch.uint8)  # numpy does not support every dtype
             total.update(repr((name, tuple(tensor.shape))).encode() + contents.numpy().tobytes())
     return total.hexdigest()
 
 
-def _other_contents(what: str, name: str, known: Source) -> str:
+def _changed_since(what: str, name: str, known: SourceRecord) -> str:
     return f"{what} {name}: not what the run was started with ({known.name}, other contents)"
 
 
-def _on_other_data(known: Dataset, found: Dataset, folder: RunFolder, recipe: Recipe, on_other_data: bool) -> Dataset:
-    """What the record of a run whose training is complete says of its data where they have changed since.
+def _accept_changed_data(
+    known: DatasetRecord, found: DatasetRecord, folder: RunFolder, recipe: Recipe, accept_changed_data: bool
+) -> DatasetRecord:
+    """The record's entry for data that has changed since a run's training was completed.
 
     Raises:
-        UserError: training goes on; nobody asked for that; other classes.
+        UserError: training is not complete, changed data was not accepted, or its classes differ.
     """
-    refusal = _other_contents("dataset", found.name, known)
+    refusal = _changed_since("dataset", found.name, known)
     if not _is_trained(folder, recipe):
         raise UserError(refusal)
-    if not on_other_data and found.fingerprint != known.test_fingerprint:
-        raise UserError(f"{refusal}; its training is complete: fvae-lora evaluate {folder.path} scores it on these")
+    if not accept_changed_data and found.fingerprint != known.test_fingerprint:
+        raise UserError(f"{refusal}; its training is complete: fvae-lora evaluate {folder.path} scores it on this data")
     if found.classes != known.classes:
-        raise UserError(f"{refusal}, and they have other classes")
+        raise UserError(f"{refusal}, and other classes")
     print(f"fvae-lora: warning: {refusal}; the record says so", file=sys.stderr)
     return known.model_copy(update={"tested_on": TestedOn(fingerprint=found.fingerprint, splits=found.splits)})
 
@@ -434,15 +442,15 @@ def _note_versions(record: Record, folder: RunFolder) -> None:
         )
 
 
-def _in_one_line(error: Exception, recipe: Recipe, path: Path) -> str:
-    """The error without the places that only this machine has."""
+def _reason(error: Exception, recipe: Recipe, path: Path) -> str:
+    """The error in one line, without paths of this machine."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror + (f": {error.filename}" if error.filename else "")
-    elif "inline_container" in text or "PytorchStreamWriter" in text:  # how torch.save says that it could not write
+    elif "inline_container" in text or "PytorchStreamWriter" in text:  # torch.save could not write
         text = f"a checkpoint could not be written; {shutil.disk_usage(path).free / 1e6:.1f} MB are free on its disk"
     line = first_line(text) or type(error).__name__
-    return without_places(line, path, Path(recipe.dataset), Path(recipe.model))
+    return without_paths(line, path, Path(recipe.dataset), Path(recipe.model))
 
 
 def _now() -> str:

@@ -1,12 +1,12 @@
-"""Training on what the frozen blocks below the first adapted one put out, computed once for each row and kept on disk.
+"""Training on cached hidden states: the output of the frozen blocks, computed once per row and kept on disk.
 
-A run whose adapters sit in the last blocks (`adapter.layers`), or in a decoder alone, repeats the same forward through
-the blocks below them every epoch, for the same result each time. Here those blocks run once, in eval mode; in training
-and scoring they pass on what they are given, and the last of them gives the cached hidden states of the batch. What a
-cache cannot hold, dropout inside the frozen blocks and augmented images, is off or refused.
+A run whose adapters are in the last blocks (`adapter.layers`), or only in a decoder, repeats the same forward through
+the blocks below them in every epoch, with the same result. Here those blocks run once, in eval mode; in training and
+scoring they return the cached hidden states of the batch instead. What cannot be cached is off (dropout inside the
+frozen blocks) or refused (augmented images).
 
-The states of a row are kept without padding, and are padded with its batch. For rows of one length a run on cached
-states is the run without to the bit, where nothing drops out; for others to rounding.
+The states of a row are stored without padding and padded with its batch. Without dropout, a run on cached states equals
+the run without the cache: to the bit if all rows have the same length, and otherwise up to rounding.
 """
 
 from __future__ import annotations
@@ -39,31 +39,31 @@ STATES = "frozen_states"
 """An item's and a batch's key for the cached hidden states, (tokens, dims) and (rows, tokens, dims)."""
 
 LENGTHS = ".lengths"
-"""What the name of a column is followed by, in a file, for the lengths of its rows."""
+"""The suffix, in a file, of the column with the lengths of another column's rows."""
 
 
 def use_cached_states(
     model: nn.Module, rows: dict[str, Any], task: Task, record: Record, device: torch.device, quiet: bool
 ) -> dict[str, Any]:
-    """Lets `model` begin at its first trained block.
+    """Lets `model` start at its first trained block.
 
     Args:
-        model: the adapted model, changed in place; what is trained has `requires_grad`.
-        rows: some of the splits that the task made.
+        model: the adapted model, changed in place; trained parameters have `requires_grad`.
+        rows: splits that the task has prepared.
         task: the run's task.
         record: the run's record, with the fingerprints of model and data.
-        device: where the frozen blocks run.
+        device: the device on which the frozen blocks run.
         quiet: no progress bars.
 
     Returns:
-        The splits with their hidden states, computed now unless an earlier run left them.
+        The splits with their hidden states, computed now unless an earlier run has stored them.
 
     Raises:
-        UserError: nothing is frozen below, or augmented images.
+        UserError: no block is frozen, or images are augmented.
     """
     recipe = task.recipe
     if recipe.image.augmentation:
-        raise UserError("train.cache_frozen: every epoch sees other images; set image.augmentation=[]")
+        raise UserError("train.cache_frozen: augmentation changes the images in every epoch; set image.augmentation=[]")
     blocks = frozen_blocks(model)
     sections = recipe.model_dump(include={"task", "data", "image", "text", "commonsense", "speech"})
     data = record.dataset.test_fingerprint  # of all splits
@@ -74,17 +74,19 @@ def use_cached_states(
         file = cache_folder() / f"{hashlib.sha256(json.dumps([identity, split]).encode()).hexdigest()}.safetensors"
         with FileLock(file.with_suffix(".lock")):
             if not file.exists():
-                items = _through(model.to(device), blocks[-1], rows[split], task, f"frozen blocks, {split}", quiet)
+                items = _hidden_states(
+                    model.to(device), blocks[-1], rows[split], task, f"frozen blocks, {split}", quiet
+                )
                 part = file.with_suffix(".part")
                 save_file(items, part)
                 part.replace(file)
         files[split] = file
-    _begin_after(model, blocks)
+    _skip_blocks(model, blocks)
     return {split: _CachedRows(rows[split], file) for split, file in files.items()}
 
 
 def collate(task: Task, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The task's batch, with the hidden states of its rows where the items have them."""
+    """The task's batch, with the hidden states of its rows if the items have them."""
     batch = task.collate([{key: value for key, value in item.items() if key != STATES} for item in items])
     if STATES in items[0]:
         batch[STATES] = _padded([item[STATES] for item in items], batch.get("attention_mask"))
@@ -92,12 +94,12 @@ def collate(task: Task, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def frozen_blocks(model: nn.Module) -> list[str]:
-    """Names of the blocks below the first one that has a trainable parameter: all of them if none has.
+    """Names of the blocks before the first one with a trainable parameter; all blocks if none has one.
 
-    The blocks are those of the model's largest `ModuleList`, or of its encoder's if it has a decoder beside it.
+    The blocks are those of the largest `ModuleList` in the model or, in an encoder-decoder model, in its encoder.
 
     Raises:
-        UserError: no such list, or nothing frozen below its first trained block.
+        UserError: there is no such list, or no frozen block before the first trained one.
     """
     _, encoder = _base_and_encoder(model)
     prefix = next(name for name, module in model.named_modules() if module is encoder)
@@ -115,18 +117,18 @@ def frozen_blocks(model: nn.Module) -> list[str]:
     first = min((int(found[1]) for found in inside), default=len(stacks[stack]))
     below = names[: next(i for i, name in enumerate(names) if name.startswith(f"{stack}."))]
     if first == 0 or trained & set(below):
-        raise UserError("train.cache_frozen: the first block is trained already; set adapter.layers to later ones")
+        raise UserError("train.cache_frozen: the first block is trained; set adapter.layers to later ones")
     return [f"{stack}.{index}" for index in range(first)]
 
 
 def _base_and_encoder(model: nn.Module) -> tuple[Any, Any]:
-    """The model inside peft's, and what of it the blocks are in: its encoder if it has a decoder beside."""
+    """The model inside peft's, and the part with the blocks: its encoder if it also has a decoder."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return base, base.get_encoder() if base.config.is_encoder_decoder else base
 
 
 def cache_folder() -> Path:
-    """Where hidden states are kept: `$FVAE_LORA_CACHE`, or `fvae-lora` in the user's cache folder; made if missing."""
+    """The folder for hidden states: `$FVAE_LORA_CACHE`, or `fvae-lora` in the user's cache; created if missing."""
     users = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fvae-lora"
     folder = Path(os.environ.get("FVAE_LORA_CACHE", users))
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,16 +136,16 @@ def cache_folder() -> Path:
 
 
 @torch.no_grad()
-def _through(model: nn.Module, last: str, rows: Any, task: Task, what: str, quiet: bool) -> dict[str, Tensor]:
-    """What the block `last` puts out for every row, and the rows' tokens, masks and labels, `_packed`."""
+def _hidden_states(model: nn.Module, last: str, rows: Any, task: Task, what: str, quiet: bool) -> dict[str, Tensor]:
+    """The output of the block `last` for every row, and the rows' tokens, masks and labels, `_packed`."""
     train = task.recipe.train
     device = next(model.parameters()).device
-    put_out: list[Tensor] = []
+    captured: list[Tensor] = []
     columns: dict[str, list[Tensor]] = {STATES: []}
 
     def stop(_: nn.Module, __: Any, output: Any) -> None:
-        put_out.append((output[0] if isinstance(output, tuple) else output).cpu())
-        raise _Enough
+        captured.append((output[0] if isinstance(output, tuple) else output).cpu())
+        raise _StopForward
 
     was_training = model.training
     model.eval()
@@ -152,9 +154,9 @@ def _through(model: nn.Module, last: str, rows: Any, task: Task, what: str, quie
         for start in tqdm(range(0, len(rows), train.batch_size), desc=what, disable=quiet or None):
             items = [rows[i] for i in range(start, min(start + train.batch_size, len(rows)))]
             batch = task.collate(items)
-            with suppress(_Enough), task.autocast(device):
+            with suppress(_StopForward), task.autocast(device):
                 model(**{key: value.to(device) for key, value in batch.items()})
-            columns[STATES] += _unpadded(put_out.pop(), batch.get("attention_mask"))
+            columns[STATES] += _unpadded(captured.pop(), batch.get("attention_mask"))
             for item in items:
                 for key, value in item.items():
                     if not _is_float_array(value := torch.as_tensor(value)):
@@ -166,12 +168,12 @@ def _through(model: nn.Module, last: str, rows: Any, task: Task, what: str, quie
 
 
 def _is_float_array(value: Tensor) -> bool:
-    """Whether it is what blocks are given, such as pixels, rather than a token, a mask or a label."""
+    """Whether it is an input of the blocks, such as pixels, rather than tokens, a mask or a label."""
     return value.is_floating_point() and value.dim() > 0
 
 
 def _is_mask_of(mask: Tensor | None, tokens: int) -> TypeGuard[Tensor]:
-    """Whether the blocks' input is masked token by token: images have no mask, Whisper's is that of its frames."""
+    """Whether the mask is one of the blocks' tokens: images have no mask, and Whisper's is one of its frames."""
     return mask is not None and mask.shape[1] == tokens
 
 
@@ -182,7 +184,7 @@ def _unpadded(states: Tensor, mask: Tensor | None) -> list[Tensor]:
 
 
 def _padded(states: list[Tensor], mask: Tensor | None) -> Tensor:
-    """The reverse of `_unpadded`, with zeros where there was padding."""
+    """The inverse of `_unpadded`, with zeros as padding."""
     if not _is_mask_of(mask, max(map(len, states))):
         return torch.stack(states)
     padded = states[0].new_zeros(*mask.shape, states[0].shape[-1])
@@ -191,14 +193,14 @@ def _padded(states: list[Tensor], mask: Tensor | None) -> Tensor:
 
 
 def _packed(name: str, column: list[Tensor]) -> dict[str, Tensor]:
-    """Tensors of any lengths as one, with their lengths; numbers as a tensor of numbers."""
+    """Tensors of any lengths as one tensor and their lengths; scalars as one tensor."""
     if column[0].dim() == 0:
         return {name: torch.stack(column)}
     return {name: torch.cat(column), f"{name}{LENGTHS}": torch.tensor([len(tensor) for tensor in column])}
 
 
 def _unpacked(columns: Mapping[str, Tensor]) -> dict[str, Sequence[Tensor]]:
-    """The reverse of `_packed`, for every column; nothing is copied."""
+    """The inverse of `_packed`, for all columns and without copies."""
     return {
         name: tensor.split(columns[f"{name}{LENGTHS}"].tolist()) if f"{name}{LENGTHS}" in columns else list(tensor)
         for name, tensor in columns.items()
@@ -206,48 +208,48 @@ def _unpacked(columns: Mapping[str, Tensor]) -> dict[str, Sequence[Tensor]]:
     }
 
 
-def _begin_after(model: nn.Module, blocks: list[str]) -> None:
-    """Lets the blocks hand on the states that a batch has, and work as ever where it has none, in generation."""
-    given = _Given()
+def _skip_blocks(model: nn.Module, blocks: list[str]) -> None:
+    """Lets the blocks return the states in a batch, and run as usual if there are none, as in generation."""
+    cached = _CachedStates()
     for name in blocks:
         block = model.get_submodule(name)
-        block.forward = partial(given.instead_of, block.forward)
+        block.forward = partial(cached.replay, block.forward)
     for module in set(_base_and_encoder(model)):
-        module.register_forward_pre_hook(given.take, with_kwargs=True)
-        module.register_forward_hook(given.forget, always_call=True)
+        module.register_forward_pre_hook(cached.take, with_kwargs=True)
+        module.register_forward_hook(cached.forget, always_call=True)
 
 
-class _Enough(Exception):  # noqa: N818
-    """The frozen blocks are through; nothing above them is needed."""
+class _StopForward(Exception):  # noqa: N818
+    """Raised after the frozen blocks, because nothing above them is needed."""
 
 
-class _Given:
-    """The cached states of the batch at hand (rows, tokens, dims), if it has any."""
+class _CachedStates:
+    """The cached states of the current batch (rows, tokens, dims), if it has any."""
 
     states: Tensor | None = None
 
     def take(self, _: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Takes the states out of what the model, or its encoder, is called with."""
+        """Takes the states from the arguments of the model or its encoder."""
         self.states = options.pop(STATES, self.states)
         return arguments, options
 
     def forget(self, *_: Any) -> None:
-        """Lets go of the states: generation goes on with the parts of a model."""
+        """Drops the states: generation goes on to call parts of the model."""
         self.states = None
 
-    def instead_of(self, forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """The states, or what a block's own `forward` makes."""
+    def replay(self, forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """The cached states, or the result of the block's own `forward` if there are none."""
         return forward(*arguments, **options) if self.states is None else self.states
 
 
 class _CachedRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """The rows of `source` with their states; zeros stand in for what the frozen blocks made these of."""
+    """The rows of `source` with their states; zeros stand in for the inputs of the frozen blocks."""
 
     def __init__(self, source: Any, file: Path):
         self.source = source
         floats = {k: v.shape for k, v in source[0].items() if _is_float_array(torch.as_tensor(v))}
         self.stand_ins = {key: torch.zeros(()).expand(shape) for key, shape in floats.items()}
-        with safe_open(file, "pt") as stored:  # read from the disk as they are needed
+        with safe_open(file, "pt") as stored:  # memory-mapped: read from disk as needed
             self.columns = _unpacked({key: stored.get_tensor(key) for key in stored.keys()})  # noqa: SIM118
 
     def __len__(self) -> int:

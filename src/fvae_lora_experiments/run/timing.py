@@ -1,18 +1,18 @@
-"""Who sees how far something is, how often that is said, and when it will have ended."""
+"""Progress: whether bars are visible, how often a line is printed, and when something will end."""
 
 import sys
 from datetime import datetime, timedelta
 
-PAUSE_S = 60.0
-"""How long nothing is said for, unless something has come to its end."""
+REPORT_INTERVAL_S = 60.0
+"""Seconds between two lines, unless something ends in between."""
 
 
-def on_terminal() -> bool:
-    """Whether somebody sees bars."""
+def is_terminal() -> bool:
+    """Whether progress bars are visible."""
     return sys.stderr.isatty()
 
 
-def ends(left: timedelta) -> str:
+def eta(left: timedelta) -> str:
     """`ends 14:05, in 0:12:03`."""
     then = datetime.now() + left
     return f"ends {then:%a %d %b %H:%M}" if left > timedelta(days=1) else f"ends {then:%H:%M}, in {left}"

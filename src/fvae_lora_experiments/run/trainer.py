@@ -1,4 +1,4 @@
-"""transformers' Trainer as the runs use it: it stops at the first number that is none, and keeps the run's folder."""
+"""transformers' Trainer as runs use it: it stops at the first NaN or infinite number, and keeps the run's folder."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -34,15 +34,15 @@ from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.run.progress import ProgressLines
 from fvae_lora_experiments.run.record import Event
 from fvae_lora_experiments.run.state_cache import collate
-from fvae_lora_experiments.run.timing import on_terminal
+from fvae_lora_experiments.run.timing import is_terminal
 from fvae_lora_experiments.run.tracking import refuse_missing
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import Metric, Task
 
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second")
-"""What a Trainer puts among the scores."""
+"""Timings that a Trainer adds to the scores."""
 
-Scored = tuple[float, torch.Tensor, torch.Tensor]
+ScoredBatch = tuple[float, torch.Tensor, torch.Tensor]
 """A batch's loss, the task's outputs and the labels."""
 
 
@@ -50,10 +50,10 @@ class RunTrainer(FVAELoraTrainer):
     """A Trainer for a task. A loss that is NaN or infinite raises `DivergenceError`, before it reaches a parameter.
 
     Args:
-        task: collates, and scores what the model puts out.
-        quiet: no progress.
+        task: collates batches and scores the model's outputs.
+        quiet: whether to show no progress.
         sampler: draws the rows of an epoch; None shuffles them.
-        kwargs: as the Trainer's.
+        kwargs: the Trainer's.
 
     Attributes:
         scored: the task's outputs and the labels of the split that was scored last, in the main process.
@@ -64,21 +64,21 @@ class RunTrainer(FVAELoraTrainer):
     def __init__(self, task: Task, quiet: bool, sampler: Sampler[int] | None = None, **kwargs: Any):
         super().__init__(data_collator=partial(collate, task), **kwargs)
         self.task, self.quiet, self.sampler = task, quiet, sampler
-        self.remove_callback(PrinterCallback)  # what a Trainer without bars has
-        if not quiet and not on_terminal():
+        self.remove_callback(PrinterCallback)  # the default of a Trainer without progress bars
+        if not quiet and not is_terminal():
             self.add_callback(ProgressLines(task.metric.name))
         self.is_adalora = isinstance(getattr(self.model, "base_model", None), AdaLoraModel)
         if self.is_adalora:
             self.add_callback(RankSchedule())
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One micro-batch, forward and backward; the loss that it adds."""
+        """Forward and backward of one micro-batch; returns its loss."""
         loss = super().training_step(model, *args, **kwargs)
         if not torch.isfinite(loss):
             raise DivergenceError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}: {blame(self.model)}"
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}: {locate_divergence(self.model)}"
             )
-        if self.is_adalora and self.accelerator.sync_gradients:  # once a step, however many micro-batches it has
+        if self.is_adalora and self.accelerator.sync_gradients:  # once per step, whatever the number of micro-batches
             regulariser = orthogonality(self.model)
             self.accelerator.backward(regulariser * self.accelerator.gradient_accumulation_steps)
             loss = loss + regulariser.detach()
@@ -90,8 +90,8 @@ class RunTrainer(FVAELoraTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Every n-th batch of a split, n being the number of processes.
 
-        They are the batches of a single process. The Trainer's own would be filled up with rows that were scored
-        already where the processes cannot have equally many.
+        The batches are those of a single process. The Trainer's own dataloader would repeat rows if the processes
+        cannot get equally many.
         """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         size = self.args.per_device_eval_batch_size
@@ -107,16 +107,16 @@ class RunTrainer(FVAELoraTrainer):
     def evaluation_loop(
         self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """Scores a split: its mean loss, what its batches' outputs say, and what the task generates from it.
+        """Scores a split: its mean loss, and the task's scores from outputs and from generation.
 
-        The main process puts together what all have found, and tells the others.
+        The main process combines the results of all processes and broadcasts the scores.
 
         Raises:
             DivergenceError: the mean loss is NaN or infinite.
         """
         self.callback_handler.eval_dataloader = dataloader  # for the progress bar
         self.model.eval()
-        found: list[Scored] = []
+        found: list[ScoredBatch] = []
         for batch in dataloader:
             inputs = self._prepare_inputs(batch)
             with torch.no_grad():
@@ -136,8 +136,8 @@ class RunTrainer(FVAELoraTrainer):
         metrics = {f"{metric_key_prefix}_{name}": score for name, score in scores[0].items()}
         return EvalLoopOutput(None, None, metrics, len(items))
 
-    def _scores(self, batches: list[Scored], items: Any) -> dict[str, float]:
-        rows = getattr(items, "source", items)  # those that cached ones stand for
+    def _scores(self, batches: list[ScoredBatch], items: Any) -> dict[str, float]:
+        rows = getattr(items, "source", items)  # the original rows, if these are cached states
         outputs, labels = EvalLoopContainer(), EvalLoopContainer()
         for _, batch_outputs, batch_labels in batches:
             outputs.add(batch_outputs)
@@ -153,8 +153,8 @@ class RunTrainer(FVAELoraTrainer):
         }
 
     def score(self, rows: Any, split: str) -> dict[str, float]:
-        """`loss` and the task's scores of `rows`, one of its data sets, whose name is `split`."""
-        return scores_among(self.evaluate(rows, metric_key_prefix=split), split)
+        """`loss` and the task's scores on `rows`, the data set of the split of that name."""
+        return logged_scores(self.evaluate(rows, metric_key_prefix=split), split)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if isinstance(self.model, PeftModel):
@@ -164,36 +164,36 @@ class RunTrainer(FVAELoraTrainer):
 
 
 def load_whole_model(model: PreTrainedModel, folder: Path) -> None:
-    """Loads the parameters that `save_pretrained` wrote to `folder` into `model`, every one of them.
+    """Loads all parameters that `save_pretrained` wrote to `folder` into `model`.
 
-    transformers writes them under names of older versions, and a Trainer that resumes skips those it does not know.
+    transformers may write them under names of older versions, which a resuming Trainer would skip.
     """
     model.load_state_dict(load_model(type(model), str(folder), dtype=torch.float32)[0].state_dict())
 
 
-def blame(model: nn.Module) -> str:
-    """The first layer whose ELBO is not finite and its terms, or else the task's loss."""
+def locate_divergence(model: nn.Module) -> str:
+    """Names the first layer whose ELBO is not finite and its terms, or else the task loss."""
     for module, terms in elbo_terms(model).items():
         wrong = {term: value for term, value in terms.items() if not math.isfinite(value)}
         if wrong:
             return f"{module} has " + ", ".join(f"{term} {value}" for term, value in wrong.items())
-    return "the task's own loss went wrong, every layer's terms are finite"
+    return "the task loss is not finite; the ELBO terms of all layers are"
 
 
 class FolderCallback(TrainerCallback):
-    """Writes the learning curve and looks after the checkpoints."""
+    """Writes the learning curve and manages the checkpoints."""
 
     def __init__(self, folder: RunFolder, recipe: Recipe, on_checkpoint: Callable[[], None]):
         self.folder, self.recipe, self.on_checkpoint = folder, recipe, on_checkpoint
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Closes the running mean of the loss, which no checkpoint carries over."""
+        """Logs the running mean of the loss, which a checkpoint would lose."""
         control.should_log = True
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
     ) -> None:
-        """One line of the learning curve."""
+        """Appends a line to the learning curve."""
         where = {"step": state.global_step, "epoch": logs.get("epoch")}
         if "loss" in logs:
             line = {"event": "train", **where, **{k: logs.get(k) for k in ("loss", "learning_rate", "grad_norm")}}
@@ -203,32 +203,32 @@ class FolderCallback(TrainerCallback):
                 line["elbo"] = terms
             self.folder.append(Event.model_validate(line))
         elif "eval_loss" in logs:
-            self.folder.append(Event.model_validate({"event": "validation", **where, **scores_among(logs, "eval")}))
+            self.folder.append(Event.model_validate({"event": "validation", **where, **logged_scores(logs, "eval")}))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The checkpoint is whole now: it and the best one stay."""
-        distributed.wait()  # each adds its random state to a checkpoint
+        """Keeps the new checkpoint, which is complete now, and the best one."""
+        distributed.wait()  # each process adds its random state to the checkpoint
         self.folder.keep_checkpoints(state.global_step, state.best_global_step)
         self.on_checkpoint()
-        control.should_training_stop = finished(state, self.recipe)
+        control.should_training_stop = is_training_over(state, self.recipe)
 
 
-def reading_processes() -> int:
-    """How many processes read the data where a recipe does not say: what keeps an accelerator busy.
+def default_workers() -> int:
+    """The number of data-loading processes if the recipe does not say: enough to keep an accelerator busy.
 
-    Without one there are none: they would take the cores that train.
+    0 without an accelerator, because they would take cores from training.
     """
-    return min(8, max(1, cores() // distributed.count() - 1)) if torch.accelerator.is_available() else 0
+    return min(8, max(1, cores() // distributed.process_count() - 1)) if torch.accelerator.is_available() else 0
 
 
-def scores_among(logs: Mapping[str, float], prefix: str) -> dict[str, float]:
-    """What a Trainer logged of a split under `prefix`, without how long it took."""
+def logged_scores(logs: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """The scores that a Trainer logged under `prefix`, without timings."""
     logged = {key.removeprefix(f"{prefix}_"): value for key, value in logs.items() if key.startswith(f"{prefix}_")}
     return {name: value for name, value in logged.items() if name not in TIMINGS}
 
 
-def finished(state: TrainerState, recipe: Recipe) -> bool:
-    """Whether training is over at the end of an epoch: all epochs or steps done, or out of patience."""
+def is_training_over(state: TrainerState, recipe: Recipe) -> bool:
+    """Whether training is over at the end of an epoch: all epochs or steps are done, or the patience is exhausted."""
     train = recipe.train
     if train.max_steps is None and round(state.epoch or 0, 6) >= train.epochs:
         return True
@@ -241,34 +241,35 @@ def finished(state: TrainerState, recipe: Recipe) -> bool:
 
 
 def checkpoint_state(checkpoint: Path | None) -> TrainerState:
-    """What the Trainer knew when it wrote a checkpoint."""
+    """The Trainer's state when it wrote a checkpoint."""
     assert checkpoint is not None, "an epoch ends with a checkpoint"
     state: TrainerState = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     return state
 
 
 def trainer_arguments(recipe: Recipe, output: Path, metric: Metric, quiet: bool) -> TrainingArguments:
-    """The recipe in transformers' words.
+    """The recipe as transformers' arguments.
 
     Raises:
-        UserError: if this machine cannot train in the recipe's precision, or these processes with its batches; a
-            tracker that is not installed.
+        UserError: this machine cannot train in the recipe's precision, the batch cannot be divided by the processes, or a
+            tracker is not installed.
     """
     train = recipe.train
     if train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision: fp16 needs a GPU; fp32 and bf16 are allowed here")
-    if train.batch_size % distributed.count():
+    processes = distributed.process_count()
+    if train.batch_size % processes:
         raise UserError(
-            f"train.batch_size: {train.batch_size} rows do not share out evenly among {distributed.count()} processes; "
-            f"multiples of {distributed.count()} are allowed"
+            f"train.batch_size: {train.batch_size} rows cannot be divided evenly among {processes} processes; "
+            f"multiples of {processes} are allowed"
         )
     refuse_missing(train.report_to)
-    workers = reading_processes() if train.workers is None else train.workers
+    workers = default_workers() if train.workers is None else train.workers
     return TrainingArguments(
         output_dir=str(output),
         num_train_epochs=train.epochs,
         max_steps=train.max_steps or -1,
-        per_device_train_batch_size=train.batch_size // distributed.count(),
+        per_device_train_batch_size=train.batch_size // processes,
         per_device_eval_batch_size=train.batch_size,
         gradient_accumulation_steps=train.gradient_accumulation,
         learning_rate=train.learning_rate,
@@ -294,6 +295,6 @@ def trainer_arguments(recipe: Recipe, output: Path, metric: Metric, quiet: bool)
         remove_unused_columns=False,
         label_names=["labels"],
         report_to=list(train.report_to) or "none",
-        disable_tqdm=quiet or not on_terminal(),
+        disable_tqdm=quiet or not is_terminal(),
         log_level_replica="error",
     )

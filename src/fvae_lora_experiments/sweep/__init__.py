@@ -1,1 +1,1 @@
-"""Many runs: which, a grid of them, doing them here or on SLURM."""
+"""Many runs: planning them, grids, and running them here or on SLURM."""

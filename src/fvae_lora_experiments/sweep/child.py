@@ -1,4 +1,4 @@
-"""What does runs: processes of this machine here, a job of a cluster in `sweep.slurm`."""
+"""The processes that do runs on this machine; a job of `sweep.slurm` does its run the same way."""
 
 import os
 import sys
@@ -18,42 +18,42 @@ from fvae_lora_experiments.schema import Recipe
 
 HOST = "127.0.0.1"
 GRACE_S = 2.0
-"""How long the others of a run's processes may take to say why they fail, once one has failed."""
+"""Once a process of a run has failed, how long the others get to report why they fail."""
 
 
-def work(folder: str, recipe: str, count: int) -> NoReturn:
-    """Does a run and ends this process with its exit code: see `process.exit_code`.
+def do_run(folder: str, recipe: str, count: int) -> NoReturn:
+    """Does a run and exits with its exit code, see `process.exit_code`.
 
     Args:
         folder: the run's folder.
         recipe: as JSON.
-        count: how many processes do the run: this one, or several of its own.
+        count: the number of processes of the run: 1 is this process, more are started.
     """
     if count == 1:
         _run(folder, recipe)
     code = _supervise(folder, recipe, count)
-    sys.exit(code if code >= 0 else 128 - code)  # as a shell tells of a signal
+    sys.exit(code if code >= 0 else 128 - code)  # like a shell after a signal
 
 
 def _run(folder: str, recipe: str) -> NoReturn:
-    distributed.end(exit_code(lambda: _do(Recipe.model_validate_json(recipe), Path(folder))))
+    distributed.exit_process(exit_code(lambda: _train(Recipe.model_validate_json(recipe), Path(folder))))
 
 
-def _do(recipe: Recipe, folder: Path) -> None:
+def _train(recipe: Recipe, folder: Path) -> None:
     use_one_gpu()
 
-    from fvae_lora_experiments.run.runner import run
+    from fvae_lora_experiments.run.runner import run_recipe
 
     silence_libraries()
-    run(recipe, folder, quiet=True)
-    distributed.leave()
+    run_recipe(recipe, folder, quiet=True)
+    distributed.disconnect()
 
 
 def serve(channel: Connection) -> None:
-    """Does the runs that `channel` asks for, and answers each with its exit code.
+    """Does the runs requested through `channel`, and answers each with its exit code.
 
-    To import everything takes longer than a small run: that is done once, and the processes of each run are forks of
-    this one. Where that cannot be, the first run of a single process is this process, and its end.
+    Importing everything takes longer than a small run, so it is done once, and the processes of each run are forked
+    from this one. Where forking is impossible, this process does its first single-process run itself, and exits.
     """
     from fvae_lora_experiments.run import runner  # noqa: F401
 
@@ -63,29 +63,31 @@ def serve(channel: Connection) -> None:
         except (EOFError, ConnectionError):
             return
         if count == 1 and not _can_fork():
-            _live_with(lambda: wait([channel]))
+            _exit_with_parent(lambda: wait([channel]))
             _run(folder, recipe)
         channel.send(_supervise(folder, recipe, count, [channel]))
 
 
 def _supervise(folder: str, recipe: str, count: int, asking: Sequence[Connection] = ()) -> int:
-    """Does a run in `count` new processes, in the surroundings that torchrun would give them.
+    """Does a run in `count` new processes, in the environment that torchrun would give them.
 
-    When one fails the others are ended; they would wait for it.
+    If one fails, the others are killed, because they would wait for it.
 
     Args:
         folder: the run's folder.
         recipe: as JSON.
-        count: how many processes.
-        asking: when there is something to read here, nobody waits for the run any more: this process ends.
+        count: the number of processes.
+        asking: if one of these becomes readable, nobody waits for the run any more, and this process exits.
 
     Returns:
-        0, or the exit code that tells most of what went wrong: of a signal, of a refusal, of a failure.
+        0, or the most informative exit code: of a signal before a refusal before a failure.
     """
     store = torch.distributed.TCPStore(HOST, 0, is_master=True, wait_for_workers=False) if count > 1 else None
     process = get_context("fork").Process if _can_fork() else get_context("spawn").Process
     group = [
-        process(target=_member, args=(folder, recipe, _place(rank, count, store.port) if store else {}))
+        process(
+            target=_rank_process, args=(folder, recipe, _rank_environment(rank, count, store.port) if store else {})
+        )
         for rank in range(count)
     ]
     for member in group:
@@ -104,12 +106,12 @@ def _supervise(folder: str, recipe: str, count: int, asking: Sequence[Connection
 
 
 def _can_fork() -> bool:
-    """Whether a fork can do a run: what a GPU or macOS has in a process does not survive one."""
+    """Whether a forked process can do a run: not with CUDA, nor on macOS."""
     return sys.platform.startswith("linux") and not torch.cuda.is_available()
 
 
-def _place(rank: int, count: int, port: int) -> dict[str, str]:
-    """A process's place among those of its run, in torchrun's environment variables."""
+def _rank_environment(rank: int, count: int, port: int) -> dict[str, str]:
+    """A process's rank in its run, as torchrun's environment variables."""
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(count),
@@ -122,16 +124,16 @@ def _place(rank: int, count: int, port: int) -> dict[str, str]:
     }
 
 
-def _member(folder: str, recipe: str, place: dict[str, str]) -> None:
+def _rank_process(folder: str, recipe: str, place: dict[str, str]) -> None:
     parent = parent_process()
     assert parent is not None
-    _live_with(parent.join)
+    _exit_with_parent(parent.join)
     os.environ |= place
     _run(folder, recipe)
 
 
-def _live_with(end: Callable[[], object]) -> None:
-    """Ends this process when `end` returns: however a sweep dies, no run outlives it and blocks the next one."""
+def _exit_with_parent(end: Callable[[], object]) -> None:
+    """Exits when `end` returns: however a sweep dies, no run may outlive it and block the next one."""
 
     def die() -> None:
         end()

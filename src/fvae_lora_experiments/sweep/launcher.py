@@ -1,28 +1,28 @@
-"""Where a sweep's runs are done: in processes of this machine (`local`) or in jobs of a cluster (`slurm`)."""
+"""The interface of what runs a sweep: processes on this machine (`local`) or jobs of a cluster (`slurm`)."""
 
 import signal
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fvae_lora_experiments.sweep.plan import Planned
+from fvae_lora_experiments.sweep.plan import PlannedRun
 
-LETTING_GO_S = 5.0
-"""How long a process of an earlier, killed sweep may take to let go of its run's folder."""
+LOCK_WAIT_S = 5.0
+"""How long a process of an earlier, killed sweep may take to release its run's folder."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How the process of a run came to its end.
+    """How the process of a run ended.
 
     Args:
         run: the run.
-        code: its exit code, negative for a signal; None where there is none: a job that the cluster ended.
+        code: its exit code, negative for a signal; None for a job that the cluster ended.
         how: the end in words, `killed by SIGKILL`.
         output: the end of what it wrote.
     """
 
-    run: Planned
+    run: PlannedRun
     code: int | None
     how: str
     output: str
@@ -34,45 +34,45 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class News:
-    """How a sweep stands: the runs that are under way, and those that ended since the last news."""
+class Progress:
+    """The state of a sweep: the runs that are under way, and those that ended since the last report."""
 
-    running: list[Planned] = field(default_factory=list)
+    running: list[PlannedRun] = field(default_factory=list)
     ended: list[Ended] = field(default_factory=list)
 
 
 class Launcher(Protocol):
-    """A place where runs are done."""
+    """Runs the runs of a sweep."""
 
-    def launch(self, runs: Sequence[Planned]) -> Generator[News, None, None]:
-        """Does the runs, each in its own process, and gives news until every one has ended.
+    def launch(self, runs: Sequence[PlannedRun]) -> Generator[Progress, None, None]:
+        """Does the runs, each in its own process, and reports progress until all have ended.
 
-        Closed early, it leaves nothing behind but what `parting` tells of.
+        Closed early, it leaves nothing behind except what `interrupt_message` says.
 
         Raises:
-            UserError: the runs cannot be started here, a folder is in use. Nothing was started.
+            UserError: the runs cannot be started here, or a folder is in use. Nothing was started.
         """
         ...
 
     @property
-    def parting(self) -> str:
-        """What goes on when the sweep is interrupted, or nothing."""
+    def interrupt_message(self) -> str:
+        """What continues after the sweep was interrupted; empty if nothing does."""
         ...
 
 
-def refuse_folders_in_use(runs: Sequence[Planned]) -> None:
-    """Checks that the runs' folders can be written to and that nobody is at work there.
+def refuse_folders_in_use(runs: Sequence[PlannedRun]) -> None:
+    """Checks that the runs' folders are writable and not in use.
 
     Raises:
-        UserError: they cannot, or somebody is.
+        UserError: a folder is not writable, or in use.
     """
     for run in runs:
-        with run.folder.locked(LETTING_GO_S):
+        with run.folder.locked(LOCK_WAIT_S):
             pass
 
 
-def ending(code: int) -> str:
-    """An exit code in words; a shell's 128 + N, like a process's own -N, is signal N."""
+def describe_exit(code: int) -> str:
+    """An exit code in words; 128 + N from a shell, like -N from a process, is signal N."""
     number = -code if code < 0 else code - 128
     try:
         return f"killed by {signal.Signals(number).name}"

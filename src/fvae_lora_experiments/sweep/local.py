@@ -1,4 +1,4 @@
-"""Runs as processes of this machine, which is shared out among them."""
+"""Runs as processes on this machine, whose cores and GPUs are divided among them."""
 
 import contextlib
 import math
@@ -13,36 +13,36 @@ from typing import IO
 
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.run.environment import cores
-from fvae_lora_experiments.sweep.launcher import Ended, News, ending, refuse_folders_in_use
-from fvae_lora_experiments.sweep.plan import Planned
+from fvae_lora_experiments.sweep.launcher import Ended, Progress, describe_exit, refuse_folders_in_use
+from fvae_lora_experiments.sweep.plan import PlannedRun
 
 POLL_S = 0.5
 OUTPUT_BYTES = 2**16
 
 THREAD_LIMITS = ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-"""Variables by which a user limits the threads of a process."""
+"""Environment variables that limit the threads of a process."""
 
 
 class LocalLauncher:
-    """Does runs in processes whose life is tied to this one's.
+    """Does runs in processes that end with this one.
 
     Args:
-        jobs: runs at once; the machine's cores are shared out among them, up to the threads that the user allows each.
+        jobs: runs at the same time; the machine's cores are divided among them, up to the user's limit on threads.
         processes: processes per run.
-        gpus: GPUs per run, no two runs' the same. With None, a run has one if there are any, maybe not for itself.
+        gpus: GPUs per run, exclusively. With None, a run has one if there are any, possibly shared.
 
     Raises:
-        UserError: there are not as many GPUs.
+        UserError: there are not enough GPUs.
     """
 
-    parting = ""
+    interrupt_message = ""
 
     def __init__(self, jobs: int, processes: int = 1, gpus: int | None = None):
         self.processes = processes
         threads = {"OMP_NUM_THREADS": str(max(1, min(cores() // (jobs * processes), most_threads())))}
         self.shares = [threads | visible for visible in _gpus(jobs, gpus)]
 
-    def launch(self, runs: Sequence[Planned]) -> Generator[News, None, None]:
+    def launch(self, runs: Sequence[PlannedRun]) -> Generator[Progress, None, None]:
         """See `Launcher`."""
         refuse_folders_in_use(runs)
         waiting = list(runs)
@@ -54,23 +54,23 @@ class LocalLauncher:
                         worker.begin(waiting.pop(0))
                 wait([worker.channel for worker in workers if worker.run], POLL_S)
                 ended = [end for worker in workers if (end := worker.ended())]
-                yield News([worker.run for worker in workers if worker.run], ended)
+                yield Progress([worker.run for worker in workers if worker.run], ended)
         finally:
             for worker in workers:
                 worker.end()
 
 
 class _Worker:
-    """A share of the machine, and the process (`worker`) that does one run after the other there."""
+    """A share of the machine, and the process (`sweep.child`) that does one run after another there."""
 
     def __init__(self, share: dict[str, str], processes: int):
         self.share, self.processes = share, processes
-        self.run: Planned | None = None
+        self.run: PlannedRun | None = None
         self.process: subprocess.Popen[bytes] | None = None
         self.output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
 
-    def begin(self, run: Planned) -> None:
-        """Asks for a run."""
+    def begin(self, run: PlannedRun) -> None:
+        """Requests a run."""
         if self.process is None or self.process.poll() is not None:
             self.channel, theirs = Pipe()
             with theirs:
@@ -81,8 +81,8 @@ class _Worker:
                     stderr=subprocess.STDOUT,
                     env=os.environ | self.share,
                 )
-        self.run, self.said_before = run, self._said()
-        with contextlib.suppress(ConnectionError):  # it has ended: `ended` tells
+        self.run, self.output_start = run, self._output_size()
+        with contextlib.suppress(ConnectionError):  # the process has ended, which `ended` reports
             self.channel.send((str(run.folder.path), run.recipe.model_dump_json(), self.processes))
 
     def ended(self) -> Ended | None:
@@ -91,33 +91,35 @@ class _Worker:
             return None
         code = self.process.poll()
         if code is None:
-            with contextlib.suppress(EOFError, ConnectionError):  # it is about to end
+            with contextlib.suppress(EOFError, ConnectionError):  # it is about to exit
                 code = self.channel.recv() if self.channel.poll() else None
         if code is None:
             return None
         run, self.run = self.run, None
-        begin = max(self.said_before, self._said() - OUTPUT_BYTES)
-        said = os.pread(self.output.fileno(), OUTPUT_BYTES, begin)  # the place in the file is the process's
-        return Ended(run, code, ending(code), said.decode(errors="replace"))
+        begin = max(self.output_start, self._output_size() - OUTPUT_BYTES)
+        said = os.pread(
+            self.output.fileno(), OUTPUT_BYTES, begin
+        )  # not read(): the file offset is shared with the process
+        return Ended(run, code, describe_exit(code), said.decode(errors="replace"))
 
-    def _said(self) -> int:
+    def _output_size(self) -> int:
         return os.fstat(self.output.fileno()).st_size
 
     def end(self) -> None:
-        """Lets the process go: it notices that its channel is closed."""
+        """Ends the process, which exits when its channel is closed."""
         if self.process is not None:
             self.channel.close()
             self.process.wait()
 
 
 def most_threads() -> float:
-    """How many threads a process may have by the variables that limit them, of which the smallest counts."""
+    """The smallest limit on threads that the environment sets."""
     set_by_user = (os.environ.get(name, "").split(",")[0].strip() for name in THREAD_LIMITS)
     return min((int(limit) for limit in set_by_user if limit.isdecimal() and int(limit)), default=math.inf)
 
 
 def _gpus(jobs: int, each: int | None) -> list[dict[str, str]]:
-    """For each of the runs at once, the environment variable that names its GPUs."""
+    """For each concurrent run, the environment variable with its GPUs."""
     import torch
 
     count = torch.cuda.device_count()

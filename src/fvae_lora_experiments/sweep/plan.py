@@ -18,24 +18,24 @@ from fvae_lora_experiments.schema import Recipe
 MOST_SEEDS = 1000
 """The longest range of seeds; a longer one is a slip of the pen."""
 
-OPTION_OF = {"method": "--methods", "seed": "--seeds", "dataset": "--dataset", "purpose": "--grid"}
-"""Keys of a recipe that name a run's place in its sweep, and the option that each has for that."""
+OPTION_FOR = {"method": "--methods", "seed": "--seeds", "dataset": "--dataset", "purpose": "--grid"}
+"""Keys of a recipe that a sweep sets, and the option for each."""
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """A run of a sweep."""
 
     recipe: Recipe
     folder: RunFolder
     name: str
-    """The run's folder, seen from the sweep's."""
+    """The path of the run's folder, relative to the sweep's."""
 
     def is_done(self) -> bool:
         """Whether there is a finished run of this recipe, or a point of a grid that diverged and would do so again.
 
         Raises:
-            UserError: the folder holds another recipe's run, or no whole record.
+            UserError: the folder holds a run of another recipe, or an incomplete record.
         """
         record = self.folder.read_for(self.recipe)
         if record is None:
@@ -44,7 +44,7 @@ class Planned:
         return record.state == "complete" or hopeless
 
     def epochs_done(self) -> int:
-        """How many of the recipe's epochs its learning curve, read from its end, tells of."""
+        """How many of the recipe's epochs are in its learning curve, of which only the end is read."""
         try:
             with self.folder.metrics_file.open("rb") as file:
                 file.seek(max(0, self.folder.metrics_file.stat().st_size - 2**16))
@@ -59,23 +59,23 @@ class Planned:
 
 @dataclass(frozen=True)
 class Contender:
-    """What is compared: a method on a data set, at one value of each varied key. Its runs differ in their seeds."""
+    """What is compared: a method on a data set, with one value of each varied key. Its runs differ in their seeds."""
 
     source: str
     """The recipe's name."""
     overrides: Sequence[str]
     options: Mapping[str, Any]
-    """Values of dotted keys, the method's among them; they win over the overrides."""
+    """Values of dotted keys, including the method; they win over the overrides."""
     out: Path
     """The sweep's folder."""
     place: str = ""
-    """The folder in `out` of all that is measured on one data set; none where there is one data set only."""
+    """The folder in `out` for one recipe and data set; empty if there is only one."""
     keys: tuple[str, ...] = ()
     """The varied keys."""
 
     @cached_property
     def recipe(self) -> Recipe:
-        """Complete but for the seed and the purpose."""
+        """The recipe, complete except for the seed and the purpose."""
         return load_recipe(self.source, self.overrides, self.options)
 
     @property
@@ -90,8 +90,8 @@ class Contender:
         settings = [f"{key.rpartition('.')[2]}={value}" for key, value in self.values.items()]
         return "/".join(filter(None, (self.place, _as_file_name("-".join((self.recipe.method, *settings))))))
 
-    def at(self, point: Mapping[str, Any]) -> "Contender":
-        """This contender with other values of the keys in `point`.
+    def with_values(self, point: Mapping[str, Any]) -> "Contender":
+        """This contender with the values in `point`.
 
         Raises:
             UserError: an unknown key, or a bad value.
@@ -101,33 +101,16 @@ class Contender:
             raise UserError(f"recipe {self.source}: {sections.pop()}: expected one of the keys below it")
         return moved
 
-    def run(self, seed: int, purpose: Literal["result", "selection"] = "result") -> Planned:
-        """Its run with that seed; a point of a grid (`selection`) lies in a folder apart.
+    def run(self, seed: int, purpose: Literal["result", "selection"] = "result") -> PlannedRun:
+        """Its run with that seed; points of a grid (`selection`) have a separate folder.
 
         Raises:
-            UserError: not a seed.
+            UserError: it is not a valid seed.
         """
         recipe = load_recipe(self.source, self.overrides, {**self.options, "seed": seed, "purpose": purpose})
         parent, _, own = f"{self.name}-seed{recipe.seed}".rpartition("/")
         name = "/".join(filter(None, (parent, "selection" if purpose == "selection" else "", own)))
-        return Planned(recipe, RunFolder(self.out / name), name)
-
-
-def plan(
-    recipe: str,
-    out: Path,
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    overrides: Sequence[str] = (),
-    options: Mapping[str, Any] | None = None,
-    variations: Mapping[str, Sequence[Any]] | None = None,
-) -> list[Planned]:
-    """Every run of `contenders` with every seed.
-
-    Raises:
-        UserError: an unknown key, a bad value, the same combination twice.
-    """
-    return runs_of(contenders(recipe, out, methods, overrides, options, variations), seeds)
+        return PlannedRun(recipe, RunFolder(self.out / name), name)
 
 
 def contenders(
@@ -141,11 +124,11 @@ def contenders(
     """Every combination of a recipe, a data set, a value of each varied key and a method.
 
     Args:
-        recipe: a recipe, or several separated by commas. Each, and each data set, gets a folder if there are several.
+        recipe: a recipe, or several separated by commas. If there are several recipes or data sets, each has a folder.
         out: the sweep's folder.
         methods: names of methods.
-        overrides: `key=value` strings that hold for all.
-        options: dotted keys that hold for all; `dataset` may be several, separated by commas.
+        overrides: `key=value` strings for all.
+        options: dotted keys for all; `dataset` may be several, separated by commas.
         variations: values of each varied key.
 
     Raises:
@@ -153,7 +136,7 @@ def contenders(
     """
     for key, _ in map(parse_override, overrides):
         if key in ("method", "seed", "purpose"):
-            raise UserError(f"{key}: runs of a comparison differ in it; {OPTION_OF[key]} is for that")
+            raise UserError(f"{key}: set by the comparison; use {OPTION_FOR[key]}")
     options = dict(options or {})
     recipes, datasets = _several(recipe), _several(options.pop("dataset", None))
     found = []
@@ -162,28 +145,28 @@ def contenders(
         place = _as_file_name("-".join(named))
         given = options if dataset is None else options | {"dataset": dataset}
         bases = [Contender(source, overrides, given | {"method": method}, out, place) for method in methods]
-        found += [base.at(point) for point in product_of(variations or {}) for base in bases]
+        found += [base.with_values(point) for point in combinations(variations or {}) for base in bases]
     return found
 
 
 def runs_of(
     contenders: Iterable[Contender], seeds: Sequence[int], purpose: Literal["result", "selection"] = "result"
-) -> list[Planned]:
+) -> list[PlannedRun]:
     """A run of each contender with each seed, all of the first seed first.
 
     Raises:
-        UserError: not a seed; the same run twice.
+        UserError: a seed is not valid, or a run would be there twice.
     """
-    runs: dict[str, Planned] = {}
+    runs: dict[str, PlannedRun] = {}
     for seed, contender in itertools.product(seeds, list(contenders)):
         run = contender.run(seed, purpose)
         if run.name in runs:
-            raise UserError(f"compare: {run.name} is asked for twice")
+            raise UserError(f"compare: {run.name} is requested twice")
         runs[run.name] = run
     return list(runs.values())
 
 
-def product_of(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+def combinations(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Every combination of a value of each key, the last key's values changing fastest."""
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
@@ -193,7 +176,7 @@ def _as_file_name(text: str) -> str:
 
 
 def _several(text: str | None) -> list[Any]:
-    """`a,b` as a list, unless a file or folder has that very name."""
+    """`a,b` as a list, unless a file or folder has exactly that name."""
     return [text] if text is None or Path(text).exists() else text.split(",")
 
 
@@ -201,7 +184,7 @@ def parse_list(option: str, text: str) -> list[Any]:
     """`1,2,42` as a list of YAML values.
 
     Raises:
-        UserError: nothing between two commas.
+        UserError: there is nothing between two commas.
     """
     values = [yaml.safe_load(part) for part in text.split(",")]
     if None in values:
@@ -226,9 +209,9 @@ def parse_seeds(option: str, text: str) -> list[Any]:
 
 
 def parse_values(option: str, texts: Sequence[str]) -> dict[str, list[Any]]:
-    """`train.learning_rate=1e-3,1e-2` or `train.learning_rate=[1e-3,1e-2]`, several times, as a dict.
+    """Texts such as `train.learning_rate=1e-3,1e-2` or `train.learning_rate=[1e-3,1e-2]` as a dict.
 
-    A value that is a list stands in the list of values: `fvae.encoder_hidden_dims=[[], [128]]`.
+    Values that are lists need the second form: `fvae.encoder_hidden_dims=[[], [128]]`.
 
     Raises:
         UserError: no values, a key twice, a key that has an option of its own.
@@ -236,8 +219,8 @@ def parse_values(option: str, texts: Sequence[str]) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for text in texts:
         key, values = parse_override(text)
-        if key in OPTION_OF:
-            raise UserError(f"{option} {key}: not a key to vary; {OPTION_OF[key]} is for that")
+        if key in OPTION_FOR:
+            raise UserError(f"{option} {key}: cannot be varied here; use {OPTION_FOR[key]}")
         if key in found:
             raise UserError(f"{option} {key}: given twice; expected all its values in one, for example {key}=1,2")
         found[key] = values if isinstance(values, list) else parse_list(f"{option} {key}", text.partition("=")[2])

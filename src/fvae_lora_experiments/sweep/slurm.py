@@ -1,10 +1,10 @@
 """Runs as jobs of a SLURM cluster, submitted through submitit.
 
-A sweep's jobs are an array. They belong to SLURM, not to the process that submitted them: when that is stopped or
-killed they go on, and the same command finds them again. What it needs for that is written before they are submitted:
-the array's name is the name of a folder, and `runs.json` in that folder says which folder and recipe each job is for.
-What submitit pickles beside it, the same two as text, is read by the job alone; results are the runs' records. The
-folder goes when all its runs are complete; until then it keeps what the jobs wrote.
+A sweep's jobs are an array. They belong to SLURM, not to the process that submitted them: if that is stopped or killed,
+they go on, and the same command finds them again. What this needs is written before they are submitted: the array's
+name is the name of a folder, and `runs.json` in that folder says which run folder and recipe each job is for. submitit
+pickles the same two as text beside it, only for the job to read; results are the runs' records. The folder is deleted
+when all its runs are complete; until then it keeps the jobs' output.
 """
 
 import contextlib
@@ -25,24 +25,24 @@ from filelock import FileLock
 
 from fvae_lora_experiments.errors import RunError, UserError, first_line
 from fvae_lora_experiments.run.folder import RunFolder, write_atomically
-from fvae_lora_experiments.sweep.launcher import Ended, News, ending, refuse_folders_in_use
-from fvae_lora_experiments.sweep.plan import Planned
+from fvae_lora_experiments.sweep.launcher import Ended, Progress, describe_exit, refuse_folders_in_use
+from fvae_lora_experiments.sweep.plan import PlannedRun
 
 NAME = "fvae-lora-"
 POLL_S, LONGEST_POLL_S = 0.5, 10.0
-SILENCE_S = 600.0
-"""How long SLURM may leave a running sweep without an answer."""
+NO_ANSWER_LIMIT_S = 600.0
+"""How long SLURM may not answer before a sweep gives up."""
 
-OVER = {
+FINAL_STATES = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
     *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
 }
-"""The states that a job does not leave."""
+"""Final states of a job."""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A line of squeue: `number` is 12, or 12_3 in an array; `status` what wait(2) would give."""
+    """A line of squeue: `number` is 12, or 12_3 in an array; `status` is as from wait(2)."""
 
     number: str
     name: str
@@ -51,22 +51,22 @@ class _Job:
 
     @property
     def index(self) -> int:
-        """Its place in the array."""
+        """Its index in the array."""
         return int(self.number.partition("_")[2] or 0)
 
 
 class SlurmLauncher:
-    """Does runs in jobs of a cluster, each on one node, without a GPU unless told otherwise.
+    """Does runs in jobs of a cluster, each on one node, by default without a GPU.
 
     Args:
-        folder: where submitit's files and the jobs' output go; on a file system that the nodes share.
-        jobs: runs at once.
+        folder: for submitit's files and the jobs' output; on a file system that the nodes share.
+        jobs: runs at the same time.
         processes: processes per run.
-        partition: see sbatch, as with the others; None is the cluster's default.
-        account: whom to charge.
+        partition: as for sbatch, like the following; None is the cluster's default.
+        account: the account to charge.
         time: a run's time limit.
         gpus: GPUs per run.
-        cpus: cores per run; None is one for each process.
+        cpus: cores per run; None is one per process.
 
     Raises:
         UserError: there is no SLURM here.
@@ -95,56 +95,58 @@ class SlurmLauncher:
             "cpus_per_task": cpus,
             "array_parallelism": jobs,
             "setup": [f"export OMP_NUM_THREADS={max(1, cpus // processes)}"],
-            "additional_parameters": {"no-requeue": True},  # a lost node is a failed run; the same command goes on
+            "additional_parameters": {
+                "no-requeue": True
+            },  # a lost node is a failed run, which the same command repeats
             "use_srun": False,
             "stderr_to_stdout": True,
         }
-        self.jobs: dict[str, Planned] = {}
+        self.jobs: dict[str, PlannedRun] = {}
 
     @property
-    def parting(self) -> str:
-        """How to end the jobs."""
+    def interrupt_message(self) -> str:
+        """That the jobs go on, and how to end them."""
         arrays = sorted({number.partition("_")[0] for number in self.jobs})
         return f"the jobs go on: the same command waits for them, `scancel {' '.join(arrays)}` ends them"
 
-    def launch(self, runs: Sequence[Planned]) -> Generator[News, None, None]:
-        """See `Launcher`. Runs that jobs of an earlier sweep are on are not submitted again but waited for."""
+    def launch(self, runs: Sequence[PlannedRun]) -> Generator[Progress, None, None]:
+        """See `Launcher`. Runs for which an earlier sweep's job is active are waited for, not submitted again."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{self.folder}: not a folder that can be written to: {error.strerror}") from error
-        with FileLock(self.folder / ".lock"):  # of two sweeps, the second is to see the first one's jobs
-            self.jobs = self._under_way(runs)
+            raise UserError(f"{self.folder}: cannot be written to: {error.strerror}") from error
+        with FileLock(self.folder / ".lock"):  # of two concurrent sweeps, the second must see the first one's jobs
+            self.jobs = self._earlier_jobs(runs)
             under_way = {run.folder.path for run in self.jobs.values()}
             new = [run for run in runs if run.folder.path not in under_way]
             refuse_folders_in_use(new)
             self.jobs |= self._submit(new)
-        last_news = last_answer = time.monotonic()
+        last_end = last_answer = time.monotonic()
         while self.jobs:
-            time.sleep(min(POLL_S + (time.monotonic() - last_news) / 10, LONGEST_POLL_S))
+            time.sleep(min(POLL_S + (time.monotonic() - last_end) / 10, LONGEST_POLL_S))
             try:
                 known = {job.number: job for job in _squeue()}
                 last_answer = time.monotonic()
             except UserError as error:
-                if time.monotonic() - last_answer > SILENCE_S:
+                if time.monotonic() - last_answer > NO_ANSWER_LIMIT_S:
                     raise RunError(f"{error}; the jobs may go on, the same command looks for them") from error
                 continue
-            over = [number for number in self.jobs if number not in known or known[number].state in OVER]
+            over = [number for number in self.jobs if number not in known or known[number].state in FINAL_STATES]
             ended = [self._ended(self.jobs.pop(number), number, known.get(number)) for number in over]
-            last_news = time.monotonic() if ended else last_news
-            yield News([run for number, run in self.jobs.items() if known[number].state != "PENDING"], ended)
-        self._tidy()
+            last_end = time.monotonic() if ended else last_end
+            yield Progress([run for number, run in self.jobs.items() if known[number].state != "PENDING"], ended)
+        self._remove_complete()
 
-    def _under_way(self, runs: Sequence[Planned]) -> dict[str, Planned]:
-        """The jobs of earlier sweeps that are not over."""
+    def _earlier_jobs(self, runs: Sequence[PlannedRun]) -> dict[str, PlannedRun]:
+        """The active jobs of earlier sweeps."""
         by_path = {_path(run): run for run in runs}
         jobs = {}
         for job in _squeue():
             folder = self.folder / job.name
-            if job.state in OVER or not job.name.startswith(NAME) or not (folder / "runs.json").exists():
+            if job.state in FINAL_STATES or not job.name.startswith(NAME) or not (folder / "runs.json").exists():
                 continue
             path, recipe = json.loads((folder / "runs.json").read_text(encoding="utf-8"))[job.index]
-            if not (folder / f"{job.number}_submitted.pkl").exists():  # its sweep was killed in the act of submitting
+            if not (folder / f"{job.number}_submitted.pkl").exists():  # its sweep was killed while submitting
                 _call("scancel", job.number)
             elif (run := by_path.get(path)) is not None:
                 if recipe != run.recipe.model_dump_json():
@@ -154,9 +156,9 @@ class SlurmLauncher:
                 jobs[job.number] = run
         return jobs
 
-    def _submit(self, runs: Sequence[Planned]) -> dict[str, Planned]:
-        """Submits runs in as many arrays as SLURM's limit asks for, each to begin when the one before is over."""
-        jobs: dict[str, Planned] = {}
+    def _submit(self, runs: Sequence[PlannedRun]) -> dict[str, PlannedRun]:
+        """Submits runs in as many arrays as SLURM's limit requires, each starting when the previous one has ended."""
+        jobs: dict[str, PlannedRun] = {}
         arrays: list[str] = []
         longest = _longest_array() if runs else 1
         for start in range(0, len(runs), longest):
@@ -171,7 +173,7 @@ class SlurmLauncher:
             arrays.append(numbers[0].partition("_")[0])
         return jobs
 
-    def _submit_array(self, runs: Sequence[Planned], after: Sequence[str]) -> list[str]:
+    def _submit_array(self, runs: Sequence[PlannedRun], after: Sequence[str]) -> list[str]:
         import submitit
 
         folder = self.folder / f"{NAME}{uuid.uuid4().hex[:8]}"
@@ -182,48 +184,50 @@ class SlurmLauncher:
         order = {"dependency": f"afterany:{after[0]}"} if after else {}
         executor.update_parameters(job_name=folder.name, **order, **self.options)
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what sbatch says, and raises it too
+            with contextlib.redirect_stderr(
+                io.StringIO()
+            ):  # submitit prints sbatch's message in addition to raising it
                 jobs = executor.map_array(do_job, *zip(*work, strict=True), [self.processes] * len(work))
-        except submitit.core.utils.FailedJobError as error:  # of sbatch
+        except submitit.core.utils.FailedJobError as error:  # from sbatch
             shutil.rmtree(folder)
             raise UserError(f"--launcher slurm: {first_line(error)}") from error
         return [job.job_id for job in jobs]
 
-    def _tidy(self) -> None:
-        """Removes what belongs to arrays of which every run is complete."""
+    def _remove_complete(self) -> None:
+        """Removes the folders of arrays whose runs are all complete."""
         for notes in self.folder.glob(f"{NAME}*/runs.json"):
             paths = [Path(path) for path, _ in json.loads(notes.read_text(encoding="utf-8"))]
-            with contextlib.suppress(UserError):  # no whole record: not complete
+            with contextlib.suppress(UserError):  # incomplete record
                 if all((record := RunFolder(path).read()) and record.state == "complete" for path in paths):
                     shutil.rmtree(notes.parent, ignore_errors=True)
 
-    def _ended(self, run: Planned, number: str, job: _Job | None) -> Ended:
+    def _ended(self, run: PlannedRun, number: str, job: _Job | None) -> Ended:
         output = ""
         for log in self.folder.glob(f"{NAME}*/{number}_0_log.out"):
             output = log.read_text(encoding="utf-8", errors="replace")
         output = re.sub(r"^submitit .*\n", "", output, flags=re.MULTILINE)
         if job is None:
-            return Ended(run, None, f"SLURM knows nothing of job {number} any more", output)
+            return Ended(run, None, f"SLURM no longer knows job {number}", output)
         if job.state in ("COMPLETED", "FAILED"):
             code = os.waitstatus_to_exitcode(job.status)
-            return Ended(run, code, ending(code), output)
+            return Ended(run, code, describe_exit(code), output)
         return Ended(run, None, f"SLURM ended job {number}: {job.state}", output)
 
 
 def do_job(folder: str, recipe: str, count: int) -> None:
-    """What a job does: the same as a local process. Arguments as for `worker.work`."""
-    from fvae_lora_experiments.sweep.child import work
+    """What a job does: the same as a local process. Arguments as for `child.do_run`."""
+    from fvae_lora_experiments.sweep.child import do_run
 
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it; a cancelled job is to go at once
-    work(folder, recipe, count)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it, but a cancelled job must end at once
+    do_run(folder, recipe, count)
 
 
-def _path(run: Planned) -> str:
+def _path(run: PlannedRun) -> str:
     return str(run.folder.path.resolve())
 
 
 def _squeue() -> list[_Job]:
-    """The user's jobs, those that have been over for some minutes among them.
+    """The user's jobs, including those that ended some minutes ago.
 
     Raises:
         UserError: SLURM does not answer.
@@ -235,7 +239,7 @@ def _squeue() -> list[_Job]:
 
 
 def _longest_array() -> int:
-    """How many jobs an array of this cluster may have; 1 where there are no arrays.
+    """How many jobs an array may have on this cluster; 1 if there are no arrays.
 
     Raises:
         UserError: SLURM does not answer.

@@ -1,4 +1,4 @@
-"""Tasks: what the data, the model and the scores are. The runner knows no task by name."""
+"""Tasks: data, model and scores of each. The runner does not depend on any one task."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ TASKS = {
     "phonemes": "phonemes:PhonemeTask",
     "transcription": "transcription:TranscriptionTask",
 }
-"""The tasks by name: the module of this package, and the class in it."""
+"""The tasks by name: module and class in this package."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A score by its name, and which way is better."""
+    """The name of a score, and whether greater is better."""
 
     name: str
     greater_is_better: bool = True
@@ -64,18 +64,18 @@ class Task(ABC):
         """The official splits of the recipe's data set, `train` among them.
 
         Args:
-            notes: gets where they come from and what is left out.
+            notes: collects where they come from and what is left out.
 
         Raises:
-            UserError: no such data set, or one that cannot be used.
+            UserError: the data set does not exist, or cannot be used.
         """
 
     @abstractmethod
     def content(self, row: dict[str, Any], where: str) -> bytes:
-        """What a row is, for the data set's fingerprint; `where` it is helps to name one that cannot be read."""
+        """A row's content, for the data set's fingerprint; `where` names the row in error messages."""
 
     def identify(self, official: dict[str, Dataset]) -> Identity:
-        """The identity of the official splits: their fingerprint, and what tells their rows apart."""
+        """The identity of the official splits: their fingerprint, and what identifies their rows."""
         return identify(official, self.content)
 
     def split(self, official: dict[str, Dataset]) -> Splits:
@@ -87,7 +87,7 @@ class Task(ABC):
         """The pretrained model with a head for `classes` (none for a model that generates), and its processor.
 
         Raises:
-            UserError: no such model, or not one for this task.
+            UserError: the model does not exist, or is not for this task.
         """
 
     @abstractmethod
@@ -95,23 +95,23 @@ class Task(ABC):
         """`train`, `validation` and `test` as `collate` takes them: each a torch data set of items.
 
         Raises:
-            UserError: a row that cannot be used; found before any training.
+            UserError: a row cannot be used; raised before any training.
         """
 
     def look_at_images(self, official: dict[str, Dataset], fingerprint: str, quiet: bool) -> ImageFacts | None:
-        """What a look at every image of the official splits finds; None where there are none.
+        """Facts from decoding every image of the official splits; None if the task has no images.
 
         Raises:
-            UserError: an image that cannot be used.
+            UserError: an image cannot be used.
         """
         return None
 
     def truncated(self, splits: Splits) -> dict[str, int]:
-        """How many rows of each split are cut, where that can be told without the model; none here."""
+        """How many rows of each split are truncated, if that is known without the model; none here."""
         return {}
 
     def facts(self, rows: dict[str, Any]) -> dict[str, Any]:
-        """What else a record says of the data; `rows` are those of `datasets`."""
+        """Further facts on the data for the record; `rows` are those of `datasets`."""
         return {}
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class Task(ABC):
         return batch
 
     def outputs(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
-        """All that `scores` needs of a batch's logits; here the predicted class of each row."""
+        """What `scores` needs from a batch's logits; here the predicted class of each row."""
         first: torch.Tensor = logits[0] if isinstance(logits, tuple) else logits
         return first.argmax(dim=-1)
 
@@ -129,24 +129,24 @@ class Task(ABC):
         """Scores of a whole split; `metric` is among them, unless `generated_scores` gives it.
 
         Args:
-            outputs: what `outputs` made of each batch, in the order of the rows.
+            outputs: the results of `outputs` for all batches, in the order of the rows.
             labels: the labels of the batches.
             rows: the split, one of `datasets`.
         """
 
     def generated_scores(self, model: PreTrainedModel, rows: Any, items: Any, progress: bool) -> dict[str, float]:
-        """Further scores of a split that need more than one forward of each batch; none here.
+        """Further scores of a split that need more than one forward per batch; none here.
 
         Args:
             model: the trained model.
             rows: the split, one of `datasets`.
-            items: the same, with what `frozen` has cached of each item.
-            progress: whether to show how far it is.
+            items: the same, with the cached states of each item, if any (`run.state_cache`).
+            progress: whether to show progress.
         """
         return {}
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """The run's precision, to generate in: a Trainer's is that of the model which it wraps, not of one inside."""
+        """The run's precision, for generation: a Trainer's autocast only covers the model that it wraps."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.recipe.train.precision)
         return torch.autocast(device.type, dtype, enabled=dtype is not None)
 

@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 IGNORED_LABEL = -100
-"""What torch's cross-entropy leaves out, and so do transformers' losses."""
+"""The label that torch's cross-entropy and transformers' losses ignore."""
 
 
 def padded(
     sequences: Sequence[Sequence[int]], filler: int, side: Literal["left", "right"], device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The sequences as rows of the length of the longest, and which of their places are no padding: two (rows, length).
+    """The sequences padded to the longest one, and a mask that is 0 at padding: both (rows, length).
 
     Args:
         sequences: numbers.
-        filler: what stands where a sequence has none.
-        side: where the filler goes.
+        filler: the padding value.
+        side: the side to pad on.
         device: of the result.
     """
     length = max(map(len, sequences))
@@ -32,11 +32,11 @@ def padded(
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Each token's place among those that are no padding, (rows, length), of a mask of that shape."""
+    """Each token's position, not counting padding, from a mask (rows, length); of the same shape."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Numbers of the sequences in batches of `size`, the longest first: those of one batch differ little in length."""
+def batches_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices of the sequences in batches of `size`, longest first, so that lengths in a batch differ little."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[i : i + size] for i in range(0, len(order), size)]

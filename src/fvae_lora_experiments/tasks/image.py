@@ -26,7 +26,7 @@ from fvae_lora_experiments.tasks import Task
 
 
 class ImageTask(Task):
-    """Images and their classes; judged by accuracy or by that of the worst group, a fraction."""
+    """Images and their classes; judged by accuracy or worst-group accuracy, a fraction."""
 
     predicts_rows = True
 
@@ -39,7 +39,7 @@ class ImageTask(Task):
         return image_content(row, where)
 
     def look_at_images(self, official: dict[str, Dataset], fingerprint: str, quiet: bool) -> ImageFacts:
-        """Decodes each once: what was found is kept in the cache of data sets, by the fingerprint."""
+        """Decodes each image once; the facts are cached with the data sets, by fingerprint."""
         settings = self.recipe.image
         opened = settings.model_dump_json(include={"range", "background"})
         key = hashlib.sha256(f"{fingerprint} {opened}".encode()).hexdigest()
@@ -47,7 +47,7 @@ class ImageTask(Task):
         with suppress(OSError, ValueError, TypeError):
             return ImageFacts(**json.loads(file.read_text(encoding="utf-8")))
         facts = inspect_images(official, settings, quiet)
-        with suppress(OSError):  # it is found again, then
+        with suppress(OSError):  # then it is done again next time
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, json.dumps(asdict(facts)))
         return facts
@@ -55,10 +55,10 @@ class ImageTask(Task):
     def load_model(self, classes: list[str]) -> tuple[PreTrainedModel, Any]:
         """The model in float32 with a head for `classes`, and its image processor, both for the recipe's image size.
 
-        Unless the model was trained on these very classes, the head is a new one, drawn from torch's global generator.
+        Unless the model was trained on exactly these classes, it gets a new head, drawn from torch's global generator.
 
         Raises:
-            UserError: no such model, or not one that classifies images.
+            UserError: the model does not exist, or is not an image classifier.
         """
         model, processor = load_image_classifier(self.recipe.model, classes)
         if self.recipe.image.size is not None:
@@ -66,7 +66,7 @@ class ImageTask(Task):
         return model, processor
 
     def datasets(self, splits: Splits, model: PreTrainedModel, processor: Any) -> dict[str, Any]:
-        """The three splits as tensors; the recipe's augmentation is applied to train and to nothing else."""
+        """The three splits as tensors; only train is augmented."""
         mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
         height, width = process(processor, Image.new(mode, (64, 64))).shape[-2:]
         augment = augmentation(self.recipe.image, (height, width))
@@ -76,7 +76,7 @@ class ImageTask(Task):
         }
 
     def scores(self, outputs: np.ndarray, labels: np.ndarray, rows: Any) -> dict[str, float]:
-        """Accuracy, and that of each group where the data have groups."""
+        """Accuracy, and that of each group if the data has groups."""
         return accuracies(outputs == labels, rows.rows)
 
 

@@ -1,4 +1,4 @@
-"""Phoneme recognition on TIMIT, with CTC on wav2vec2 and its kin."""
+"""Phoneme recognition on TIMIT, with CTC on wav2vec2 and similar models."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ from fvae_lora_experiments.tasks import Metric, Task
 from fvae_lora_experiments.tasks.batches import IGNORED_LABEL
 
 BLANK = 0
-"""What CTC's blank is called: the model's padding token. The phones come after it."""
+"""The id of CTC's blank, which is the model's padding token. The phones follow it."""
 
 
 class PhonemeTask(Task):
@@ -40,13 +40,15 @@ class PhonemeTask(Task):
         return sound_content(row)
 
     def split(self, official: dict[str, Dataset]) -> Splits:
-        """TIMIT's own splits, and how many of their speakers there are.
+        """TIMIT's own splits, and how many of their speakers are present.
 
         Raises:
-            UserError: another protocol than `clean` was asked for.
+            UserError: the protocol is not `clean`.
         """
         if self.recipe.data.protocol != "clean":
-            raise UserError(f"data.protocol: TIMIT's speakers are split already; {self.recipe.data.protocol} is not")
+            raise UserError(
+                f"data.protocol: TIMIT has its own splits by speaker; expected clean, got {self.recipe.data.protocol}"
+            )
         found = {name: len(set(rows["speaker"])) for name, rows in official.items()}
         return replace(
             super().split(official),
@@ -57,11 +59,11 @@ class PhonemeTask(Task):
     def load_model(self, classes: list[str]) -> tuple[PreTrainedModel, Any]:
         """The model in float32 with a new head for `classes` and the blank, and its feature extractor.
 
-        Its convolutions are frozen, as is customary also where all else is trained. No layer is dropped at random: one
-        that does not run has no ELBO.
+        Its convolutions are frozen, as is customary even in full fine-tuning. Layer drop is off: a layer that does not
+        run has no ELBO.
 
         Raises:
-            UserError: no such model, or not one that reads samples.
+            UserError: the model does not exist, or does not read samples.
         """
         name = self.recipe.model
         with loading(name, "for phoneme recognition"):
@@ -74,7 +76,7 @@ class PhonemeTask(Task):
             extractor = load(AutoFeatureExtractor, name)
         draw_new_head(model)
         model.freeze_feature_encoder()
-        # Where a head has another size than the checkpoint's, peft asks for embeddings; a model of sound has none.
+        # If a head's size differs from the checkpoint's, peft asks for embeddings, which an audio model does not have.
         model.get_input_embeddings = model.get_output_embeddings = lambda: None
         return model, extractor
 
@@ -82,18 +84,18 @@ class PhonemeTask(Task):
         """The three splits as samples at the model's rate.
 
         Raises:
-            UserError: a sentence with more phones than CTC can find in the model's frames; frozen blocks that are to be
+            UserError: a sentence has more phones than CTC can output in the model's frames, or frozen blocks are to be
                 cached.
         """
         if self.recipe.train.cache_frozen:
-            raise UserError("train.cache_frozen: not for sentences, whose lengths differ")
+            raise UserError("train.cache_frozen: not supported for sentences, whose lengths differ")
         return {name: Sentences(rows, model, processor) for name, rows in splits.by_name.items()}
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch: `input_values` (batch, samples), padded with zeros, `attention_mask`, `labels` (batch, phones).
 
-        There is always a mask: it tells CTC and the ELBO which frames count. In models whose first convolution is
-        normalised over time (`feat_extract_norm` "group") a sentence's frames still depend a little on its padding.
+        There is always a mask, which tells CTC and the ELBO which frames count. In models whose first convolution is
+        normalised over time (`feat_extract_norm` "group") a sentence's frames still depend slightly on its padding.
         """
         sounds = [item["input_values"] for item in items]
         return {
@@ -120,11 +122,11 @@ class Sentences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     Args:
         rows: the split, as `data.published.timit` has it.
-        model: says how many frames it makes of samples.
+        model: the model, which gives the number of frames.
         extractor: the model's feature extractor, which normalises.
 
     Raises:
-        UserError: a sentence with more phones than CTC can find in its frames.
+        UserError: a sentence has more phones than CTC can output in its frames.
     """
 
     def __init__(self, rows: Dataset, model: PreTrainedModel, extractor: Any):
@@ -132,7 +134,7 @@ class Sentences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self.frames = [int(model._get_feat_extract_output_lengths(len(self._sound(i)))) for i in range(len(rows))]
         for row, frames in zip(rows, self.frames, strict=True):
             phones = row["label"]
-            needed = len(phones) + sum(a == b for a, b in pairwise(phones))  # a blank parts two of a kind
+            needed = len(phones) + sum(a == b for a, b in pairwise(phones))  # a blank separates repeated phones
             if needed > frames:
                 problem = f"{len(phones)} phones in {frames} frames, CTC needs {needed}"
                 raise UserError(f"{row['where']}: too short for the model: {problem}")
@@ -149,7 +151,7 @@ class Sentences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 def collapsed(symbols: np.ndarray) -> list[int]:
-    """What CTC's frames say: runs of a symbol are one, and blanks are nothing."""
+    """CTC decoding: repeated symbols are merged and blanks removed."""
     return [int(symbol) for symbol, _ in groupby(symbols) if symbol != BLANK]
 
 

@@ -1,4 +1,4 @@
-"""Classification of sentences and of pairs of them, or regression, with any `AutoModelForSequenceClassification`."""
+"""Classification of or regression on sentences and pairs of them, with any `AutoModelForSequenceClassification`."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -41,7 +41,7 @@ def matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
 
 
 def pearson(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Pearson's correlation of (rows,) of numbers; 0, as it is not defined, where all predictions are the same."""
+    """Pearson's correlation of (rows,) of numbers; 0 where it is undefined because all predictions are the same."""
     return float(stats.pearsonr(predicted, labels).statistic) if np.ptp(predicted) else 0.0
 
 
@@ -65,10 +65,10 @@ class TextTask(Task):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's own, and how a batch is padded: with its end token if it has none for that.
+        """The model's tokenizer; pads with its end token if it has no padding token.
 
-        On the right but for XLNet, which sums up a text at its last place: some decoders' tokenizers pad on the left,
-        for generation, and the positions of a text would then depend on its batch.
+        It pads on the right, except for XLNet, which summarises a text at its last position: some decoders' tokenizers
+        pad on the left, for generation, which would make the positions of a text depend on its batch.
         """
         name = self.recipe.model
         tokenizer = load_tokenizer(name, ROLE)
@@ -84,24 +84,24 @@ class TextTask(Task):
         """As `data.texts.open_texts`.
 
         Raises:
-            UserError: also where F1 is asked for and there are more than two classes.
+            UserError: also if F1 is requested and there are more than two classes.
         """
         recipe = self.recipe
         splits = open_texts(recipe.dataset, recipe.data, recipe.text, notes)
         label = splits["train"].features["label"]
         if "f1" in recipe.text.metrics and len(label.names) > 2:
-            raise UserError(f"text.metrics: f1 is of two classes; dataset {recipe.dataset} has {len(label.names)}")
+            raise UserError(f"text.metrics: f1 is for two classes; dataset {recipe.dataset} has {len(label.names)}")
         return splits
 
     def content(self, row: dict[str, Any], where: str) -> bytes:
-        """The text, or both."""
+        """The text, or both texts of a pair."""
         return text_content(row, where)
 
     def load_model(self, classes: list[str]) -> tuple[PreTrainedModel, Any]:
         """The model in float32 with a head for `classes`, or for one number if there are none, and its tokenizer.
 
         Raises:
-            UserError: no such model, one that does not classify texts, lacks weights, or cannot read so many tokens.
+            UserError: the model does not exist, does not classify texts, lacks weights, or cannot read so many tokens.
         """
         name, text = self.recipe.model, self.recipe.text
         with loading(name, ROLE):
@@ -110,7 +110,7 @@ class TextTask(Task):
         if lacking := sorted(key for key in missing if not key.startswith(heads)):
             raise UserError(f"model {name}: lacks {', '.join(lacking[:3])}, and only the head may be new")
         for config in (model.config, model.config.get_text_config()):
-            config.pad_token_id = self.tokenizer.pad_token_id  # by which a decoder finds the end of a text
+            config.pad_token_id = self.tokenizer.pad_token_id  # a decoder finds the end of a text by it
         limit = min(self.tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", text.max_length))
         if text.max_length > limit:
             raise UserError(f"text.max_length: model {name} reads {limit} tokens at most, got {text.max_length}")
@@ -120,7 +120,7 @@ class TextTask(Task):
         """The three splits as tokens, not padded.
 
         Raises:
-            UserError: a tokenizer that does not know the words of the training split.
+            UserError: the tokenizer does not know the words of the training split.
         """
         rows = {"train": splits.train, "validation": splits.validation, "test": splits.test}
         parts = {name: Texts(part, name, processor, self.recipe.text.max_length) for name, part in rows.items()}
@@ -128,19 +128,19 @@ class TextTask(Task):
         return parts
 
     def truncated(self, splits: Splits) -> dict[str, int]:
-        """By the model's tokenizer."""
+        """As counted by the model's tokenizer."""
         length = self.recipe.text.max_length
         return {name: Texts(rows, name, self.tokenizer, length).truncated for name, rows in splits.by_name.items()}
 
     def facts(self, rows: dict[str, Texts]) -> dict[str, Any]:
-        """How many rows of each split were cut at the recipe's `text.max_length`; what pads, if it is the end token."""
+        """How many rows of each split were truncated to `text.max_length`; the padding token if it is the end token."""
         facts: dict[str, Any] = {"truncated": {name: part.truncated for name, part in rows.items()}}
         if self.tokenizer.pad_token == self.tokenizer.eos_token:
             facts["padding"] = f"the end token {self.tokenizer.eos_token}"
         return facts
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """A batch, padded to its own longest row."""
+        """A batch, padded to its longest row."""
         return dict(DataCollatorWithPadding(self.tokenizer)(list(items)))
 
     def outputs(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
@@ -151,6 +151,6 @@ class TextTask(Task):
         return first.squeeze(-1)
 
     def scores(self, outputs: np.ndarray, labels: np.ndarray, rows: Any) -> dict[str, float]:
-        """The recipe's metrics; where there are classes the accuracy in any case, and that of each group, if any."""
+        """The recipe's metrics; for classes always the accuracy, and that of each group, if any."""
         scores = {} if self.recipe.text.is_regression else accuracies(outputs == labels, rows.rows)
         return scores | {name: METRICS[name](outputs, labels) for name in self.recipe.text.metrics if name in METRICS}

@@ -1,4 +1,4 @@
-"""Word recognition with Whisper: what is said, written down."""
+"""Transcription of speech with Whisper."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,15 +20,15 @@ from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.models.pretrained import check_tokens, check_vocabulary, load, load_model, loading
 from fvae_lora_experiments.run.state_cache import STATES, collate
 from fvae_lora_experiments.tasks import Metric, Task
-from fvae_lora_experiments.tasks.batches import IGNORED_LABEL, by_length
+from fvae_lora_experiments.tasks.batches import IGNORED_LABEL, batches_by_length
 
 
 class TranscriptionTask(Task):
     """Recordings and their texts; judged by the word error rate of what the model writes, greedily.
 
-    That is measured on validation after each epoch, too. Both texts are normalised first, as is customary for Whisper:
-    in English by `EnglishTextNormalizer` (case, punctuation, numbers, contractions, and spelling where the model comes
-    with a table of it), in other languages by `BasicTextNormalizer` (case and punctuation).
+    It is also measured on validation after each epoch. Both texts are normalised first, as is customary for Whisper: in
+    English by `EnglishTextNormalizer` (case, punctuation, numbers, contractions, and spelling if the model comes with a
+    table), in other languages by `BasicTextNormalizer` (case and punctuation).
     """
 
     metric = Metric("wer", greater_is_better=False)
@@ -42,10 +42,10 @@ class TranscriptionTask(Task):
         return recording_content(row)
 
     def load_model(self, classes: list[str]) -> tuple[PreTrainedModel, Any]:
-        """The model in float32, and its processor, for the recipe's language if it knows several.
+        """The model in float32 and its processor, set to the recipe's language if it is multilingual.
 
         Raises:
-            UserError: no such model, or no Whisper; a language or a length of answer that is not for it.
+            UserError: the model does not exist or is not Whisper, or does not support the language or the length.
         """
         name, speech = self.recipe.model, self.recipe.speech
         with loading(name, "for transcription"):
@@ -69,8 +69,8 @@ class TranscriptionTask(Task):
         """The three splits as spectrograms and tokens.
 
         Raises:
-            UserError: a recording or a text that is too long for the model; a text of which the normaliser leaves
-                nothing; a tokenizer that does not know the words.
+            UserError: a recording or a text is too long for the model, the normaliser leaves nothing of a text, or the
+                tokenizer does not know the words.
         """
         is_english = not model.generation_config.is_multilingual or self.recipe.speech.language in ("en", "english")
         spelling = getattr(processor.tokenizer, "english_spelling_normalizer", None) or {}
@@ -82,19 +82,19 @@ class TranscriptionTask(Task):
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch: `input_features` (batch, bands, frames), `attention_mask` (batch, frames), `labels` (batch, tokens).
 
-        Whisper is given 30 seconds however short a recording is, and attends to all of them. The mask leaves the
-        silence that was added out of the ELBO, and out of nothing else.
+        Whisper always reads and attends to 30 seconds, however short a recording is. The mask excludes the added
+        silence from the ELBO only.
         """
         labels = pad_sequence([item["labels"] for item in items], batch_first=True, padding_value=IGNORED_LABEL)
         together = {key: torch.stack([item[key] for item in items]) for key in ("input_features", "attention_mask")}
         return together | {"labels": labels}
 
     def outputs(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
-        """Nothing: the score is made by `generated_scores`."""
+        """Nothing: `generated_scores` computes the score."""
         return labels.new_empty(len(labels))
 
     def scores(self, outputs: np.ndarray, labels: np.ndarray, rows: Any) -> dict[str, float]:
-        """None: see `generated_scores`."""
+        """None; see `generated_scores`."""
         return {}
 
     @torch.no_grad()
@@ -103,12 +103,14 @@ class TranscriptionTask(Task):
     ) -> dict[str, float]:
         """The word error rate: insertions, deletions and substitutions, over the number of spoken words.
 
-        An encoder whose states are cached does not run again.
+        An encoder with cached states is not run again.
         """
         model.eval()
         device = next(model.parameters()).device
         written = [""] * len(rows)
-        batches = by_length([len(text) for text in rows.rows["text"]], self.recipe.train.batch_size)  # end together
+        batches = batches_by_length(
+            [len(text) for text in rows.rows["text"]], self.recipe.train.batch_size
+        )  # end together
         for numbers in tqdm(batches, desc="transcribing", disable=None if progress else True, leave=False):
             batch = collate(self, [items[i] for i in numbers])
             heard = {key: batch[key].to(device) for key in ("input_features", STATES) if key in batch}
@@ -120,7 +122,7 @@ class TranscriptionTask(Task):
 
 
 def word_error_rate(spoken: Sequence[str], written: Sequence[str], normalise: Callable[[str], str]) -> float:
-    """Wrong words over spoken words, both as `normalise` leaves them."""
+    """Wrong words over spoken words, after normalising both."""
     return float(jiwer.wer([normalise(text) for text in spoken], [normalise(text) for text in written]))
 
 
@@ -129,12 +131,12 @@ class Recordings(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     Args:
         rows: the split, as `data.recordings` has it.
-        model: says what is too long.
-        processor: the model's.
-        normalise: what is done to a text before it is scored.
+        model: the model, which limits the length.
+        processor: the model's processor.
+        normalise: applied to a text before it is scored.
 
     Raises:
-        UserError: a recording or a text that is too long, or a text of which `normalise` leaves nothing.
+        UserError: a recording or a text is too long, or `normalise` leaves nothing of a text.
     """
 
     def __init__(self, rows: Dataset, model: PreTrainedModel, processor: Any, normalise: Callable[[str], str]):
@@ -165,7 +167,7 @@ class Recordings(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return map(self._labels, self.rows)
 
     def _labels(self, row: dict[str, Any]) -> list[int]:
-        """The text's tokens but the first, which the model puts before the labels by itself."""
+        """The text's tokens without the first, which the model itself prepends to the labels."""
         ids: list[int] = self.processor.tokenizer(row["text"]).input_ids
         return ids[1:]
 

@@ -1,4 +1,4 @@
-"""Answers that a model writes, and what they say."""
+"""Generating answers, and parsing them."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from fvae_lora_experiments.tasks.batches import padded
 
 @torch.no_grad()
 def write_answers(model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> list[str]:
-    """What the model writes after each prompt, as its `generation_config` says."""
+    """What the model generates after each prompt, with its `generation_config`."""
     ids, mask = padded(prompts, tokenizer.pad_token_id, "left", next(model.parameters()).device)
     written = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :]
     texts: list[str] = tokenizer.batch_decode(written, skip_special_tokens=True)
@@ -20,9 +20,9 @@ def write_answers(model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Sequ
 
 
 def parse(text: str, options: Sequence[str]) -> int | None:
-    """The number of the option that a text names, by the first label of the options' kind in it, as the field does.
+    """The index of the option that a text names with the first label in it, as is customary for this benchmark.
 
-    None if there is no such label (`answer1`, for example; `Answer1` and `1` are none), or if it is not one of
+    None if there is no label of the options' kind (such as `answer1`; not `Answer1` or `1`), or it is not one of
     `options`.
     """
     kind = options[0].rstrip("0123456789")

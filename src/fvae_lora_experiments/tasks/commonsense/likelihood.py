@@ -12,14 +12,14 @@ Tokens = Sequence[int]
 
 @torch.no_grad()
 def log_likelihoods(model: nn.Module, prompts: Sequence[Tokens], answers: Sequence[Sequence[Tokens]]) -> Tensor:
-    """Log p(answer | prompt) for each option: the sum over the tokens of its answer, not divided by their number.
+    """Log p(answer | prompt) for each option: the sum over the answer's tokens, not divided by their number.
 
-    A prompt is read once, padded on the left; its options then go on from its keys and values.
+    A prompt is read once, padded on the left; its options then continue from its keys and values.
 
     Args:
         model: in eval mode.
-        prompts: a question's tokens.
-        answers: for each question its options, each of two tokens or more.
+        prompts: each question's tokens.
+        answers: each question's options, of at least two tokens each.
 
     Returns:
         (questions, most options), in nats, float32; minus infinity where a question has fewer options.
@@ -38,7 +38,7 @@ def log_likelihoods(model: nn.Module, prompts: Sequence[Tokens], answers: Sequen
     mask, places = (x.repeat_interleave(options, 0) for x in (mask, places))
     steps = torch.arange(1, targets.shape[1], device=device)
     written = model(
-        input_ids=targets[:, :-1],  # nothing comes after the last one
+        input_ids=targets[:, :-1],  # nothing is predicted after the last token
         attention_mask=torch.cat([mask, counted[:, :-1]], 1),
         position_ids=places[:, -1:] + steps,
         past_key_values=cache,

@@ -1,4 +1,4 @@
-"""From a question to the tokens that a model reads, and those that it should write."""
+"""From a question to the tokens that a model reads, and those that it should generate."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -41,8 +41,8 @@ def prompt(instruction: str, more: str, template: Template, tokenizer: Any) -> s
     Args:
         instruction: what is asked.
         more: the question's `input`, or empty.
-        template: `alpaca` is the text on which the field trains; `chat` the form in which an instruct model was tuned.
-        tokenizer: the model's; `chat` is its own.
+        template: `alpaca` is the prompt commonly used for this benchmark; `chat` is the instruct model's own template.
+        tokenizer: the model's tokenizer, which has the template for `chat`.
     """
     if template == "alpaca":
         return (ALPACA_WITH_INPUT if more else ALPACA).format(instruction=instruction, input=more)
@@ -54,8 +54,8 @@ def prompt(instruction: str, more: str, template: Template, tokenizer: Any) -> s
 def encode(rows: Mapping[str, Sequence[Any]], template: Template, tokenizer: Any) -> dict[str, list[Any]]:
     """Tokens of questions.
 
-    Prompt and answer are cut into tokens apart from each other, so the border between them is the same wherever an
-    answer is trained on, scored or written.
+    Prompt and answer are tokenized separately, so that the boundary between them is the same in training, scoring and
+    generation.
 
     Args:
         rows: columns of `data.questions`.
@@ -63,13 +63,15 @@ def encode(rows: Mapping[str, Sequence[Any]], template: Template, tokenizer: Any
         tokenizer: the model's.
 
     Returns:
-        `prompt_ids`, a list for each question, and `answer_ids`, for each question one for each of its options, with
-        the end of the text as its last token.
+        `prompt_ids`, a list per question, and `answer_ids`, a list per option of each question, ending with the end
+        token.
     """
     texts = [prompt(i, more, template, tokenizer) for i, more in zip(rows["instruction"], rows["input"], strict=True)]
     flat = [text for answers in rows["answers"] for text in answers]
     ended = iter([[*ids, tokenizer.eos_token_id] for ids in tokenizer(flat, add_special_tokens=False)["input_ids"]])
     return {
-        "prompt_ids": tokenizer(texts, add_special_tokens=template == "alpaca")["input_ids"],  # a chat has its own
+        "prompt_ids": tokenizer(texts, add_special_tokens=template == "alpaca")[
+            "input_ids"
+        ],  # the chat template has its own
         "answer_ids": [[next(ended) for _ in answers] for answers in rows["answers"]],
     }

@@ -26,7 +26,7 @@ from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.models.pretrained import check_tokens, load_model, load_tokenizer, loading
 from fvae_lora_experiments.tasks import Metric, Task
-from fvae_lora_experiments.tasks.batches import IGNORED_LABEL, by_length, padded, positions
+from fvae_lora_experiments.tasks.batches import IGNORED_LABEL, batches_by_length, padded, positions
 from fvae_lora_experiments.tasks.commonsense.answers import parse, write_answers
 from fvae_lora_experiments.tasks.commonsense.likelihood import log_likelihoods
 from fvae_lora_experiments.tasks.commonsense.prompts import check_template, encode
@@ -34,16 +34,16 @@ from fvae_lora_experiments.tasks.commonsense.prompts import check_template, enco
 ROLE = "as a causal language model"
 
 UNPARSABLE = -1
-"""In place of an option's number."""
+"""Used instead of an option's index."""
 
 
 class Questions(torch.utils.data.Dataset[dict[str, Any]]):
-    """A split as tokens: each item a question and its right answer, the labels those of the answer alone.
+    """A split as tokens: each item is a question and its right answer; only the answer has labels.
 
     Args:
         rows: the split, with the columns of `data.questions` and of `prompts.encode`.
-        tokenizer: the model's.
-        is_test: whether it is the test split, on which answers are generated, too.
+        tokenizer: the model's tokenizer.
+        is_test: whether it is the test split, on which answers are also generated.
     """
 
     def __init__(self, rows: Dataset, tokenizer: Any, is_test: bool):
@@ -59,7 +59,7 @@ class Questions(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class CommonsenseTask(Task):
-    """Questions with options; judged by the share of those whose right option the model finds the likeliest."""
+    """Questions with options; judged by the share whose right option is the likeliest to the model."""
 
     metric = Metric("choice_accuracy")
 
@@ -68,22 +68,22 @@ class CommonsenseTask(Task):
         return open_questions(self.recipe.dataset, self.recipe.data.config, self.recipe.commonsense.test_sets, notes)
 
     def content(self, row: dict[str, Any], where: str) -> bytes:
-        """The question, its options and which of them is right."""
+        """The question, its options and the index of the right one."""
         return json.dumps({key: value for key, value in row.items() if key != "where"}, sort_keys=True).encode()
 
     def identify(self, official: dict[str, Dataset]) -> Identity:
-        """A question is the same in whichever split and set it stands."""
+        """As usual, but a question is the same in whatever split and set it is."""
         return identify(official, self.content, lambda row, where: self.content(row | {"set": ""}, where))
 
     def load_model(self, classes: list[str]) -> tuple[PreTrainedModel, Any]:
         """The causal language model and its tokenizer.
 
-        In float32, but for weights that stay frozen: under `train.precision: bf16` they are loaded in bfloat16, and
-        under `commonsense.load_in_4bit` in 4 bits (nf4).
+        In float32, except for frozen weights: with `train.precision: bf16` they are loaded in bfloat16, and with
+        `commonsense.load_in_4bit` in 4 bits (nf4).
 
         Raises:
-            UserError: no such model, or not one that writes text; one without positions and a cache of keys and values,
-                by which options are scored; a tokenizer without what the recipe needs.
+            UserError: the model does not exist, does not generate text, or has no positions and key-value cache, which
+                scoring options needs; or the tokenizer lacks what the recipe needs.
         """
         name, settings = self.recipe.model, self.recipe.commonsense
         frozen = METHODS[self.recipe.method].config is not None
@@ -103,7 +103,7 @@ class CommonsenseTask(Task):
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
         check_template(settings.template, tokenizer)
-        model.generation_config = GenerationConfig(  # in place of the model's own: greedy
+        model.generation_config = GenerationConfig(  # greedy, in place of the model's own
             max_new_tokens=settings.max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -114,7 +114,7 @@ class CommonsenseTask(Task):
         """The three splits as tokens.
 
         Raises:
-            UserError: a question that is longer than the model can read; a tokenizer that does not know the words.
+            UserError: a question is longer than the model can read, or the tokenizer does not know the words.
         """
         longest = getattr(model.config, "max_position_embeddings", math.inf)  # some models have no such limit
         parts = {}
@@ -131,13 +131,13 @@ class CommonsenseTask(Task):
         return parts
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """A batch, padded on the left to its longest item, so that the answers lie together at its end.
+        """A batch, padded on the left to its longest item, so that all answers are at the end.
 
-        The model makes logits for that end alone: for a question's tokens they would cost more than many a block.
+        The model computes logits only there: those of the questions' tokens would cost more than some blocks.
 
         Returns:
-            `input_ids`, `attention_mask` and `position_ids` (rows, length); `labels` (rows, end) for the end that
-            `logits_to_keep` names by its places: the longest answer and the token before it.
+            `input_ids`, `attention_mask` and `position_ids` (rows, length); `labels` (rows, end) for the
+            last positions, which are in `logits_to_keep`: the longest answer and the token before it.
         """
         ids, mask = padded([item["input_ids"] for item in items], 0, "left")
         labels, _ = padded([item["labels"] for item in items], IGNORED_LABEL, "left")
@@ -151,25 +151,25 @@ class CommonsenseTask(Task):
         }
 
     def outputs(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
-        """Nothing: the scores are made by `generated_scores`."""
+        """Nothing: `generated_scores` computes the scores."""
         return labels.new_empty(len(labels))
 
     def scores(self, outputs: np.ndarray, labels: np.ndarray, rows: Any) -> dict[str, float]:
-        """None: see `generated_scores`."""
+        """None; see `generated_scores`."""
         return {}
 
     def generated_scores(self, model: PreTrainedModel, rows: Questions, items: Any, progress: bool) -> dict[str, float]:
-        """Shares of questions that are answered rightly, and how many answers cannot be told.
+        """Shares of questions that are answered correctly, and how many answers cannot be parsed.
 
         - `choice_accuracy`: by the likelihood of each option.
-        - `generated_accuracy`, test split only: by what the model writes, greedily; what names no option is wrong.
-        - `unparsable`, test split only: how many of the written answers name no option.
+        - `generated_accuracy`, test split only: by what the model generates, greedily; no option named counts as wrong.
+        - `unparsable`, test split only: the number of generated answers that name no option.
 
-        Where there are several test sets these are the mean over the sets (of `unparsable` the sum), and each set has
-        its own, `piqa_choice_accuracy` and so on.
+        With several test sets these are means over the sets (`unparsable`: the sum), and each set also has its own,
+        such as `piqa_choice_accuracy`.
         """
         columns = {name: rows.rows[name][:] for name in ("set", "prompt_ids", "answer_ids", "options", "answer")}
-        batches = by_length([len(ids) for ids in columns["prompt_ids"]], self.recipe.train.batch_size)
+        batches = batches_by_length([len(ids) for ids in columns["prompt_ids"]], self.recipe.train.batch_size)
         truth = np.array(columns["answer"])
         likeliest, written = np.empty_like(truth), np.full_like(truth, UNPARSABLE)
         for batch in tqdm(batches, desc="likelihood of options", disable=None if progress else True, leave=False):
@@ -189,7 +189,7 @@ class CommonsenseTask(Task):
 
 
 def _by_set(sets: np.ndarray, judged: Mapping[str, tuple[np.ndarray, Any]]) -> dict[str, float]:
-    """Each score, put together within a set and then over the sets in the same way, and those of each set."""
+    """Each score, combined within each set and then over the sets, and the scores of each set."""
     names = list(dict.fromkeys(sets.tolist()))
     scores = {}
     for score, (of_rows, together) in judged.items():
@@ -202,7 +202,7 @@ def _by_set(sets: np.ndarray, judged: Mapping[str, tuple[np.ndarray, Any]]) -> d
 
 def _four_bits(dtype: torch.dtype, frozen: bool) -> BitsAndBytesConfig:
     if not frozen:
-        raise UserError("commonsense.load_in_4bit: weights of 4 bits cannot be trained; choose a method that adapts")
+        raise UserError("commonsense.load_in_4bit: 4-bit weights cannot be trained; choose an adapter method")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("commonsense.load_in_4bit: bitsandbytes is not installed; run pip install bitsandbytes")
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)

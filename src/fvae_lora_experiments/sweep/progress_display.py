@@ -1,4 +1,4 @@
-"""How a sweep is getting on, on the terminal or as lines of a log."""
+"""The progress of a sweep, on the terminal or as lines of a log."""
 
 import time
 from collections.abc import Sequence
@@ -9,28 +9,28 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from fvae_lora_experiments.run.timing import PAUSE_S, ends
-from fvae_lora_experiments.sweep.plan import Planned
+from fvae_lora_experiments.run.timing import REPORT_INTERVAL_S, eta
+from fvae_lora_experiments.sweep.plan import PlannedRun
 
 
-class Board:
+class ProgressDisplay:
     """Shows how many runs are done, running, failed and waiting, and when all will have ended.
 
-    A terminal shows that below the lines of the runs that ended, always up to date; elsewhere it stands on each line,
-    and on one of its own now and then.
+    A terminal shows this, always up to date, below the lines of the runs that ended; a log has it in each of these
+    lines, and in a line of its own from time to time.
 
     Args:
-        total: runs of the sweep.
+        total: the number of runs of the sweep.
         to_do: those that are not done yet.
-        console: where to.
+        console: where to show it.
     """
 
-    def __init__(self, total: int, to_do: Sequence[Planned], console: Console):
+    def __init__(self, total: int, to_do: Sequence[PlannedRun], console: Console):
         self.total, self.done, self.running, self.failed = total, total - len(to_do), 0, 0
         self.epochs = {run.folder.path: run.epochs_done() for run in to_do}
         self.all_epochs = sum(run.recipe.train.epochs for run in to_do)
-        self.began = self.said = time.monotonic()
-        self.began_with = sum(self.epochs.values())
+        self.started = self.last_printed = time.monotonic()
+        self.epochs_at_start = sum(self.epochs.values())
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -39,7 +39,7 @@ class Board:
             expand=True,
             disable=not console.is_terminal,
         )
-        self.task = self.progress.add_task(self.counts(), total=self.all_epochs, completed=self.began_with, end="")
+        self.task = self.progress.add_task(self.counts(), total=self.all_epochs, completed=self.epochs_at_start, end="")
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -53,27 +53,27 @@ class Board:
         waiting = self.total - self.done - self.running - self.failed
         return f"{self.done}/{self.total} done, {self.running} running, {self.failed} failed, {waiting} waiting"
 
-    def end(self) -> str:
-        """`ends 14:05, in 0:12:03`, if the rest takes as long per epoch as what was done; if that is known."""
+    def eta(self) -> str:
+        """`ends 14:05, in 0:12:03` at the speed per epoch so far; empty if nothing is known yet."""
         done = sum(self.epochs.values())
-        if done in (self.began_with, self.all_epochs):
+        if done in (self.epochs_at_start, self.all_epochs):
             return ""
-        elapsed = time.monotonic() - self.began
-        return ends(timedelta(seconds=round(elapsed * (self.all_epochs - done) / (done - self.began_with))))
+        elapsed = time.monotonic() - self.started
+        return eta(timedelta(seconds=round(elapsed * (self.all_epochs - done) / (done - self.epochs_at_start))))
 
-    def _standing(self) -> str:
-        return ", ".join(filter(None, (self.counts(), self.end())))
+    def _summary(self) -> str:
+        return ", ".join(filter(None, (self.counts(), self.eta())))
 
-    def _say(self, line: str) -> None:
-        self.said = time.monotonic()
+    def _print(self, line: str) -> None:
+        self.last_printed = time.monotonic()
         self.progress.console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
-    def show(self, running: Sequence[Planned], ended: Sequence[tuple[Planned, str | None]] = ()) -> None:
-        """Brings everything up to date.
+    def show(self, running: Sequence[PlannedRun], ended: Sequence[tuple[PlannedRun, str | None]] = ()) -> None:
+        """Updates the display.
 
         Args:
             running: the runs that are under way.
-            ended: those that have ended since the last time, and why, if not well.
+            ended: the runs that have ended since the last call, and why they failed, if they did.
         """
         self.running = len(running)
         self.epochs |= {run.folder.path: run.epochs_done() for run in running}
@@ -82,7 +82,7 @@ class Board:
         self.done += sum(failure is None for _, failure in ended)
         for run, failure in ended:
             line = f"{run.name}: {failure or 'done'}"
-            self._say(f"{line} ({self._standing()})" if self.progress.disable else line)
-        if self.progress.disable and time.monotonic() - self.said >= PAUSE_S:
-            self._say(self._standing())
-        self.progress.update(self.task, completed=sum(self.epochs.values()), description=self.counts(), end=self.end())
+            self._print(f"{line} ({self._summary()})" if self.progress.disable else line)
+        if self.progress.disable and time.monotonic() - self.last_printed >= REPORT_INTERVAL_S:
+            self._print(self._summary())
+        self.progress.update(self.task, completed=sum(self.epochs.values()), description=self.counts(), end=self.eta())

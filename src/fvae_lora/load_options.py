@@ -1,7 +1,7 @@
-"""What peft was asked for when it loads an adapter.
+"""The options of peft's call that is loading an adapter.
 
-peft puts the layers into the model first, and applies these options to the weights afterwards; it tells no tuner of
-them. To refuse weights that do not fit before the model is changed, they are read where they are: in peft's own call.
+peft first puts the layers into the model and then applies these options to the weights, without passing them to the
+tuner. To refuse weights that do not fit before the model is changed, they are read from the stack frame of peft's call.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ LOADERS = {PeftModel.from_pretrained.__func__.__code__, PeftModel.load_adapter._
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """The options that say which weight goes where, and what happens to one that does not fit."""
+    """Which weight goes where, and what happens to one that does not fit."""
 
     key_mapping: Mapping[str, str] = field(default_factory=dict)
     ignore_mismatched_sizes: bool = False
 
     @classmethod
-    def of_the_running_call(cls) -> LoadOptions | None:
+    def from_running_call(cls) -> LoadOptions | None:
         """The options of peft's call that is loading an adapter; ``None`` if none is."""
         frame = sys._getframe()
         while frame.f_code not in LOADERS:
@@ -37,7 +37,7 @@ class LoadOptions:
         return cls(arguments["key_mapping"] or {}, bool(arguments["kwargs"].get("ignore_mismatched_sizes")))
 
     def renamed(self, key: str) -> str:
-        """The name that peft gives to a weight of the checkpoint: the first pattern that matches is replaced.
+        """The name that peft gives to a weight of the checkpoint: it replaces the first pattern that matches.
 
         Args:
             key: Its name without ``base_model.model.``, or with it.

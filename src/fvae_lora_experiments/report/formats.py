@@ -10,21 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from fvae_lora_experiments.report.rows import Row
-from fvae_lora_experiments.report.tables import Table, comparisons, left_out, overviews, tables
+from fvae_lora_experiments.report.tables import Table, compared_rows, overview_tables, tables, uncounted
 from fvae_lora_experiments.run.folder import write_atomically
 
 HEADING_WIDTH = 10
-"""How many characters of a heading stand side by side in LaTeX."""
+"""The width at which LaTeX headings are wrapped, in characters."""
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Write every field of every row, unrounded: scores as recorded, the paper's in percent, seconds, MB.
 
-    Further test scores have columns of their own: mean, standard deviation, and what the paper published. Empty is
-    unknown.
+    Further test scores have their own columns: mean, standard deviation, and the paper's figure. Empty means unknown.
     """
-    plain = [field.name for field in fields(Row) if field.name != "further"]
-    lines = [{name: _csv(getattr(row, name)) for name in plain} | _further(row) for row in rows]
+    plain = [field.name for field in fields(Row) if field.name != "extra_scores"]
+    lines = [{name: _csv(getattr(row, name)) for name in plain} | _extra_scores(row) for row in rows]
     out = io.StringIO()
     writer = csv.DictWriter(out, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
     writer.writeheader()
@@ -32,8 +31,8 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
     write_atomically(path, out.getvalue())
 
 
-def _further(row: Row) -> dict[str, float | None]:
-    scores = row.further
+def _extra_scores(row: Row) -> dict[str, float | None]:
+    scores = row.extra_scores
     return {
         f"{name}{s.name}{end}": value
         for s in scores
@@ -50,13 +49,13 @@ def _csv(value: Any) -> Any:
 def write_markdown(rows: Sequence[Row], path: Path) -> None:
     """Write the tables of `print_table` as Markdown."""
     lines = []
-    for compared in comparisons(rows):
+    for compared in compared_rows(rows):
         lines += [f"**{escape_markdown(compared.name)}**", ""]
         for table in tables(compared):
             lines += _markdown_table(table)
-    for table in overviews(rows):
+    for table in overview_tables(rows):
         lines += _markdown_table(table)
-    if rest := left_out(rows):
+    if rest := uncounted(rows):
         lines += ["Not counted:", ""]
         lines += [f"- {row.state}: {escape_markdown(row.run)}: {escape_markdown(row.reason)}" for row in rest] + [""]
     write_atomically(path, "\n".join(lines))
@@ -80,7 +79,7 @@ def _markdown_table(table: Table) -> list[str]:
 def write_latex(rows: Sequence[Row], path: Path) -> None:
     """Write the tables of `print_table` as LaTeX: booktabs, each a float whose caption says what was measured."""
     lines = [r"% needs \usepackage{booktabs} and \usepackage{graphicx}, which makes wide tables fit"]
-    for compared in comparisons(rows):
+    for compared in compared_rows(rows):
         seeds = sorted({seed for row in compared.rows for seed in row.seeds})
         where = (
             f"{compared.any.dataset}, model {compared.any.model}, protocol {compared.any.protocol or 'not recorded'}"
@@ -88,9 +87,9 @@ def write_latex(rows: Sequence[Row], path: Path) -> None:
         over = f", seeds {', '.join(map(str, seeds))}" if seeds else ""
         for table in tables(compared):
             lines += _latex_table(table, f"{where}{over}")
-    for table in overviews(rows):
+    for table in overview_tables(rows):
         lines += _latex_table(table)
-    lines += [f"% not counted: {row.state}: {row.run}: {row.reason}" for row in left_out(rows)]
+    lines += [f"% not counted: {row.state}: {row.run}: {row.reason}" for row in uncounted(rows)]
     write_atomically(path, "\n".join(lines) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""The small adapter for inference: encoder 1's mean and B, nothing of what training needed."""
+"""The small adapter for inference: encoder 1's mean and B, without anything that only training needs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ TRAINING_ONLY = ("encoder2_", "decoder_", "log_tau", "_logvar_")
 
 
 def export_for_inference(model: PeftModel, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
-    """Write an adapter folder that `peft.PeftModel.from_pretrained` loads, with what inference needs alone.
+    """Write an adapter folder that `peft.PeftModel.from_pretrained` loads, with only what inference needs.
 
-    Its outputs in eval mode equal the full adapter's; it cannot be trained further. The folder appears whole or not at
-    all.
+    Its outputs in eval mode equal the full adapter's; it cannot be trained further. The folder is written completely or
+    not at all.
 
     Args:
         model: A peft model with an FVAE-LoRA adapter.
@@ -30,7 +30,7 @@ def export_for_inference(model: PeftModel, folder: str | os.PathLike[str], adapt
 
     Raises:
         ValueError: If there is no such FVAE-LoRA adapter, if it samples at inference (which needs the log-variance), or
-            if the folder holds something.
+            if the folder is not empty.
     """
     exported = copy.copy(deterministic_config(model, adapter_name))
     with new_folder(folder) as inside:
@@ -41,13 +41,13 @@ def export_for_inference(model: PeftModel, folder: str | os.PathLike[str], adapt
 
 
 def is_training_only(name: str) -> bool:
-    """Whether inference does without a parameter of an FVAE-LoRA adapter.
+    """Whether a parameter of an FVAE-LoRA adapter is not needed at inference.
 
     Args:
         name: Its name in a model or in a checkpoint.
 
     Returns:
-        True for what training alone needs; False for all else, parameters of other modules included.
+        True if only training needs it; False for parameters of anything else than an FVAE-LoRA adapter.
     """
     return ".fvae_lora_vae." in name and any(part in name.rpartition(".")[2] for part in TRAINING_ONLY)
 
@@ -66,16 +66,18 @@ def deterministic_config(model: nn.Module, adapter_name: str) -> FVAELoraConfig:
     if not isinstance(config, FVAELoraConfig):
         raise ValueError(f"adapter_name: the model has no FVAE-LoRA adapter named {adapter_name!r}")
     if config.sample_at_inference:
-        raise ValueError("sample_at_inference: an adapter that samples at inference cannot be exported without it")
+        raise ValueError(
+            "sample_at_inference: an adapter that samples at inference needs its log-variance and cannot be exported"
+        )
     return config
 
 
 def write_adapter(model: PeftModel, config: PeftConfig, state: dict[str, Tensor], folder: Path) -> None:
-    """Write an adapter's weights and configuration, from which peft's auto classes find the base model as well.
+    """Write an adapter's weights and configuration, including what peft's auto classes need to find the base model.
 
     Args:
         model: The model that the adapter belongs to.
-        config: The adapter's configuration; gets the base model's name if it lacks it.
+        config: The adapter's configuration; the base model's name is added if it is missing.
         state: The adapter's weights, as `peft.get_peft_model_state_dict` names them.
         folder: Folder to write to.
     """
