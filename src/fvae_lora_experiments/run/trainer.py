@@ -251,8 +251,8 @@ def trainer_arguments(recipe: Recipe, output: Path, metric: Metric, quiet: bool)
     """The recipe as transformers' arguments.
 
     Raises:
-        UserError: this machine cannot train in the recipe's precision, the batch cannot be divided by the processes, or a
-            tracker is not installed.
+        UserError: this machine cannot train in the recipe's precision, the batch cannot be divided by the processes, or
+            a tracker is not installed.
     """
     train = recipe.train
     if train.precision == "fp16" and not torch.cuda.is_available():
