@@ -623,7 +623,7 @@ def list_recipes() -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     for heading, entries in (
-        ("Recipes", {name: _first_comment(file) for name, file in shipped_recipes().items()}),
+        ("Recipes", {name: _first_sentence(text) for name, text in shipped_recipes().items()}),
         ("Methods", {name: method.summary for name, method in METHODS.items()}),
         ("Models", dict.fromkeys(MODELS, "comes with the package; others: a folder, or a name on the hub")),
         ("Data sets", dict.fromkeys(DATASETS, "comes with a package; others: a folder, or a name on the hub")),
@@ -643,12 +643,12 @@ def show_recipe(
     ] = False,
 ) -> None:
     """Prints a recipe, or every key that recipes may have."""
-    from fvae_lora_experiments.recipe import as_yaml, recipe_file, recipe_keys, recipe_tree
+    from fvae_lora_experiments.recipe import as_yaml, recipe_keys, recipe_text, recipe_tree
 
     if recipe is None and not every:
         raise UserError("recipes show: expected a recipe, or --all")
     if not every:
-        print(recipe_file(str(recipe)).read_text(encoding="utf-8"), end="")
+        print(recipe_text(str(recipe)), end="")
         return
     here = {} if recipe is None else recipe_tree(recipe)
     for key in recipe_keys():
@@ -665,19 +665,19 @@ def copy_recipe(
     to: Annotated[Path | None, typer.Argument(metavar="FILE", help="Where to (default: its name, here).")] = None,
 ) -> None:
     """Copies a recipe to a file, for you to change."""
-    from fvae_lora_experiments.recipe import recipe_file
+    from fvae_lora_experiments.recipe import recipe_text
     from fvae_lora_experiments.run.folder import write_atomically
 
-    source = recipe_file(recipe)
-    target = to or Path(source.name)
+    text = recipe_text(recipe)
+    target = to or Path(Path(recipe if Path(recipe).suffix else f"{recipe}.yaml").name)
     if target.exists():
         raise UserError(f"{target}: exists already")
-    write_atomically(target, source.read_text(encoding="utf-8"))
+    write_atomically(target, text)
     console.print(f"{target}: change it, then run fvae-lora train {target}", highlight=False)
 
 
-def _first_comment(file: Path) -> str:
-    comment = file.read_text(encoding="utf-8").partition("\n\n")[0]
+def _first_sentence(recipe: str) -> str:
+    comment = recipe.partition("\n\n")[0]
     lines = [line.removeprefix("# ") for line in comment.splitlines() if line.startswith("#")]
     return " ".join(lines).partition(". ")[0].rstrip(".")
 

@@ -3,8 +3,10 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import yaml
@@ -18,9 +20,32 @@ from fvae_lora_experiments.suggest import did_you_mean
 RECIPES_FOLDER = Path(str(files("fvae_lora_experiments"))) / "recipes"
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with the package: name (`image/default`) to file."""
-    return {p.relative_to(RECIPES_FOLDER).with_suffix("").as_posix(): p for p in sorted(RECIPES_FOLDER.rglob("*.yaml"))}
+@cache
+def shipped_recipes() -> dict[str, str]:
+    """The recipes that come with the package: name (`image/default`) to text, which begins with the comment above it.
+
+    A family is a file that maps names to recipes.
+    """
+    found = {}
+    for file in sorted(RECIPES_FOLDER.glob("*.yaml")):
+        text = file.read_text(encoding="utf-8")
+        lines = text.splitlines(keepends=True)
+        family = yaml.compose(text, _Loader)
+        assert isinstance(family, yaml.MappingNode)
+        keys = [key for key, _ in family.value]
+        comments = [_start_of_comment(lines, key.start_mark.line) for key in keys]
+        for key, comment, end in zip(keys, comments, [*comments[1:], None], strict=True):
+            line = key.start_mark.line
+            body = dedent("".join(lines[line + 1 : end])).rstrip()
+            found[f"{file.stem}/{key.value}"] = f"{''.join(lines[comment:line])}{body}\n"
+    return found
+
+
+def _start_of_comment(lines: Sequence[str], line: int) -> int:
+    """The line on which the comment directly above a line begins; without a comment the line itself."""
+    while line > 0 and lines[line - 1].startswith("#"):
+        line -= 1
+    return line
 
 
 @dataclass(frozen=True)
@@ -78,7 +103,7 @@ def as_yaml(value: Any) -> str:
 
 
 def recipe_tree(name: str) -> dict[str, Any]:
-    """The dotted keys and values in a recipe's file and those that it extends.
+    """The dotted keys and values of a recipe and those that it extends.
 
     Raises:
         UserError: there is no such recipe, or it is not YAML.
@@ -86,17 +111,21 @@ def recipe_tree(name: str) -> dict[str, Any]:
     return flatten(_read(name))
 
 
-def recipe_file(name: str) -> Path:
-    """The file of a shipped recipe, or the file at that path.
+def recipe_text(name: str) -> str:
+    """The text of a shipped recipe, or of the file at that path.
 
     Raises:
-        UserError: there is neither.
+        UserError: there is neither, or the file is not readable.
     """
-    path = shipped_recipes().get(name, Path(name))
-    if not path.is_file():
+    if name in shipped_recipes():
+        return shipped_recipes()[name]
+    if not Path(name).is_file():
         shipped = ", ".join(shipped_recipes()) + did_you_mean(name, shipped_recipes())
         raise UserError(f"recipe {name}: no such file, and no shipped recipe; shipped are {shipped}")
-    return path
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {name}: not readable: {' '.join(str(error).split())}") from error
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), options: Mapping[str, Any] | None = None) -> Recipe:
@@ -126,14 +155,15 @@ def load_recipe(name: str, overrides: Sequence[str] = (), options: Mapping[str, 
 class _Loader(yaml.SafeLoader):
     """The safe loader, except that it refuses a key given twice, of which it would silently take the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """A mapping in which no key is given twice."""
+        node = super().compose_mapping_node(anchor)
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         names = [key.value for key in keys]
         for key in keys:
             if names.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
-        return super().construct_mapping(node, deep)
+                raise yaml.composer.ComposerError(None, None, f"{key.value} is given twice", key.start_mark)
+        return node
 
 
 def _load_yaml(text: str) -> Any:
@@ -152,18 +182,19 @@ def _changes(overrides: Sequence[str], options: Mapping[str, Any]) -> dict[str, 
 
 
 def _read(name: str, inheriting: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A recipe's file as a tree, merged into that of the recipe that it `extends`, if any."""
+    """A recipe as a tree, merged into that of the recipe that it `extends`, if any."""
     if name in inheriting:
         raise UserError(f"recipe {inheriting[0]}: extends itself, by way of {name}")
+    text = recipe_text(name)
     try:
-        tree = _load_yaml(recipe_file(name).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = _load_yaml(text)
+    except yaml.YAMLError as error:
         raise UserError(f"recipe {name}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"recipe {name}: expected keys and values, for example `method: lora`")
     if (base := tree.pop("extends", None)) is None:
         return tree
-    beside = str(base) if str(base) in shipped_recipes() else str(recipe_file(name).parent / str(base))
+    beside = str(base) if str(base) in shipped_recipes() else str(Path(name).parent / str(base))
     return _deep_merge(_read(beside, (*inheriting, name)), tree)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fvae_lora_experiments.recipe import RecipeKey, check_recipe, flatten, recipe_file, recipe_keys
+from fvae_lora_experiments.recipe import RecipeKey, check_recipe, flatten, recipe_keys, shipped_recipes
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -70,7 +70,7 @@ def test_recipes_are_listed_shown_and_copied(
     assert cli("recipes", "list")[1] == listed
     for name in ("image/default", "image/reference", "image/demo", "fvae-lora", "full", "sklearn-digits"):
         assert name in listed
-    assert cli("recipes", "show", "image/default")[1] == recipe_file("image/default").read_text()
+    assert cli("recipes", "show", "image/default")[1] == shipped_recipes()["image/default"]
     assert cli("recipes", "copy", "image/default", "mine.yaml")[0] == 0
     (tmp_path / "mine.yaml").write_text((tmp_path / "mine.yaml").read_text().replace("seed: 1", "seed: 5"))
     assert cli("train", "mine.yaml", *small, "--method", "linear-probe", "--quiet")[0] == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from fvae_lora import FVAELoraConfig, FVAEPEFTConfig
 from fvae_lora_experiments.errors import UserError
@@ -21,6 +22,33 @@ def test_every_shipped_recipe_is_valid_for_every_method(name: str) -> None:
     writes = name.startswith("commonsense/") or name == "speech/whisper"
     for method in METHODS.keys() - ({"linear-probe"} if writes else set()):
         assert load_recipe(name, options=PLACES | {"method": method}).method == method
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_copy_of_a_shipped_recipe_is_a_recipe_that_says_what_it_is_for(name: str, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(shipped_recipes()[name])
+    assert copy.read_text().startswith("# ")
+    assert load_recipe(str(copy), options=PLACES) == load_recipe(name, options=PLACES)
+
+
+def test_a_shipped_recipe_has_the_comments_of_its_own_and_no_others() -> None:
+    text = shipped_recipes()["glue/cola"]
+    assert text == (
+        "# CoLA: is a sentence grammatical? Judged by Matthews' correlation.\n"
+        "extends: glue/default\n"
+        "data: {config: cola}\n"
+        "text: {columns: [sentence], metrics: [matthews]}\n"
+        "train: {epochs: 20} # ours\n"
+    )
+    assert "\n# Each method's learning rate: " in shipped_recipes()["image/demo"]
+
+
+def test_two_shipped_recipes_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "image.yaml").write_text("mine:\n  seed: 1\nmine:\n  seed: 2\n")
+    monkeypatch.setattr("fvae_lora_experiments.recipe.RECIPES_FOLDER", tmp_path)
+    with pytest.raises(yaml.YAMLError, match="mine is given twice"):
+        shipped_recipes.__wrapped__()
 
 
 def test_the_default_is_the_papers_setting() -> None:
