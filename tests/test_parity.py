@@ -48,8 +48,10 @@ class Layer(NamedTuple):
 
 @pytest.fixture(params=LAYERS)
 def layer(request: pytest.FixtureRequest, golden: Path) -> Layer:
-    case = json.loads((golden / f"layer_{request.param}.json").read_text())
-    numbers = load_file(golden / f"layer_{request.param}.safetensors")
+    case = json.loads((golden / "layers.json").read_text())[request.param]
+    of_all = load_file(golden / "layers.safetensors")
+    of_case = f"{request.param}."
+    numbers = {key.removeprefix(of_case): value for key, value in of_all.items() if key.startswith(of_case)}
     model = nn.Sequential(nn.Linear(case["in_features"], case["out_features"]))
     model = get_peft_model(model, FVAEPEFTConfig(**case["config"], target_modules=["0"]))
     adapted = Layer(numbers, model, dict(model.base_model.model[0].named_parameters()))
