@@ -21,7 +21,7 @@ OPENED_BY: dict[str, tuple[str, Callable[[Any, Recipe], Any]]] = {
         "questions",
         lambda data, recipe: data.open_questions(recipe.dataset, recipe.data.config, recipe.commonsense.test_sets),
     ),
-    "phonemes": ("published.timit", lambda data, recipe: data.open_timit(recipe.dataset)),
+    "phonemes": ("timit", lambda data, recipe: data.open_timit(recipe.dataset)),
     "transcription": ("recordings", lambda data, recipe: data.open_recordings(recipe.dataset, recipe.data)),
 }
 """For each task the module of `data` that opens its data sets, and how."""

@@ -19,7 +19,7 @@ from PIL import Image as Pil
 from fvae_lora_experiments.data import accuracies, fingerprint, group_counts, open_images, split, unlike_published
 from fvae_lora_experiments.data.groups import group_scores, weighted_as
 from fvae_lora_experiments.data.image_decoding import image_content
-from fvae_lora_experiments.data.published.spurious import CELEBA, SPUCO_ANIMALS, WATERBIRDS, Published
+from fvae_lora_experiments.data.spurious import CELEBA, SPUCO_ANIMALS, WATERBIRDS, Published
 from fvae_lora_experiments.data.texts import open_texts
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.recipe import load_recipe

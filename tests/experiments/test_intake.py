@@ -18,7 +18,7 @@ from fvae_lora_experiments.data import fingerprint, open_images, split
 from fvae_lora_experiments.data.files import Notes, split_of_folder, splits_of_file
 from fvae_lora_experiments.data.hub import usual_splits
 from fvae_lora_experiments.data.image_decoding import image_content
-from fvae_lora_experiments.data.published.timit import open_timit
+from fvae_lora_experiments.data.timit import open_timit
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import DataSettings
 from layouts import DEFAULT, TASKS, lay_out, open_as_text, png, texts, write

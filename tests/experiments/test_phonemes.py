@@ -25,7 +25,7 @@ from arguments import assert_refused
 from by_hand import adapted
 from fvae_lora import elbo_loss
 from fvae_lora_experiments.data.audio_decoding import read_sound
-from fvae_lora_experiments.data.published.timit import (
+from fvae_lora_experiments.data.timit import (
     CORE_TEST_SPEAKERS,
     DEVELOPMENT_SPEAKERS,
     FOLDED,
@@ -197,7 +197,7 @@ def test_phonemes_from_recipe_to_report(
 def test_what_a_method_learns_of_phonemes_is_saved(
     phonemes: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    monkeypatch.setattr("fvae_lora_experiments.data.published.timit.DEVELOPMENT_SPEAKERS", CORE_TEST_SPEAKERS)
+    monkeypatch.setattr("fvae_lora_experiments.data.timit.DEVELOPMENT_SPEAKERS", CORE_TEST_SPEAKERS)
     recipe = phonemes(method=method, train__batch_size=6, train__learning_rate=0.2, adapter__r=4)
     assert_saved(run(recipe, tmp_path, quiet=True))
 

@@ -18,7 +18,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForCT
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from chatter import make_llama, make_tokenizer, rows_of, write_questions
-from fvae_lora_experiments.data.published.timit import open_timit
+from fvae_lora_experiments.data.timit import open_timit
 from fvae_lora_experiments.predict.trained import load_run
 from fvae_lora_experiments.recipe import load_recipe
 from fvae_lora_experiments.run.record import Record

@@ -27,10 +27,8 @@ from fvae_lora_experiments.data.files import (
 )
 from fvae_lora_experiments.data.image_decoding import readable_suffixes
 from fvae_lora_experiments.data.labels import drop_unlabelled, with_classes
-from fvae_lora_experiments.data.published.celeba import read_celeba
-from fvae_lora_experiments.data.published.spuco_animals import read_spuco_animals
-from fvae_lora_experiments.data.published.waterbirds import read_waterbirds
 from fvae_lora_experiments.data.source import official_splits
+from fvae_lora_experiments.data.spurious import read_published
 from fvae_lora_experiments.data.tables import READERS, read_tables
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.schema import DataSettings
@@ -83,14 +81,6 @@ BUILT_IN: dict[str, Callable[[], dict[str, Dataset]]] = {DIGITS: _digits}
 """Data sets that come with an installed library."""
 
 
-PUBLISHED_LAYOUTS: tuple[Callable[[Path], dict[str, Dataset] | None], ...] = (
-    read_waterbirds,
-    read_celeba,
-    read_spuco_animals,
-)
-"""Readers of data sets in the layout in which they were published; each returns None for other folders."""
-
-
 def _read_local(settings: DataSettings, place: Path, notes: Notes) -> dict[str, Dataset]:
     """A published layout, tables with images or paths in them, or a folder of images for each class.
 
@@ -99,9 +89,8 @@ def _read_local(settings: DataSettings, place: Path, notes: Notes) -> dict[str, 
     tables = partial(_read_tables, settings, place)
     if place.is_file():
         return tables(notes)
-    for read in PUBLISHED_LAYOUTS:
-        if (published := read(place)) is not None:
-            return published
+    if (published := read_published(place)) is not None:
+        return published
     lone = None
     for layout in (partial(tables, suffixes=[".parquet"]), partial(_read_class_folders, place), tables):
         own = Notes()

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, PreT
 from fvae_lora_experiments.data import Splits
 from fvae_lora_experiments.data.audio_decoding import read_sound, sound_content
 from fvae_lora_experiments.data.files import Notes
-from fvae_lora_experiments.data.published.timit import CORE_TEST_SPEAKERS, DEVELOPMENT_SPEAKERS, open_timit
+from fvae_lora_experiments.data.timit import CORE_TEST_SPEAKERS, DEVELOPMENT_SPEAKERS, open_timit
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.models.heads import draw_new_head
 from fvae_lora_experiments.models.pretrained import load, load_model, loading
@@ -32,7 +32,7 @@ class PhonemeTask(Task):
     metric = Metric("per", greater_is_better=False)
 
     def open_source(self, notes: Notes | None = None) -> dict[str, Dataset]:
-        """As `data.published.timit.open_timit`."""
+        """As `data.timit.open_timit`."""
         return open_timit(self.recipe.dataset, notes)
 
     def content(self, row: dict[str, Any], where: str) -> bytes:
@@ -121,7 +121,7 @@ class Sentences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """A split as a model takes it: `input_values` (samples,) and `labels` (phones,), numbered from 1.
 
     Args:
-        rows: the split, as `data.published.timit` has it.
+        rows: the split, as `data.timit` has it.
         model: the model, which gives the number of frames.
         extractor: the model's feature extractor, which normalises.
 

@@ -1,1 +1,0 @@
-"""Data sets in the layouts that they were published in."""
