@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fvae_lora_experiments.built_in import DATASETS
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.places import is_local
+from fvae_lora_experiments.places import DATASETS, is_local
 from fvae_lora_experiments.process import silence_datasets
 from fvae_lora_experiments.schema import Recipe
 

@@ -616,8 +616,8 @@ def recipes_default(context: typer.Context) -> None:
 @recipes.command("list", cls=Command)
 def list_recipes() -> None:
     """Lists the shipped recipes, the methods, and the models and data that need neither a folder nor a network."""
-    from fvae_lora_experiments.built_in import DATASETS, MODELS
     from fvae_lora_experiments.methods import METHODS
+    from fvae_lora_experiments.places import DATASETS, MODELS
     from fvae_lora_experiments.recipe import shipped_recipes
 
     table = Table(box=None, pad_edge=False)

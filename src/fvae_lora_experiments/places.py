@@ -1,8 +1,16 @@
-"""Names of models and data sets: on the command line, and in records, which must not reveal paths of a machine."""
+"""Names of models and data sets: the built-in ones, and paths as records hold them, without those of a machine."""
 
 import os
 import sys
+from importlib.resources import files
 from pathlib import Path
+
+MODELS = {"vit-fashion-mnist": Path(str(files("fvae_lora_experiments"))) / "assets" / "vit-fashion-mnist"}
+"""Models that come with this package, and their folders."""
+
+DIGITS = "sklearn-digits"
+DATASETS = (DIGITS,)
+"""Data sets that come with a package."""
 
 
 def is_local(name: str) -> bool:

@@ -12,10 +12,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.errors import UserError, did_you_mean
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.schema import Recipe, Section
-from fvae_lora_experiments.suggest import did_you_mean
 
 RECIPES_FOLDER = Path(str(files("fvae_lora_experiments"))) / "recipes"
 

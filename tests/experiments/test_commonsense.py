@@ -29,8 +29,7 @@ from fvae_lora_experiments.recipe import load_recipe
 from fvae_lora_experiments.run.runner import evaluate, run_recipe
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import load_task
-from fvae_lora_experiments.tasks.commonsense.answers import parse, write_answers
-from fvae_lora_experiments.tasks.commonsense.likelihood import log_likelihoods
+from fvae_lora_experiments.tasks.commonsense.answers import log_likelihoods, parse, write_answers
 from fvae_lora_experiments.tasks.commonsense.prompts import prompt
 from hub import Hub
 from rounding import assert_alike

@@ -26,8 +26,7 @@ from transformers import (
 
 from chatter import make_llama, write_questions
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.models.classifiers import load_classifier
-from fvae_lora_experiments.models.pretrained import load_model, load_tokenizer, loading
+from fvae_lora_experiments.models.pretrained import load_classifier, load_model, load_tokenizer, loading
 from fvae_lora_experiments.recipe import load_recipe
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import load_task

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from fvae_lora_experiments.built_in import DATASETS
 from fvae_lora_experiments.data.images import BUILT_IN
-from fvae_lora_experiments.suggest import did_you_mean
+from fvae_lora_experiments.errors import did_you_mean
+from fvae_lora_experiments.places import DATASETS
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -148,7 +148,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(
 
 
 def test_a_head_for_other_classes_is_not_taken_over(tmp_path: Path, vit: Path) -> None:
-    from fvae_lora_experiments.models.classifiers import load_classifier
+    from fvae_lora_experiments.models.pretrained import load_classifier
 
     pretrained = AutoModelForImageClassification.from_pretrained(vit).classifier.weight
     same, _ = load_classifier(str(vit), AutoModelForImageClassification, ["LABEL_0", "LABEL_1"])

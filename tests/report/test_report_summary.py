@@ -8,7 +8,7 @@ import pytest
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.recipe import load_recipe
 from fvae_lora_experiments.report import summary_rows
-from fvae_lora_experiments.report.curves import mean_curve, thinned
+from fvae_lora_experiments.report.comparison import mean_curve, thinned
 from fvae_lora_experiments.run.archive import read_runs
 from synthetic_runs import metrics, record, write_demo, write_run
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from fvae_lora_experiments.built_in import DIGITS
 from fvae_lora_experiments.data.classes import class_names
 from fvae_lora_experiments.data.columns import select_columns
 from fvae_lora_experiments.data.encoded import cell_of
@@ -31,6 +30,7 @@ from fvae_lora_experiments.data.source import official_splits
 from fvae_lora_experiments.data.spurious import read_published
 from fvae_lora_experiments.data.tables import READERS, read_tables
 from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.places import DIGITS
 from fvae_lora_experiments.schema import DataSettings
 
 IMAGE_COLUMNS = ("image", "img", "file_name", "filename", "file", "filepath", "path", "image_path")

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.utils import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, find_adapter_config_file, has_file
 
 from fvae_lora_experiments.errors import UserError, first_line
-from fvae_lora_experiments.models.heads import head_modules
+from fvae_lora_experiments.models.heads import draw_new_head, head_modules
 from fvae_lora_experiments.places import is_local
 
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else transformers asks the hub to convert a pickle
@@ -152,6 +152,33 @@ def _how_to_convert(name: str) -> str:
         f"model {name}: its weights are only there as a pickle, which is not read; if you trust it, "
         f"run {fetch}python -c {program}{use}"
     )
+
+
+def load_classifier(source: str, kind: Any, classes: list[str]) -> tuple[PreTrainedModel, set[str]]:
+    """A model in float32 that classifies into `classes`, or predicts one number if there are none.
+
+    Unless the model was trained on exactly these classes, it gets a new head, drawn from torch's global generator.
+
+    Args:
+        source: a folder or a name on the hub.
+        kind: the transformers class that loads it, such as `AutoModelForImageClassification`.
+        classes: names, in the order of their numbers.
+
+    Returns:
+        The model, and the names of its parameters that are missing in `source`.
+
+    Raises:
+        UserError, Exception: as `load_model`.
+    """
+    head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
+    if classes:
+        labels = {"id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
+        head = labels | {"problem_type": "single_label_classification"}
+    trained_on = list(load(AutoConfig, source).id2label.values())
+    model, missing = load_model(kind, source, **head, dtype=torch.float32)
+    if trained_on != classes:
+        draw_new_head(model)
+    return model, missing
 
 
 def load_adapter(base: PreTrainedModel, folder: Path, is_trainable: bool = False) -> PeftModel:

@@ -16,7 +16,7 @@ from fvae_lora_experiments.data.questions import question
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.predict.rows import Row
 from fvae_lora_experiments.predict.trained import Trained
-from fvae_lora_experiments.tasks.commonsense.likelihood import log_likelihoods
+from fvae_lora_experiments.tasks.commonsense.answers import log_likelihoods
 from fvae_lora_experiments.tasks.commonsense.prompts import encode
 from fvae_lora_experiments.tasks.phonemes import collapsed
 

@@ -1,5 +1,7 @@
 """What the page shows of one comparison: tables, charts and facts."""
 
+import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -9,7 +11,6 @@ from markupsafe import Markup
 
 from fvae_lora_experiments.report.by_class import Classes, classes_of
 from fvae_lora_experiments.report.charts import COLOURS, Dot, Line, Mark, line_chart, scatter_chart, spark, strip
-from fvae_lora_experiments.report.curves import mean_curve, thinned
 from fvae_lora_experiments.report.numbers import factor, number, quantity, title
 from fvae_lora_experiments.report.rows import Group, Row
 from fvae_lora_experiments.report.tables import ComparedRows, Table, grid_key, grid_lines, grid_tables, tables
@@ -125,6 +126,20 @@ def _curves(groups: Sequence[Group], marks: dict[str, Mark]) -> Panel:
         if lines:
             charts.append(line_chart(what, "epoch", lines))
     return Panel([marks[group.row.label] for group in groups], charts)
+
+
+def mean_curve(curves: Sequence[Sequence[CurvePoint]]) -> list[CurvePoint]:
+    """Average curves at each x that all of them have: else the mean would jump where one ends."""
+    known = [dict(curve) for curve in curves if curve]
+    shared = sorted(set.intersection(*map(set, known))) if known else []
+    return [(x, statistics.fmean(curve[x] for curve in known)) for x in shared]
+
+
+def thinned(curve: Sequence[CurvePoint], points: int) -> list[CurvePoint]:
+    """Replace neighbouring points by their mean, so that at most `points` remain."""
+    size = max(1, math.ceil(len(curve) / points))
+    chunks = [curve[i : i + size] for i in range(0, len(curve), size)]
+    return [(statistics.fmean(x for x, _ in chunk), statistics.fmean(y for _, y in chunk)) for chunk in chunks]
 
 
 def _grid_charts(points: Sequence[Row], marks: dict[str, Mark]) -> Iterator[Panel]:

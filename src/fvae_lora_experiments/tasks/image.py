@@ -14,13 +14,12 @@ from datasets import Dataset
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
-from fvae_lora_experiments.built_in import MODELS
 from fvae_lora_experiments.data import Splits, accuracies, open_images
 from fvae_lora_experiments.data.files import Notes
 from fvae_lora_experiments.data.image_decoding import ImageFacts, image_content, inspect_images
 from fvae_lora_experiments.data.image_inputs import Images, augmentation, process
-from fvae_lora_experiments.models.classifiers import load_classifier
-from fvae_lora_experiments.models.pretrained import load, loading
+from fvae_lora_experiments.models.pretrained import load, load_classifier, loading
+from fvae_lora_experiments.places import MODELS
 from fvae_lora_experiments.run.folder import write_atomically
 from fvae_lora_experiments.tasks import Task
 

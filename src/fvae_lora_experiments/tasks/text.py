@@ -21,9 +21,8 @@ from fvae_lora_experiments.data import Splits, accuracies
 from fvae_lora_experiments.data.files import Notes
 from fvae_lora_experiments.data.texts import Texts, open_texts, text_content
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.models.classifiers import load_classifier
 from fvae_lora_experiments.models.heads import head_modules
-from fvae_lora_experiments.models.pretrained import check_tokens, load, load_tokenizer, loading
+from fvae_lora_experiments.models.pretrained import check_tokens, load, load_classifier, load_tokenizer, loading
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import Metric, Task
 

@@ -27,8 +27,7 @@ from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.models.pretrained import check_tokens, load_model, load_tokenizer, loading
 from fvae_lora_experiments.tasks import Metric, Task
 from fvae_lora_experiments.tasks.batches import IGNORED_LABEL, batches_by_length, padded, positions
-from fvae_lora_experiments.tasks.commonsense.answers import parse, write_answers
-from fvae_lora_experiments.tasks.commonsense.likelihood import log_likelihoods
+from fvae_lora_experiments.tasks.commonsense.answers import log_likelihoods, parse, write_answers
 from fvae_lora_experiments.tasks.commonsense.prompts import check_template, encode
 
 ROLE = "as a causal language model"
