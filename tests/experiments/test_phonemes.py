@@ -35,7 +35,7 @@ from fvae_lora_experiments.data.published.timit import (
 )
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.recipe import load_recipe
-from fvae_lora_experiments.run.runner import evaluate, run
+from fvae_lora_experiments.run.runner import evaluate, run_recipe
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import load_task
 from fvae_lora_experiments.tasks.phonemes import PhonemeTask, Sentences
@@ -199,7 +199,7 @@ def test_what_a_method_learns_of_phonemes_is_saved(
 ) -> None:
     monkeypatch.setattr("fvae_lora_experiments.data.published.timit.DEVELOPMENT_SPEAKERS", CORE_TEST_SPEAKERS)
     recipe = phonemes(method=method, train__batch_size=6, train__learning_rate=0.2, adapter__r=4)
-    assert_saved(run(recipe, tmp_path, quiet=True))
+    assert_saved(run_recipe(recipe, tmp_path, quiet=True))
 
 
 @needs_espeak

@@ -25,7 +25,7 @@ from fvae_lora_experiments.predict.predictors import ImageClassifier
 from fvae_lora_experiments.predict.rows import Wanted, read_rows
 from fvae_lora_experiments.predict.trained import load_run
 from fvae_lora_experiments.recipe import check_recipe
-from fvae_lora_experiments.run.runner import open_data, run
+from fvae_lora_experiments.run.runner import open_data, run_recipe
 from fvae_lora_experiments.schema import Recipe
 from sentences import sentences, write_encoder
 
@@ -37,7 +37,7 @@ COLOURS = {"red", "green", "blue"}
 def images(tmp_path_factory: pytest.TempPathFactory, make_recipe: Callable[..., Recipe]) -> Path:
     """A run of FVAE-LoRA on images."""
     folder = tmp_path_factory.mktemp("runs") / "images"
-    run(make_recipe(method="fvae-lora", train={"learning_rate": 0.01}), folder, quiet=True)
+    run_recipe(make_recipe(method="fvae-lora", train={"learning_rate": 0.01}), folder, quiet=True)
     return folder
 
 
@@ -57,7 +57,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": {"epochs": 1, "batch_size": 8},
         "adapter": {"r": 4},
     }
-    run(check_recipe(recipe, "test"), place / "run", quiet=True)
+    run_recipe(check_recipe(recipe, "test"), place / "run", quiet=True)
     return place / "run"
 
 

@@ -13,7 +13,7 @@ from transformers.integrations import TensorBoardCallback
 
 from fvae_lora_experiments.errors import RunError, UserError
 from fvae_lora_experiments.run.folder import RunFolder
-from fvae_lora_experiments.run.runner import evaluate, run
+from fvae_lora_experiments.run.runner import evaluate, run_recipe
 from fvae_lora_experiments.run.tracking import MODULES, one_track
 from fvae_lora_experiments.run.trainer import FolderCallback, trainer_arguments
 from fvae_lora_experiments.schema import Recipe
@@ -47,7 +47,7 @@ def test_tensorboard_has_the_learning_curve_with_the_terms_of_the_elbo(
     make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     pytest.importorskip("tensorboard")
-    record = run(make_recipe(method="fvae-lora", train=TRACKED), tmp_path, quiet=True)
+    record = run_recipe(make_recipe(method="fvae-lora", train=TRACKED), tmp_path, quiet=True)
     found = scalars(tmp_path / "tensorboard")
     elbo = {f"train/elbo/{term}" for term in ("reconstruction", "kl_z1")}
     assert elbo | {"train/loss", "train/task_loss", "train/learning_rate", "eval/accuracy", "eval/loss"} <= found.keys()
@@ -71,9 +71,9 @@ def test_a_resumed_run_goes_on_in_the_same_track(
     with monkeypatch.context() as patch:
         patch.setattr(FolderCallback, "on_save", stop)
         with pytest.raises(RunError, match="stopped"):
-            run(recipe, tmp_path, quiet=True)
+            run_recipe(recipe, tmp_path, quiet=True)
     first = json.loads((tmp_path / "tracking.json").read_text())
-    run(recipe, tmp_path, quiet=True)
+    run_recipe(recipe, tmp_path, quiet=True)
     assert json.loads((tmp_path / "tracking.json").read_text()) == first
     assert [step for step, _ in scalars(tmp_path / "tensorboard")["eval/loss"]] == [4, 8]
     assert len({file.parent for file in tmp_path.rglob("events.out.tfevents.*")}) == 1
@@ -104,7 +104,7 @@ def test_a_track_is_found_again_by_its_names(
 
 
 def test_nothing_is_tracked_where_nobody_asked(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    run(make_recipe(train={"epochs": 1}), tmp_path, quiet=True)
+    run_recipe(make_recipe(train={"epochs": 1}), tmp_path, quiet=True)
     assert not (tmp_path / "tracking.json").exists()
     assert not (tmp_path / "tensorboard").exists()
 
@@ -117,7 +117,7 @@ def test_transformers_own_callback_is_active(make_recipe: Callable[..., Recipe],
 
 
 def test_a_tracker_may_be_added_when_a_run_goes_on(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    record = run(make_recipe(train={"epochs": 1}), tmp_path, quiet=True)
-    assert run(make_recipe(train={"epochs": 1, **TRACKED}), tmp_path, quiet=True) == record
+    record = run_recipe(make_recipe(train={"epochs": 1}), tmp_path, quiet=True)
+    assert run_recipe(make_recipe(train={"epochs": 1, **TRACKED}), tmp_path, quiet=True) == record
     with pytest.raises(UserError, match=r"train\.log_every is 2 there and 3 here"):
-        run(make_recipe(train={"epochs": 1, "log_every": 3}), tmp_path, quiet=True)
+        run_recipe(make_recipe(train={"epochs": 1, "log_every": 3}), tmp_path, quiet=True)

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.run.balance import BalancedSampler, weighted_loss, weights_of
 from fvae_lora_experiments.run.class_scores import by_class
-from fvae_lora_experiments.run.runner import evaluate, run
+from fvae_lora_experiments.run.runner import evaluate, run_recipe
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.sweep.plan import parse_seeds
 
@@ -49,14 +49,14 @@ def test_a_range_of_seeds_that_is_empty_or_endless_is_one_line(cli: Cli, small: 
 
 
 def test_training_ends_after_max_steps_with_a_scored_epoch(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    record = run(make_recipe(train={"max_steps": 6, "learning_rate": 0.02}), tmp_path, quiet=True)
+    record = run_recipe(make_recipe(train={"max_steps": 6, "learning_rate": 0.02}), tmp_path, quiet=True)
     assert validations(tmp_path) == [(4, 1.0), (6, 1.5)]
     assert record.metrics.validation["best_epoch"] in (1, 2)
     assert record.flops.train_total == 6 * (record.flops.train_step or 0)
 
 
 def test_max_steps_may_be_more_than_the_epochs(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    run(make_recipe(train={"max_steps": 10, "patience": 9}), tmp_path, quiet=True)
+    run_recipe(make_recipe(train={"max_steps": 10, "patience": 9}), tmp_path, quiet=True)
     assert [step for step, _ in validations(tmp_path)] == [4, 8, 10]
 
 
@@ -115,7 +115,7 @@ def test_rare_classes_are_predicted_more_often_where_training_is_balanced(
         settings = {"epochs": 3, "batch_size": 4, "learning_rate": 0.01} | train
         folder = tmp_path / name
         data = {"validation_share": 0.2}
-        run(make_recipe(dataset=str(lopsided), method=method, train=settings, data=data), folder, quiet=True)
+        run_recipe(make_recipe(dataset=str(lopsided), method=method, train=settings, data=data), folder, quiet=True)
         rows = csv.DictReader((folder / "predictions.csv").open())
         return sum(row["predicted"] != "red" for row in rows)
 
@@ -130,7 +130,9 @@ def test_gradients_are_accumulated_alike_with_class_weights(
     for size, batches in ((4, 1), (2, 2)):
         settings = train | {"batch_size": size, "gradient_accumulation": batches}
         folder, adapter = tmp_path / str(size), {"dropout": 0.0}
-        run(make_recipe(dataset=str(lopsided), train=settings, adapter=adapter, data={"validation_share": 0.2}), folder)
+        run_recipe(
+            make_recipe(dataset=str(lopsided), train=settings, adapter=adapter, data={"validation_share": 0.2}), folder
+        )
         curves.append([json.loads(line) for line in (folder / "metrics.jsonl").open()])
     one, two = ([(e["loss"], e["grad_norm"]) for e in curve if e["event"] == "train"] for curve in curves)
     assert one[:-1] == [pytest.approx(pair, rel=1e-4) for pair in two[:-1]]  # the last step has fewer rows
@@ -147,7 +149,7 @@ def test_class_weights_that_do_not_fit_the_data_are_one_line(
     make_recipe: Callable[..., Recipe], tmp_path: Path, train: dict[str, Any], line: str
 ) -> None:
     with pytest.raises(UserError, match=line):
-        run(make_recipe(train=train), tmp_path / "run", quiet=True)
+        run_recipe(make_recipe(train=train), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run" / "run.json").exists()
 
 

@@ -22,7 +22,7 @@ from fvae_lora import elbo_loss
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.recipe import load_recipe
 from fvae_lora_experiments.run.record import Record
-from fvae_lora_experiments.run.runner import evaluate, run
+from fvae_lora_experiments.run.runner import evaluate, run_recipe
 from fvae_lora_experiments.run.state_cache import collate, use_cached_states
 from fvae_lora_experiments.tasks import load_task, transcription
 from fvae_lora_experiments.tasks.transcription import TranscriptionTask, word_error_rate
@@ -93,7 +93,7 @@ def test_what_a_method_learns_of_words_is_saved(writer: Path, recordings: Path, 
     options = {"model": str(writer), "dataset": str(recordings), "method": method, "adapter.r": 4}
     options |= {"train.epochs": 1, "train.batch_size": 3, "train.learning_rate": 0.2, "speech.max_new_tokens": 8}
     options |= {"data.protocol": "reference-on-test"}
-    assert_saved(run(load_recipe("speech/whisper", [], options), tmp_path, quiet=True))
+    assert_saved(run_recipe(load_recipe("speech/whisper", [], options), tmp_path, quiet=True))
 
 
 @pytest.mark.slow
@@ -141,7 +141,7 @@ def test_words_are_written_in_the_precision_of_the_run(
         return scores
 
     monkeypatch.setattr(TranscriptionTask, "generated_scores", spied)
-    run(load_recipe("speech/whisper", [], options), tmp_path, quiet=True)
+    run_recipe(load_recipe("speech/whisper", [], options), tmp_path, quiet=True)
     assert len(found) == 2
     assert {dtype for _, dtype in found} == {{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
 
