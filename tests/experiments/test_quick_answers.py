@@ -101,7 +101,7 @@ def test_what_is_wrong_with_the_data_is_told_before_torch_is_there(tmp_path: Pat
     assert of_train[0] == of_folder[0] == 2
     assert "no label column in split train; set data.label_column to one of text, stars" in of_train[1]
     assert of_compare == (2, of_train[1].replace("fvae-lora: ", "fvae-lora: fvae-lora-seed1: ", 1))
-    assert "no images in it" in of_folder[1]
+    assert "no images; it has nothing" in of_folder[1]
 
 
 def test_a_finished_run_is_told_of_though_its_data_are_gone(cli: Cli, small: list[str], tmp_path: Path) -> None:
