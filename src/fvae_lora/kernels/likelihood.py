@@ -57,14 +57,14 @@ def summed_log_likelihood(
     return value
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+def full_precision(device: str) -> AbstractContextManager[Any]:
     """Nothing inside runs in half precision; the meta device has no autocast that could be off."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _plain(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, log_tau: Tensor, mask: Tensor | None) -> Tensor:
     reconstruction = F.linear(hidden, weight, bias)
-    with _full_precision(x.device):
+    with full_precision(x.device.type):
         per_token = log_likelihood(raised(x), raised(reconstruction), raised(log_tau))
         return per_token.sum() if mask is None else (per_token * mask).sum()
 
@@ -75,7 +75,7 @@ class _SummedLogLikelihood(torch.autograd.Function):
         given, x, d = x, raised(x), x.shape[-1]
         flat_hidden = hidden.reshape(-1, hidden.shape[-1])
         reconstruction = F.linear(flat_hidden, weight, bias)
-        with _full_precision(x.device):  # from here on nothing may run in half precision
+        with full_precision(x.device.type):  # from here on nothing may run in half precision
             residual = x.reshape(-1, d) - reconstruction
             scaled = residual * torch.exp(-2 * log_tau.to(x.dtype))
             if mask is not None:

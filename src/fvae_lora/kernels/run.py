@@ -23,7 +23,7 @@ from .. import objective
 from ..objective import Draws, LayerElbo, Posterior, TokenWeights, closed_forms, coefficients
 from ..transforms import is_transforming
 from ..vae import FVAE, LOGVAR_RANGE, raised
-from .likelihood import LOG_2PI
+from .likelihood import LOG_2PI, full_precision
 
 Linear = tuple[Tensor, Tensor]  # weight, (out, in), and bias, (out,)
 
@@ -57,7 +57,8 @@ class _Call:
     def __init__(self, vae: FVAE, weights: TokenWeights, device: str) -> None:
         self.vae, self.weights, self.device = vae, weights, device
         self.names = [name for name, _ in vae.named_parameters()]
-        self.autocasts = torch.is_autocast_enabled(device) and vae.log_tau.dtype != torch.float64
+        has_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        self.autocasts = has_autocast and vae.log_tau.dtype != torch.float64
         self.dtype = torch.get_autocast_dtype(device) if self.autocasts else vae.log_tau.dtype  # of matrix products
         self.shown: tuple[str, ...] = ()  # names of the terms
         self.mask = None if weights.mask is None else weights.mask.flatten()
@@ -142,7 +143,7 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, x, dropped, noise1, noise2, chosen, *parameters):  # type: ignore[no-untyped-def]
         ctx.set_materialize_grads(False)
-        with torch.autocast(call.device, enabled=False):
+        with full_precision(call.device):
             network = _Network(call, parameters)
             first1, first2 = network.first_layers(call.rows(x if dropped is None else dropped), chosen)
             heads1, heads2 = _heads(first1, network.encoder1)[1], _heads(first2, network.encoder2)[1]
@@ -172,7 +173,7 @@ class _Run(torch.autograd.Function):
             return None, by_x, by_dropped, None, None, None, *by_parameters
         found: dict[str, Tensor] = {}
         stops = call.vae.config.elbo_stop_gradient
-        with torch.autocast(call.device, enabled=False):
+        with full_precision(call.device):
             network = _Network(call, parameters)
             (inputs1, heads1), (inputs2, heads2) = _heads(first1, network.encoder1), _heads(first2, network.encoder2)
             heads1, heads2 = heads1.detach().requires_grad_(), heads2.detach().requires_grad_()
@@ -337,7 +338,7 @@ def _differentiable(
     x, dropped, *parameters = views
     encoder_input = x.to(call.vae.log_tau.dtype) if dropped is None else dropped
     by_name = {f"vae.{name}": tensor for name, tensor in zip(call.names, parameters, strict=True)}
-    with torch.autocast(call.device, call.dtype, enabled=call.autocasts):
+    with torch.autocast(call.device, call.dtype) if call.autocasts else full_precision(call.device):
         outputs = functional_call(_Plain(call.vae), by_name, (x, encoder_input, draws))
     values, reached = zip(*((v, grad) for v, grad in zip(outputs, grads, strict=True) if grad is not None), strict=True)
     needed = [v for v, tensor in zip(views, inputs, strict=True) if tensor is not None and tensor.requires_grad]

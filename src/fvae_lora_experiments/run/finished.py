@@ -24,10 +24,15 @@ def read_finished_run(
     Raises:
         UserError: no finished run there; its model or its data have moved.
     """
+    record = _complete(path)
+    return recorded_recipe(record, path, model, dataset, with_data), record
+
+
+def _complete(path: Path) -> Record:
     record = read_record(path)
     if record.state != "complete":
         raise UserError(f"{path}: no finished run; its state is {record.state}")
-    return recorded_recipe(record, path, model, dataset, with_data), record
+    return record
 
 
 def read_record(path: Path) -> Record:
@@ -75,11 +80,12 @@ def usable_run(path: Path, model: str | None = None) -> tuple[Recipe, Record]:
     Raises:
         UserError: no such run, a point of a grid, or no folder of its base model.
     """
-    recipe, record = read_finished_run(path, model, with_data=False)
-    if recipe.purpose == "selection":
+    record = _complete(path)
+    if record.is_selection:
         raise UserError(f"{path}: a point of a grid, which only chooses settings; give a run of the results")
     if not RunFolder(path).adapter.is_dir():
         raise UserError(f"{path}: its adapter is not there, which is what would predict")
+    recipe = recorded_recipe(record, path, model, None, with_data=False)
     if is_local(recipe.model) and not Path(recipe.model).is_dir():
         raise UserError(f"model {recipe.model}: no such folder; --model says where it is")
     return recipe, record
