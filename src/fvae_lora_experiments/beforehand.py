@@ -33,7 +33,7 @@ def refuse_at_once(recipe: Recipe) -> None:
         UserError: what the run itself would say of them.
     """
     if is_local(recipe.dataset) and not Path(recipe.dataset).exists():
-        raise UserError(f"dataset {recipe.dataset}: no such folder or file")
+        raise UserError(f"dataset {recipe.dataset}: no such file or folder")
     if is_local(recipe.model) and not Path(recipe.model).is_dir():
         raise UserError(f"model {recipe.model}: no such folder")
     if is_local(recipe.dataset) and recipe.dataset not in DATASETS:

@@ -142,7 +142,7 @@ def test_a_comparison_on_data_that_are_refused_says_so_as_its_runs_do(
 
 
 def test_data_that_are_not_there_are_no_matter_of_the_task(cli: Cli, tmp_path: Path) -> None:
-    assert cli("check", tmp_path / "nowhere")[2] == f"fvae-lora: dataset {tmp_path}/nowhere: no such folder or file\n"
+    assert cli("check", tmp_path / "nowhere")[2] == f"fvae-lora: dataset {tmp_path}/nowhere: no such file or folder\n"
     code, _, err = cli("check", "no/where")
     assert code == 2
     assert err.startswith("fvae-lora: dataset no/where: no such folder, and no such name in the cache; ")

@@ -29,7 +29,7 @@ def test_a_run_folder_that_was_moved_evaluates_reports_and_is_pushed(
 
     code, _, error = cli("evaluate", moved, "--model", vit)
     assert code == 2
-    assert error.endswith("/data: no such folder or file any more; --dataset says where it is now\n")
+    assert error.endswith("/data: no such file or folder any more; --dataset says where it is now\n")
     code, out, error = cli("evaluate", moved, "--model", vit, "--dataset", data)
     assert code == 0, error
     assert out.count(f"{record.metrics.test['loss']:.6f}") == 2

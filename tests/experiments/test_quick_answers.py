@@ -74,8 +74,8 @@ MISTAKES = {
     ("train", "image/eurosat", "epochs=3"): "; did you mean train.epochs?",
     ("compare", "image/eurosat", "--methods", "lora,fvae_lora"): "; did you mean fvae-lora?",
     ("train", "image/default", "--model", "./no", "--dataset", "."): "model ./no: no such folder",
-    ("train", "image/default", "--model", ".", "--dataset", "./no"): "dataset ./no: no such folder or file",
-    ("compare", "image/default", "--model", ".", "--dataset", "./no"): "dataset ./no: no such folder or file",
+    ("train", "image/default", "--model", ".", "--dataset", "./no"): "dataset ./no: no such file or folder",
+    ("compare", "image/default", "--model", ".", "--dataset", "./no"): "dataset ./no: no such file or folder",
     ("evaluate", "./no"): "no: no finished run",
     ("predict", "./no", "a.png"): "no: no finished run",
 }

@@ -64,7 +64,7 @@ def local_path(name: str, config: str | None) -> Path | None:
     """The folder or file of the data set on this machine; None if it must come from the hub."""
     if is_local(name):
         if not Path(name).exists():
-            raise UserError(f"dataset {name}: no such folder or file")
+            raise UserError(f"dataset {name}: no such file or folder")
         return Path(name)
     return local_copy(name, config)
 

@@ -95,7 +95,7 @@ def read_runs(*places: Path) -> list[StoredRun]:
         found = list(_packed_in(place) if place.is_file() else _below(place))
         if not found:
             what = f"no run (a folder with a run.json, or a file {ENDING}) in it"
-            raise UserError(f"{place}: {what if place.exists() else 'no such folder or file'}")
+            raise UserError(f"{place}: {what if place.exists() else 'no such file or folder'}")
         above = folder_name(place) if len(places) > 1 else ""
         runs += [StoredRun("/".join(filter(None, (above, r.name))), r.record, r.error, r.read_events) for r in found]
     return sorted(runs, key=lambda run: PurePosixPath(run.name))

@@ -60,7 +60,7 @@ def recorded_recipe(
         places[key] = given or resolve_portable(record.recipe[key], path)
         needed = given is None and (with_data or key == "model")
         if needed and is_local(record.recipe[key]) and not Path(places[key]).exists():
-            raise UserError(f"{key} {places[key]}: no such folder or file any more; --{key} says where it is now")
+            raise UserError(f"{key} {places[key]}: no such file or folder any more; --{key} says where it is now")
     return check_recipe(record.recipe | places, str(RunFolder(path).record_file))
 
 
