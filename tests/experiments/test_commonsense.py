@@ -482,7 +482,7 @@ def test_files_that_cannot_be_read(refused: Callable[..., str], tmp_path: Path) 
         assert says in refused(dataset=data)
         (data / name).unlink()
     assert "no training data; it has nothing" in refused(dataset=data)
-    assert "no such folder or file" in refused(dataset=tmp_path / "nowhere")
+    assert "no such file or folder" in refused(dataset=tmp_path / "nowhere")
 
 
 def test_a_test_set_that_is_not_there(refused: Callable[..., str]) -> None:

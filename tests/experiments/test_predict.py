@@ -279,7 +279,7 @@ def test_a_file_that_is_no_input_is_refused(
 def test_what_cannot_be_asked_is_refused(cli: Cli, images: Path, pictures: Path, tmp_path: Path) -> None:
     for arguments, said in (
         ([images, tmp_path], f"{tmp_path}: nothing to predict in it; it has nothing"),
-        ([images, "./no.png"], "./no.png: no such folder or file"),
+        ([images, "./no.png"], "./no.png: no such file or folder"),
         ([tmp_path, pictures], f"{tmp_path}: no finished run"),
         ([images, pictures, "--out", "o.txt"], "--out o.txt: expected a name that ends in .csv or .jsonl"),
         ([images, pictures, "--resume"], "--resume: goes on with a file; give --out FILE"),

@@ -154,7 +154,7 @@ def _from_disk(path: Path, notes: Notes) -> Iterator[tuple[str, str, Rows]]:
         for file, its, test_set in found:
             yield its or "train", test_set, _read(file)
     else:
-        raise UserError(f"dataset {path}: no such folder or file")
+        raise UserError(f"dataset {path}: no such file or folder")
 
 
 def _part_of_file(folder: Path, file: Path) -> tuple[str | None, str]:

@@ -78,7 +78,7 @@ def read_rows(inputs: Sequence[str], wanted: Wanted) -> Iterator[Row]:
     """
     for name in inputs:
         if name != STANDARD_INPUT and not Path(name).exists():
-            raise UserError(f"{name}: no such folder or file")
+            raise UserError(f"{name}: no such file or folder")
     return itertools.chain.from_iterable(_not_empty(name, _of_input(name, wanted)) for name in inputs)
 
 
