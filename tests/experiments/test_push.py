@@ -131,7 +131,7 @@ def test_push_makes_a_private_repository_with_the_adapter_and_its_card(
     code, out, error = cli("push", copied, "me/mine")
     assert code == 0, error
     assert f"The adapter is at {hub.address}/me/mine" in out
-    assert "The base model is known by its folder alone" in out
+    assert "The base model is a local folder" in out
     assert "me/mine" in hub.private
     there = hub.folder / "models" / "me/mine"
     assert {p.name for p in there.iterdir()} == {p.name for p in (copied / "adapter").iterdir()}
@@ -193,7 +193,7 @@ def test_what_was_pushed_is_used_from_the_hub_by_the_code_of_its_card(
 def test_a_dry_run_shows_what_would_go_up(cli: Cli, copied: Path) -> None:
     code, out, error = cli("push", copied, "me/mine", "--dry-run")
     assert code == 0, error
-    assert "me/mine (private) would get:\n" in out
+    assert "me/mine (private) would receive:\n" in out
     for file in (copied / "adapter").iterdir():
         assert f"  {file.name}  " in out
 
