@@ -171,7 +171,7 @@ def test_a_truncated_file_is_refused(model: PeftModel, tmp_path: Path, kept: int
     fitted(model).save(tmp_path)
     contents = (tmp_path / NUMBERS).read_bytes()
     (tmp_path / NUMBERS).write_bytes(contents[:kept])
-    with pytest.raises(ValueError, match=r"foreign_inputs\.safetensors is truncated, or not the one"):
+    with pytest.raises(ValueError, match=r"foreign_inputs\.safetensors is truncated, or does not belong to"):
         ForeignInputDetector.load(tmp_path, model)
 
 

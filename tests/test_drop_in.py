@@ -16,11 +16,11 @@ from peft import (
 from torch import nn
 from transformers import PreTrainedModel
 
-from drop_in import TASKS, adapted, adapter_modules, config, evaluated, layers_of, outputs, samples
+from drop_in import TASKS, adapted, adapter_modules, config, evaluated, layers_of, samples
 from fvae_lora import elbo_loss
 from fvae_lora.config import PEFT_SAVES_BIASES
 from fvae_lora.layer import FVAELoraLayer
-from tiny import BUILDERS, batch_for, randomised, tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
+from tiny import BUILDERS, batch_for, logits, randomised, tiny_bert, tiny_gpt2, tiny_llama, tiny_vit
 
 
 @pytest.fixture
@@ -323,7 +323,7 @@ def test_transformers_adds_saves_loads_switches_and_deletes_adapters(tmp_path: P
 
     clean.load_adapter(str(tmp_path), adapter_name="second")
     assert not clean.training
-    torch.testing.assert_close(outputs(clean), expected)
+    torch.testing.assert_close(logits(clean), expected)
     clean.add_adapter(config("bert", r=2), adapter_name="third")
     clean.set_adapter("second")
     torch.testing.assert_close(evaluated(clean), expected)

@@ -11,11 +11,10 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor, nn
 from transformers import BertForSequenceClassification, PreTrainedModel
 
 from fvae_lora import FVAELoraConfig, export_for_inference, load_reference_adapter
-from tiny import BUILDERS, TARGETS, adapted_linear, batch_for, randomised, tiny_bert, tiny_llama
+from tiny import BUILDERS, TARGETS, adapted_linear, batch_for, evaluated, randomised, tiny_bert, tiny_llama
 
 TRAINING_ONLY = ("encoder2", "fvae_lora_vae.decoder_", "log_tau", "logvar")
 
@@ -23,11 +22,6 @@ TRAINING_ONLY = ("encoder2", "fvae_lora_vae.decoder_", "log_tau", "logvar")
 def adapted(base: PreTrainedModel, **fields: object) -> PeftModel:
     fields = {"r": 4, "decoder_hidden_dims": [8], "target_modules": TARGETS[base.config.model_type]} | fields
     return randomised(get_peft_model(copy.deepcopy(base), FVAELoraConfig(**fields)))
-
-
-@torch.no_grad()
-def evaluated(model: nn.Module, base: PreTrainedModel) -> Tensor:
-    return model.eval()(**batch_for(base)).logits
 
 
 @pytest.mark.parametrize(

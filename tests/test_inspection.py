@@ -243,7 +243,7 @@ def test_what_all_rows_share_is_each_rows() -> None:
 def test_tokens_that_belong_to_no_row_are_left_out_by_name() -> None:
     """As an expert's, which gets tokens of any row."""
     model, x = own(lambda x: x.flatten(0, 1)[3:8]), torch.randn(3, 6, 8, dtype=DOUBLE)
-    with pytest.warns(UserWarning, match="linear left out: it cannot be known which example"):
+    with pytest.warns(UserWarning, match="linear left out: their tokens cannot be assigned to examples"):
         assert score_inputs(model, x=x, attention_mask=KEPT) == {}
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.resources
 import inspect
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 
 import fvae_lora
+from fvae_lora import FVAELoraConfig
 
 NAMES = {
     "LOGVAR_RANGE",
@@ -41,6 +45,8 @@ NAMES = {
 }
 OF_THE_EXPERIMENTS = {"datasets", "fvae_lora_experiments", "matplotlib", "pandas", "pydantic", "typer"}
 OF_THE_EXPERIMENTS |= {"transformers.trainer"}
+
+OPTIONS = Path(__file__).parents[1] / "docs" / "options.md"
 
 
 def python(code: str) -> str:
@@ -154,3 +160,9 @@ def test_the_method_depends_on_four_packages() -> None:
 
 def test_the_package_is_typed() -> None:
     assert (importlib.resources.files("fvae_lora") / "py.typed").is_file()
+
+
+def test_every_option_that_lora_does_not_have_is_on_the_page_with_its_default() -> None:
+    listed = dict(re.findall(r"^\| `(\w+)` \| `(.+?)` \|", OPTIONS.read_text(encoding="utf-8"), re.MULTILINE))
+    ours, loras = ({field.name for field in dataclasses.fields(kind)} for kind in (FVAELoraConfig, LoraConfig))
+    assert listed == {name: repr(getattr(FVAELoraConfig(), name)) for name in ours - loras}

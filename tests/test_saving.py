@@ -20,9 +20,9 @@ from peft import (
 )
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from drop_in import adapted, adapter_modules, config, evaluated, layers_of, outputs, samples
+from drop_in import adapted, adapter_modules, config, evaluated, layers_of, samples
 from fvae_lora import FVAELoraConfig
-from tiny import BUILDERS, adapted_linear, randomised, tiny_bert
+from tiny import BUILDERS, adapted_linear, logits, randomised, tiny_bert
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_saved_adapter_loads_into_its_base_model(kind: str, tmp_path: Path) ->
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
-    torch.testing.assert_close(outputs(loaded, kind), evaluated(model, kind), rtol=0, atol=0)
+    torch.testing.assert_close(logits(loaded, kind), evaluated(model, kind), rtol=0, atol=0)
     again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
     trainable = {name for name, p in again.named_parameters() if p.requires_grad}
     assert trainable == {name for name, p in model.named_parameters() if p.requires_grad}
@@ -92,7 +92,7 @@ def test_transformers_auto_classes_load_an_adapter_folder(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
     assert adapter_modules(loaded)
-    torch.testing.assert_close(outputs(loaded), evaluated(model))
+    torch.testing.assert_close(logits(loaded), evaluated(model))
 
 
 def test_an_adapter_may_change_its_name_between_saving_and_loading(tmp_path: Path, base: PreTrainedModel) -> None:

@@ -23,7 +23,7 @@ from fvae_lora import FVAELoraConfig
 from fvae_lora.config import PEFT_SAVES_BIASES
 from fvae_lora.layer import FVAELoraLayer
 from fvae_lora.to_lora import ConversionReport, convert_to_lora
-from tiny import BUILDERS, TARGETS, adapted_linear, batch_for, randomised, tiny_bert, tiny_llama, tiny_vit
+from tiny import BUILDERS, TARGETS, adapted_linear, batch_for, evaluated, randomised, tiny_bert, tiny_llama, tiny_vit
 
 LINEAR: dict[str, Any] = {"encoder_hidden_dims": []}
 # What vLLM's loader takes: every other key is an error there.
@@ -56,11 +56,6 @@ def batches(base: PreTrainedModel, rows: int = 16, number: int = 5) -> list[dict
             batch["pixel_values"] = batch["pixel_values"] * (1 + i / 10)
         found.append(batch)
     return found
-
-
-@torch.no_grad()
-def evaluated(model: nn.Module, base: PreTrainedModel) -> Tensor:
-    return model.eval()(**batch_for(base)).logits
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Inputs unlike those that an adapter was trained on, told by what its autoencoders make of them."""
+"""Detection of inputs unlike those that an adapter was trained on, from its autoencoders' scores."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ NUMBERS, DESCRIPTION = "foreign_inputs.safetensors", "foreign_inputs.json"
 
 @dataclass(frozen=True)
 class ForeignScores:
-    """How foreign the inputs of a batch are.
+    """Scores and p-values of the inputs of a batch.
 
     Attributes:
-        score: Squared Mahalanobis distance from the training inputs, (batch,) of float64 on the CPU; infinite where an
-            input has no finite features.
-        p_value: The share of inputs like those of training that are at least as far, (batch,), in (0, 1]. An input
-            like them has a p-value of at most a with probability at most a, so ``p_value <= 0.05`` raises a false alarm
-            for one in twenty of them.
+        score: Squared Mahalanobis distance from the training inputs, (batch,) of float64 on the CPU; infinite if an
+            input has a feature that is not finite.
+        p_value: The conformal p-value, from the share of held-out inputs that are at least as far, (batch,), in (0, 1].
+            For an input like those of training it is at most a with probability at most a, so ``p_value <= 0.05`` gives
+            a false alarm for at most one in twenty of them.
     """
 
     score: Tensor
@@ -43,19 +43,19 @@ class ForeignScores:
 
 
 class ForeignInputDetector:
-    """Tells inputs unlike those that an adapter was trained on.
+    """Detects inputs unlike those that an adapter was trained on.
 
-    An input's features are what the adapted layers' autoencoders say of it (`fvae_lora.score_inputs`). Its score is the
+    An input's features are its scores by the adapted layers' autoencoders (`fvae_lora.score_inputs`). Its score is the
     Mahalanobis distance from the training inputs' mean, with their covariance shrunk towards its diagonal (Chen et al.
     2010, "Shrinkage algorithms for MMSE covariance estimation", of the correlations). The p-value compares it with the
-    scores of held-out inputs; it is a conformal one, valid for any model and features, where those are as good as
-    drawn together with the inputs to come.
+    scores of held-out inputs; it is conformal, so it is valid for any model and features if the held-out and the new
+    inputs are exchangeable.
 
-    On the demo's digits, told from corrupted ones and noise (``benchmarks/detection.py``), "both" has a mean AUROC of
-    0.981, "likelihood" 0.978 and "latents" 0.965; confidence has 0.746. A Mahalanobis distance of the mean of each
-    adapted layer's own input, for which no autoencoder is needed, has 1.000: compare with it on your data.
+    For the demo's digits against corrupted ones and noise (``benchmarks/detection.py``), "both" has a mean AUROC of
+    0.981, "likelihood" 0.978 and "latents" 0.965; confidence has 0.746. The Mahalanobis distance of the mean of each
+    adapted layer's input, which needs no autoencoder, has 1.000: compare with it on your data.
 
-    Made by `fit` or `load`. It belongs to the adapters that were active then, as they were then.
+    Made by `fit` or `load`. It is valid for the adapters that were active then, with the weights that they had.
     """
 
     def __init__(
@@ -81,21 +81,21 @@ class ForeignInputDetector:
         held_out: Iterable[Mapping[str, Any]],
         features: Features = "both",
     ) -> Self:
-        """Learn what the training inputs look like, one batch after the other; none is kept.
+        """Fit a detector to training inputs, batch by batch; no batch is kept.
 
         Args:
             model: An adapted model, or one that contains it.
-            training: Batches of inputs that the adapter was trained on, as the model takes them by name.
-            held_out: Batches of inputs like these that it was not trained on; of each a score is kept. With n of them
-                no p-value is below 1 / (n + 1).
-            features: What tells: the layers' ``"likelihood"``, their ``"latents"`` (the posteriors' means), or
+            training: Batches of inputs that the adapter was trained on, by the names of the model's arguments.
+            held_out: Batches of similar inputs that it was not trained on; their scores are kept. With n inputs, no
+                p-value is below 1 / (n + 1).
+            features: Which to use: the layers' ``"likelihood"``, their ``"latents"`` (the posteriors' means), or
                 ``"both"``.
 
         Returns:
             The detector.
 
         Raises:
-            ValueError: If `features` is none of these; if there are fewer than two training inputs, or no held-out one;
+            ValueError: If `features` is none of these; if there are fewer than two training inputs or no held-out one;
                 if a feature of a training input is not finite; if layers read different numbers of examples; or as
                 `fvae_lora.score_inputs`.
         """
@@ -126,7 +126,7 @@ class ForeignInputDetector:
             Scores and p-values.
 
         Raises:
-            ValueError: If other adapters are active than those that the detector is of, or as
+            ValueError: If other adapters are active than those that the detector was fitted to, or as
                 `fvae_lora.score_inputs`.
         """
         score = self._score(inputs)
@@ -145,7 +145,7 @@ class ForeignInputDetector:
         """Write the detector beside its adapter, as ``foreign_inputs.json`` and ``foreign_inputs.safetensors``.
 
         Args:
-            folder: The adapter's folder; made if it is not there. A detector in it is replaced.
+            folder: The adapter's folder; created if it does not exist. A detector in it is replaced.
         """
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,7 @@ class ForeignInputDetector:
         except OSError as error:
             raise ValueError(f"{path} is not readable: {error.strerror}") from None
         if hashlib.sha256(contents).hexdigest() != description.get("numbers"):
-            raise ValueError(f"{path} is truncated, or not the one that {DESCRIPTION} beside it is of")
+            raise ValueError(f"{path} is truncated, or does not belong to the {DESCRIPTION} beside it")
         features, layers = description.get("features"), description.get("layers")
         if features not in FEATURES or not isinstance(layers, dict):
             raise ValueError(f"{path.with_name(DESCRIPTION)} must name features ({', '.join(FEATURES)}) and layers")
@@ -192,7 +192,7 @@ class ForeignInputDetector:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the weights of a model's active adapters, whatever precision holds them.
+    """SHA-256 of the weights of a model's active adapters, whatever their precision.
 
     Args:
         model: An adapted model, or one that contains it.
@@ -212,9 +212,9 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _vectors(scores: Mapping[str, LayerScores], features: Features) -> tuple[dict[str, int], Tensor]:
-    """How many features each layer has, and the features of a batch, (batch, all of them), float64 on the CPU."""
+    """The number of features of each layer, and the features of a batch, (batch, features), float64 on the CPU."""
     if len({len(layer.tokens) for layer in scores.values()}) != 1:
-        raise ValueError("the adapted layers read different numbers of examples, or none that can be told apart")
+        raise ValueError("the adapted layers read different numbers of examples, or tokens of unknown examples")
     parts = {
         key: torch.cat([getattr(layer, term).reshape(len(layer.tokens), -1) for term in TERMS[features]], dim=-1)
         for key, layer in scores.items()
@@ -248,7 +248,7 @@ class _Moments:
         """Mean, (F,), standard deviation, (F,), and correlations, (F, F), these shrunk towards none."""
         covariance = self.squares / (self.count - 1)
         std = covariance.diagonal().sqrt()
-        std = torch.where(std > 0, std, 1)  # a feature that never changes
+        std = torch.where(std > 0, std, 1)  # a constant feature
         correlation = covariance / torch.outer(std, std)
         correlation.diagonal().fill_(1)
         p, n, squares = len(std), self.count - 1, correlation.square().sum()

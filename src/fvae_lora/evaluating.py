@@ -1,4 +1,4 @@
-"""A look at an adapted model that leaves it as it was."""
+"""Running an adapted model in eval mode without changing it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .loss import recorders
 
 @contextmanager
 def evaluating(model: nn.Module, *, sampling: bool) -> Iterator[nn.Module]:
-    """Put a model into eval mode, without gradients and uncompiled; all is as it was afterwards, after an error too.
+    """Run a model in eval mode, without gradients and compilation, and restore everything afterwards, even on errors.
 
-    What training recorded and has not used yet is kept, and nothing is added to it.
+    What training has recorded and not used yet is kept, and nothing is added to it.
 
     Args:
         model: An adapted model, or one that contains it.
-        sampling: Whether the adapters draw z1, or take its mean, whatever their ``sample_at_inference`` says.
+        sampling: Whether the adapters sample z1 or take its mean, whatever their ``sample_at_inference`` is.
 
     Yields:
         The model, without the wrapper that `torch.compile` puts around it.
@@ -35,7 +35,7 @@ def evaluating(model: nn.Module, *, sampling: bool) -> Iterator[nn.Module]:
     with ExitStack() as stack:
         for recorder in recorders(model):
             stack.enter_context(recorder.set_aside())
-        # A graph that was compiled before would not see that the switches have changed.
+        # A graph that was compiled earlier would not see the changed settings.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.no_grad())
         try:
@@ -51,7 +51,7 @@ def evaluating(model: nn.Module, *, sampling: bool) -> Iterator[nn.Module]:
 
 
 def active_configs(model: nn.Module) -> dict[str, FVAELoraConfig]:
-    """The configurations of the adapters that run in a model's forward, by the adapters' names.
+    """The configurations of the adapters that run in a model's forward, by adapter name.
 
     Args:
         model: An adapted model, or one that contains it.

@@ -1,4 +1,4 @@
-"""What the adapted layers' autoencoders say of each input of a batch."""
+"""Scores of each input of a batch by the adapted layers' autoencoders."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from .vae import FVAE, raised
 
 @dataclass(frozen=True)
 class LayerScores:
-    """What one layer's autoencoder says of each example: means over the example's tokens, padding left out.
+    """Scores of each example by one layer's autoencoder: means over the example's tokens, without padding.
 
-    Everything is in at least fp32, and NaN for an example without a token that counts. An example is a row of what the
-    layer reads: in a model of two towers images and texts may differ in number.
+    All are in at least fp32, and NaN for an example without a token that counts. An example is a row of the layer's
+    input: in a model with two towers, images and texts may differ in number.
 
     Attributes:
-        tokens: How many tokens counted, (batch,).
+        tokens: Number of tokens that counted, (batch,).
         log_likelihood: log p(x | z1, z2) at the posteriors' means, summed over features, in nats, (batch,).
-        log_likelihood_z1: The same from z1 alone, z2 at its prior's mean m, in nats, (batch,).
-        log_likelihood_z2: The same from z2 alone, z1 at its prior's mean 0, in nats, (batch,).
+        log_likelihood_z1: The same from z1 only, z2 at its prior's mean m, in nats, (batch,).
+        log_likelihood_z2: The same from z2 only, z1 at its prior's mean 0, in nats, (batch,).
         expected_log_likelihood: E[log p(x | z1, z2)] over draws of both, in nats, (batch,); ``None`` without draws.
         kl_z1: KL(q1 || p1) in nats, (batch,).
         gamma: Gamma = E[log p2(z2) - log p1(z1)] in nats, (batch,).
-        w2: W2^2(q1, q2), (batch,); ``None`` where z1 and z2 differ in dimensions.
+        w2: W2^2(q1, q2), (batch,); ``None`` if z1 and z2 differ in dimensions.
         z1_mean: The posterior's mean of z1, (batch, r).
         z1_variance: The posterior's variance of z1, (batch, r).
         z2_mean: The same of z2, (batch, residual_dim).
@@ -61,23 +61,23 @@ class LayerScores:
 def score_inputs(
     model: nn.Module, /, *args: Any, draws: int = 0, seed: int = 0, **inputs: Any
 ) -> dict[str, LayerScores]:
-    """Ask every adapted layer's autoencoder what it makes of each input of a batch.
+    """Score each input of a batch by the autoencoder of every adapted layer.
 
-    The model runs once, in eval mode with z1 at its mean and without gradients, and is left as it was, after an error
-    too; nothing of it reaches a loss. The scores of an example do not depend on what else is in the batch. The tokens
-    of a layer that runs several times, as ALBERT's do, are taken together.
+    The model runs once, in eval mode with z1 at its mean and without gradients. It is left as it was, even after an
+    error, and nothing reaches a loss. The scores of an example do not depend on the rest of the batch. For a layer that
+    runs several times, as in ALBERT, they are means over the tokens of all its runs.
 
     Args:
         model: An adapted model, or one that contains it.
         *args: Its inputs, for models that take them by position.
-        draws: Number of draws of (z1, z2) for ``expected_log_likelihood``; each is one for all tokens, so that
-            examples can be compared.
+        draws: Number of draws of (z1, z2) for ``expected_log_likelihood``; all tokens share the noise of a draw, so
+            that examples can be compared.
         seed: Seed of these draws.
         **inputs: The model's inputs by name, as for a forward.
 
     Returns:
-        Scores by the name of the layer in the adapted model (with the adapter's name behind it where several are
-        active). Layers whose tokens cannot be told apart by example are left out with a warning.
+        Scores by the layer's name in the adapted model (followed by the adapter's name if several are active). Layers
+        whose tokens cannot be assigned to examples are left out with a warning.
 
     Raises:
         ValueError: If no FVAE-LoRA adapter is active, if one has no decoder (``inference_only`` or ``elbo_weight=0``),
@@ -98,7 +98,7 @@ Reader = Callable[[str, FVAE, Tensor, Tensor, int], None]
 
 
 def read_inputs(model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any], reader: Reader) -> None:
-    """Run a model once as `score_inputs` does, and show what each adapted layer's autoencoder reads.
+    """Run a model once as `score_inputs` does, and give `reader` the input of each adapted layer's autoencoder.
 
     Args:
         model: An adapted model, or one that contains it.
@@ -147,7 +147,7 @@ def read_inputs(model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, An
         warn_of_padding(masks)
     if untold:
         names = abbreviated(sorted(untold))
-        warnings.warn(f"{names} left out: it cannot be known which example a token belongs to", stacklevel=3)
+        warnings.warn(f"{names} left out: their tokens cannot be assigned to examples", stacklevel=3)
 
 
 def token_scores(vae: FVAE, x: Tensor, draws: int = 0, seed: int = 0) -> dict[str, Tensor]:
@@ -155,7 +155,7 @@ def token_scores(vae: FVAE, x: Tensor, draws: int = 0, seed: int = 0) -> dict[st
 
     Args:
         vae: An autoencoder with a decoder, in eval mode.
-        x: What it reads, (tokens, d).
+        x: Its input, (tokens, d).
         draws: As in `score_inputs`.
         seed: As in `score_inputs`.
 

@@ -1,4 +1,4 @@
-"""Predictions with the uncertainty that is in z1: draws of it instead of its mean."""
+"""Predictions with uncertainty: z1 is sampled instead of taking its mean."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .vae import raised
 class UncertainPrediction:
     """A prediction from draws of z1, in at least fp32.
 
-    The entropies are those of classes, in nats, and ``None`` of a regression. ``...`` is the batch, and for models with
-    an output at every token, such as language models, also the tokens.
+    The entropies are over classes, in nats, and ``None`` for a regression. ``...`` is the batch and, for models with an
+    output per token such as language models, the tokens.
 
     Attributes:
         mean: Mean over draws of the classes' probabilities, (..., classes), or of the values, (..., values).
-        variance: Variance over draws of the same.
-        entropy: Entropy of the mean, all the uncertainty that there is, (...,).
-        expected_entropy: Mean over draws of the entropy: what is ambiguous in the input itself, (...,).
-        mutual_information: Their difference, at least 0: what the draws disagree on, (...,).
+        variance: Variance of the same over draws.
+        entropy: Entropy of the mean: the total uncertainty, (...,).
+        expected_entropy: Mean over draws of the entropy: the ambiguity of the input itself, (...,).
+        mutual_information: Their difference, at least 0: the disagreement between draws, (...,).
     """
 
     mean: Tensor
@@ -47,30 +47,30 @@ def predict_with_uncertainty(
     regression: bool | None = None,
     **inputs: Any,
 ) -> UncertainPrediction:
-    """Predict from draws of z1 in every adapted layer.
+    """Predict with z1 sampled in every adapted layer.
 
-    The model runs in eval mode with ``sample_at_inference``, without gradients, and is left as it was, after an error
-    too; so are torch's generators. Rows are repeated, so that a forward makes several draws; inputs that cannot be
-    repeated row by row (a cache, tensors of different lengths) are run draw by draw.
+    The model runs in eval mode with ``sample_at_inference`` and without gradients. It and torch's generators are left
+    as they were, even after an error. Rows are repeated so that one forward makes several draws; with inputs that
+    cannot be repeated row by row (a cache, tensors of different lengths) each draw is a forward of its own.
 
     Args:
         model: An adapted model, or one that contains it, whose output has ``logits``, is a tuple or is a tensor.
         *args: Its inputs, for models that take them by position.
-        draws: How many draws.
+        draws: Number of draws.
         seed: Seed of the draws; the same inputs, seed and `draws_at_once` give the same prediction.
-        draws_at_once: How many draws a forward makes at most; ``None`` means all, or as many as the memory of an
-            accelerator allows.
-        regression: Whether outputs are values instead of logits of classes; ``None`` means as the model's configuration
-            says (``problem_type``, or a single label).
+        draws_at_once: Maximum number of draws per forward; ``None`` means all, or as many as fit the memory of an
+            accelerator.
+        regression: Whether the outputs are values instead of logits of classes; ``None`` follows the model's
+            configuration (``problem_type``, or a single label).
         **inputs: The model's inputs by name, as for a forward.
 
     Returns:
-        Mean and variance over draws, and of classes the entropies.
+        Mean and variance over draws and, for classes, the entropies.
 
     Raises:
         ValueError: If `draws` or `draws_at_once` is below 1, if no FVAE-LoRA adapter is active, if one is
-            ``inference_only``, if classes do not exclude each other (``multi_label_classification``), or if the model
-            returns no tensor.
+            ``inference_only``, if the classes are not mutually exclusive (``multi_label_classification``), or if the
+            model returns no tensor.
     """
     for name, value in {"draws": draws, "draws_at_once": draws_at_once}.items():
         if value is not None and value < 1:
@@ -78,13 +78,13 @@ def predict_with_uncertainty(
     for name, config in active_configs(model).items():
         if config.inference_only:
             raise ValueError(
-                f"adapter {name!r} is inference_only: it has z1's mean alone and nothing to draw from; take the "
+                f"adapter {name!r} is inference_only: it has only z1's mean, so there is nothing to sample; use the "
                 "adapter that it was exported from"
             )
     settings = getattr(model, "config", None)
     problem = getattr(settings, "problem_type", None)
     if problem == "multi_label_classification":
-        raise ValueError("problem_type: classes must exclude each other, not be those of multi_label_classification")
+        raise ValueError("problem_type must not be multi_label_classification: the classes must be mutually exclusive")
     if regression is None:
         regression = problem == "regression" or (problem is None and getattr(settings, "num_labels", None) == 1)
 
@@ -103,7 +103,7 @@ def predict_with_uncertainty(
         return UncertainPrediction(outputs.mean(0), outputs.var(0, correction=0))
     p = outputs.softmax(-1)
     entropy, expected = _entropy(p.mean(0)), _entropy(p).mean(0)
-    disagreement = (entropy - expected).clamp(min=0)  # it is, but for rounding
+    disagreement = (entropy - expected).clamp(min=0)  # negative only by rounding
     return UncertainPrediction(p.mean(0), p.var(0, correction=0), entropy, expected, disagreement)
 
 
@@ -126,7 +126,7 @@ def _repeated(value: Any, times: int) -> Any:
 
 
 def _repeatable(model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> bool:
-    """Whether the rows of the batch are the first dimension of all that the model gets."""
+    """Whether the first dimension of every input is the batch."""
     values = [value for value in (*args, *inputs.values()) if not isinstance(value, bool | int | float | str | None)]
     rows = {len(value) if isinstance(value, Tensor) and value.dim() else None for value in values}
     sequence_first = any(getattr(module, "batch_first", True) is False for module in model.modules())
@@ -147,7 +147,7 @@ def _logits(output: Any) -> Tensor:
 
 @contextmanager
 def _generators_seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Seed the generators that the model draws from, and give them back as they were."""
+    """Seed the generators that the model draws from, and restore them afterwards."""
     places = {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
     kept = torch.get_rng_state(), {place: torch.get_device_module(place).get_rng_state(place) for place in places}
     try:

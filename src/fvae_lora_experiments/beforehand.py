@@ -1,4 +1,4 @@
-"""What a run would be refused for, found before torch is imported: nobody waits to hear of a misspelt folder."""
+"""Mistakes in a request that are found before torch is imported, so that a misspelt folder is reported at once."""
 
 import importlib
 from collections.abc import Callable, Iterable
@@ -23,14 +23,14 @@ OPENED_BY: dict[str, tuple[str, Callable[[Any, Recipe], Any]]] = {
     "phonemes": ("timit", lambda data, recipe: data.open_timit(recipe.dataset)),
     "transcription": ("recordings", lambda data, recipe: data.open_recordings(recipe.dataset, recipe.data)),
 }
-"""For each task the module of `data` that opens its data sets, and how."""
+"""For each task the module of `data` that opens its data sets, and how to call it."""
 
 
 def refuse_at_once(recipe: Recipe) -> None:
-    """Looks for the folders that a recipe names, and opens its data if they are on this machine.
+    """Checks that the folders named in a recipe exist, and opens its data if they are local.
 
     Raises:
-        UserError: what the run itself would say of them.
+        UserError: the error that the run itself would raise.
     """
     if is_local(recipe.dataset) and not Path(recipe.dataset).exists():
         raise UserError(f"dataset {recipe.dataset}: no such file or folder")
@@ -43,10 +43,10 @@ def refuse_at_once(recipe: Recipe) -> None:
 
 
 def refuse_if_none_can_run(runs: Iterable["PlannedRun"]) -> None:
-    """Refuses a comparison of which every run would be refused; where one can be done the others are told of later.
+    """Refuses a comparison if each of its runs would be refused; otherwise those fail when their turn comes.
 
     Raises:
-        UserError: what is wrong with the first.
+        UserError: the error of the first run.
     """
     refused: dict[str, UserError] = {}
     for run in runs:

@@ -1,4 +1,4 @@
-"""An adapter's README as a model card: what it is, what it scored and how to use it, from the run's record."""
+"""An adapter's README as a model card, made from the run's record: what it is, its scores, how to use it."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from fvae_lora_experiments.run.record import Record, printable
 
 MARKER = "<!-- made by fvae-lora from the run's record -->"
 HERE = 'adapter = "."  # this folder'
-"""The line of the example that names the adapter; where it is pushed to, it gets its name there."""
+"""The line of the example that names the adapter; `push` replaces it by one with the repository's name."""
 
 PIPELINES = {
     "image": "image-classification",
@@ -27,7 +27,7 @@ PIPELINES = {
     "transcription": "automatic-speech-recognition",
 }
 METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
-"""Scores that the hub calls otherwise."""
+"""Scores that have other names on the hub."""
 FACTS = (
     "seed", "train.epochs", "train.max_steps", "train.batch_size", "train.learning_rate", "train.sampling",
     "train.class_weights", "adapter.r", "adapter.alpha", "adapter.target_modules",
@@ -36,12 +36,12 @@ FACTS = (
 
 @main_only
 def write_card(folder: RunFolder, record: Record) -> None:
-    """Puts the card in the place of the README in the run's adapter folder."""
+    """Writes the card as the README of the run's adapter folder."""
     write_atomically(folder.adapter / "README.md", card(record, folder.adapter))
 
 
 def card(record: Record, adapter: Path) -> str:
-    """The card of the adapter in the folder `adapter`, which the run of `record` trained."""
+    """The card of the adapter in the folder `adapter`, trained by the run of `record`."""
     model, dataset = record.model.name, record.dataset.name
     data = _metadata(record, (adapter / "adapter_config.json").exists())
     name, on = escape_markdown(model), escape_markdown(dataset)
@@ -59,7 +59,7 @@ def card(record: Record, adapter: Path) -> str:
             f"{METHODS[record.method].summary}, trained by "
             "[fvae-lora](https://pypi.org/project/fvae-lora) for the task "
             f"{escape_markdown(record.task)}: {quantity(counts.trainable)} trained parameters, of which "
-            f"{quantity(counts.inference)} serve at inference, beside {quantity(counts.total)} of the base model.\n",
+            f"{quantity(counts.inference)} are needed at inference; the base model has {quantity(counts.total)}.\n",
             "## Results\n",
             "| score | validation | test |",
             "|---|---:|---:|",
@@ -76,7 +76,7 @@ def card(record: Record, adapter: Path) -> str:
 
 
 def on_hub(name: Any) -> bool:
-    """Whether the name of a model or of data in a record's recipe is one that others can fetch."""
+    """Whether a model or data set in a record's recipe is named as on the hub, from which others can fetch it."""
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)))
 
 
@@ -122,7 +122,7 @@ def _facts(record: Record) -> list[str]:
 
 
 def _example(record: Record, adapter: Path) -> str:
-    """A program that loads the adapter, and uses it where a line of text or a picture is all that it takes."""
+    """Example code that loads the adapter and, for images and texts, predicts with it."""
     config = adapter / "adapter_config.json"
     kind = json.loads(config.read_text(encoding="utf-8"))["peft_type"] if config.exists() else None
     task, labels = record.task, [str(name) for name in record.dataset.classes]
@@ -187,4 +187,4 @@ print(labels[scores.argmax()], f"{scores.max():.3f}")
     "phonemes": ("AutoModelForCTC", "", ""),
     "transcription": ("AutoModelForSpeechSeq2Seq", "", ""),
 }
-"""For each task what of transformers loads the model and what prepares its inputs, and what to do with them."""
+"""For each task the classes of transformers that load the model and prepare its inputs, and code that predicts."""

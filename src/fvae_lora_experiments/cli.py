@@ -59,10 +59,10 @@ Model = Annotated[str | None, typer.Option(help="Pretrained model: a name on the
 Dataset = Annotated[str | None, typer.Option(help="Data: a name on the hub, a folder of images or tables, a table.")]
 
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Says what would run: steps, trainable parameters, FLOPs; writes nothing.")
+    bool, typer.Option("--dry-run", help="Shows what would run: steps, trainable parameters, FLOPs; writes nothing.")
 ]
 FlopsPerSecond = Annotated[
-    float | None, typer.Option(metavar="N", help="With --dry-run: what the device does, as 1e13, for the hours.")
+    float | None, typer.Option(metavar="N", help="With --dry-run: the device's speed, such as 1e13, to estimate hours.")
 ]
 
 
@@ -338,7 +338,7 @@ def evaluate(
 
 
 class OnError(StrEnum):
-    """What happens where a row cannot be used."""
+    """What to do with a row that cannot be used."""
 
     stop = "stop"
     skip = "skip"
@@ -352,7 +352,7 @@ def predict(
         typer.Argument(
             metavar="INPUT...",
             help="Images or recordings, folders of them, tables (CSV, TSV, JSON lines, JSON, parquet), or -: standard "
-            "input, of which each line is a text, the path of a file, or keys and values in JSON.",
+            "input with a text, the path of a file, or keys and values in JSON on each line.",
         ),
     ],
     out: Annotated[
@@ -361,24 +361,26 @@ def predict(
     model: Model = None,
     column: Annotated[
         list[str] | None,
-        typer.Option(help="The column that is read (default: as in training); for a pair of texts given twice."),
+        typer.Option(help="The column to read (default: as in training); give it twice for pairs of texts."),
     ] = None,
-    probabilities: Annotated[bool, typer.Option("--probabilities", help="Each class's probability, too.")] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also write each class's probability.")
+    ] = False,
     draws: Annotated[
         int,
         typer.Option(
             min=0,
-            help="FVAE-LoRA: draw z1 so often, for the entropy of the mean prediction and, as mutual_information, the "
-            "part of it that the draws make.",
+            help="FVAE-LoRA: number of draws of z1, for the entropy of the mean prediction and for mutual_information, "
+            "the part of it that comes from the draws.",
         ),
     ] = 0,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows at once (default: as in training).")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of a batch (default: as in training).")] = None,
     on_error: Annotated[
-        OnError, typer.Option(help="A row that cannot be used ends it, or is left out and told of.")
+        OnError, typer.Option(help="At a row that cannot be used: stop, or leave it out and report it.")
     ] = OnError.stop,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last row of the file --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue after the last row of the file --out.")] = False,
 ) -> None:
-    """Predicts what a finished run was trained for, one line for each row: its file, its number, and what it is."""
+    """Predicts with a finished run: a line for each row, with its file, its number and the prediction."""
     from fvae_lora_experiments.run.finished import usable_run
 
     recipe, _ = usable_run(run, model)
@@ -586,20 +588,22 @@ def import_reference(
 def push(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
     repository: Annotated[
-        str, typer.Argument(metavar="OWNER/NAME", help="The repository on the hub; made if missing.")
+        str, typer.Argument(metavar="OWNER/NAME", help="The repository on the hub; created if missing.")
     ],
-    public: Annotated[bool, typer.Option("--public", help="For everybody (default: private).")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Shows what would go up, and asks no hub.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public (default: private).")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Shows what would be uploaded, without contacting the hub.")
+    ] = False,
 ) -> None:
-    """Puts a run's adapter and its model card on the hub; the licence in the card is yours to add."""
+    """Uploads a run's adapter and its model card to the hub; the licence is for you to add to the card."""
     from fvae_lora_experiments.push import collect, upload
 
     signals.raise_on_signal()
     what = collect(run, repository)
     if what.base_is_local:
-        console.print("The base model is known by its folder alone: others need a copy of it", highlight=False)
+        console.print("The base model is a local folder, so others need a copy of it", highlight=False)
     if dry_run:
-        console.print(f"{repository} ({'public' if public else 'private'}) would get:", highlight=False)
+        console.print(f"{repository} ({'public' if public else 'private'}) would receive:", highlight=False)
         for name, size in what.sizes().items():
             console.print(f"  {name}  {size:,} bytes", highlight=False)
         return

@@ -1,4 +1,4 @@
-"""What runs would do and cost, from their data and the configurations of their models; nothing is written."""
+"""What runs would do and cost, computed from their data and their models' configurations; nothing is written."""
 
 import math
 import warnings
@@ -25,10 +25,10 @@ from fvae_lora_experiments.tasks import load_task
 
 @dataclass(frozen=True)
 class Forecast:
-    """A run: its optimizer steps, its trainable parameters, and the FLOPs of its training, where they can be counted.
+    """A run's optimizer steps, trainable parameters and training FLOPs; these are None if they cannot be counted.
 
-    They are those of the run's record, but for attention, which is counted here and not there where the device has a
-    kernel for it that torch does not count (as processors have).
+    The numbers are those that the run would record, except that attention always counts here. A record lacks its FLOPs
+    if the device computes attention in a kernel that torch does not count, as on a CPU.
     """
 
     steps: int
@@ -37,10 +37,10 @@ class Forecast:
 
 
 def forecast(recipe: Recipe) -> Forecast:
-    """What training by `recipe` would take; its data are opened, its model is not loaded.
+    """Forecasts training by `recipe`: opens its data, and builds its model without weights.
 
     Raises:
-        UserError: data or a model that training would refuse, as far as that shows without weights.
+        UserError: data or a model that training would refuse, as far as can be seen without weights.
     """
     task = load_task(recipe)
     splits = task.split(task.open_source())
@@ -54,16 +54,16 @@ def forecast(recipe: Recipe) -> Forecast:
         steps = recipe.train.max_steps or recipe.train.epochs * epoch
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         batch = collate(task, [rows[i] for i in range(min(size, len(rows)))])
-        batch.pop("attention_mask", None)  # padding is computed, too
+        batch.pop("attention_mask", None)  # padding costs as much
         try:
             of_step = training_flops(adapted, batch)
-        except (RuntimeError, NotImplementedError):  # a forward that looks at values, which are not there
+        except (RuntimeError, NotImplementedError):  # a forward that depends on values, which meta tensors lack
             return Forecast(steps, trainable, None)
     return Forecast(steps, trainable, of_step * steps * accumulated)
 
 
 def _adapted(model: PreTrainedModel, recipe: Recipe) -> torch.nn.Module:
-    """The model by the recipe's method, which begins anywhere: there are no weights to begin at."""
+    """The model adapted by the recipe's method, without an initialisation that would need its weights."""
     if (configure := METHODS[recipe.method].config) is None:
         return model
     try:
@@ -76,12 +76,12 @@ def _adapted(model: PreTrainedModel, recipe: Recipe) -> torch.nn.Module:
 
 
 def print_forecast(runs: Sequence[PlannedRun], flops_per_second: float | None, console: Console) -> None:
-    """A line for each setting of runs that are not done yet, and their sum.
+    """Prints a line for each setting whose runs are not all done, and their sum.
 
     Args:
         runs: the plan.
-        flops_per_second: what the device does; None leaves the hours open.
-        console: where to.
+        flops_per_second: the device's speed; None leaves out the hours.
+        console: where to print.
 
     Raises:
         UserError: as `forecast`; a folder that holds another recipe's run.
@@ -89,7 +89,7 @@ def print_forecast(runs: Sequence[PlannedRun], flops_per_second: float | None, c
     to_do = [run for run in runs if not run.is_done()]
     alike: dict[str, list[PlannedRun]] = {}
     for run in to_do:
-        # neither a seed nor a learning rate changes what is computed
+        # neither the seed nor the learning rate changes the cost
         key = run.recipe.model_dump_json(exclude={"seed": True, "purpose": True, "train": {"learning_rate"}})
         alike.setdefault(key, []).append(run)
     table = Table(box=None, pad_edge=False)

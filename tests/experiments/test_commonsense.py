@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, BloomForCausalLM, MambaForCausalL
 
 from arguments import later_wins
 from chatter import CHAT, REAL, make_llama, make_tokenizer, rows_of, write_questions
+from finished_runs import assert_same_to_rounding, assert_saved
 from fvae_lora import FVAELoraConfig, elbo_terms
 from fvae_lora_experiments.data.questions import open_questions, question
 from fvae_lora_experiments.methods import METHODS
@@ -32,8 +33,6 @@ from fvae_lora_experiments.tasks import load_task
 from fvae_lora_experiments.tasks.commonsense.answers import log_likelihoods, parse, write_answers
 from fvae_lora_experiments.tasks.commonsense.prompts import prompt
 from hub import Hub
-from rounding import assert_alike
-from saved import assert_saved
 from tiny import randomised
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -336,7 +335,7 @@ def test_a_run_on_cached_states_is_the_run_without_to_rounding(
     settings = ["adapter.layers=[1]", "commonsense.max_new_tokens=4", "train.log_every=1"]
     run_recipe(make(*settings), tmp_path / "plain", quiet=True)
     run_recipe(make(*settings, "train.cache_frozen=true"), tmp_path / "cached", quiet=True)
-    record = assert_alike(tmp_path / "plain", tmp_path / "cached")
+    record = assert_same_to_rounding(tmp_path / "plain", tmp_path / "cached")
     assert evaluate(tmp_path / "cached", quiet=True) == record["metrics"]["test"]
 
 

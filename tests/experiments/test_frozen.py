@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from transformers import CLIPConfig, CLIPForImageClassification, CLIPImageProcessor, CLIPVisionConfig
 
+from finished_runs import events
 from fvae_lora_experiments.errors import RunError, UserError
 from fvae_lora_experiments.run.runner import evaluate, run_recipe
 from fvae_lora_experiments.schema import Recipe
@@ -23,10 +24,6 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FVAE_LORA_CACHE", str(tmp_path / "cache"))
 
 
-def learnt(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("method", ["lora", "fvae-lora", "linear-probe", "dora"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_on_cached_states_is_the_run_without(
@@ -36,7 +33,7 @@ def test_a_run_on_cached_states_is_the_run_without(
     plain = run_recipe(make_recipe(method=method, train=train, **LAST), tmp_path / "plain", quiet=True)
     cached = make_recipe(method=method, train=train | {"cache_frozen": True}, **LAST)
     record = run_recipe(cached, tmp_path / "cached", quiet=True)
-    assert learnt(tmp_path / "cached") == learnt(tmp_path / "plain")
+    assert events(tmp_path / "cached") == events(tmp_path / "plain")
     assert record.metrics == plain.metrics
     assert record.parameters == plain.parameters
     assert record.flops.train_step < plain.flops.train_step
@@ -87,7 +84,7 @@ def test_what_cannot_be_cached_is_refused_in_one_line(
 
 def test_only_the_named_layers_are_adapted(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     run_recipe(make_recipe(method="fvae-lora", **LAST), tmp_path / "run", quiet=True)
-    lines = learnt(tmp_path / "run")
+    lines = events(tmp_path / "run")
     assert all(".1." in layer for line in lines for layer in line.get("elbo", {}))
 
 

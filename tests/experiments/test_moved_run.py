@@ -6,13 +6,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fvae_lora_experiments.errors import RunError
+from finished_runs import stop_after_first_epoch
 from fvae_lora_experiments.run.runner import run_recipe
-from fvae_lora_experiments.run.trainer import FolderCallback
 from fvae_lora_experiments.schema import Recipe
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -43,16 +41,8 @@ def test_a_run_folder_that_was_moved_evaluates_reports_and_is_pushed(
 @pytest.fixture
 def stopped(make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """The recipe of a run that was stopped after its first epoch, in `tmp_path`."""
-    recipe, on_save = make_recipe(), FolderCallback.on_save
-
-    def stop(self: FolderCallback, *arguments: Any, **options: Any) -> None:
-        on_save(self, *arguments, **options)
-        raise RuntimeError("stopped after the first epoch")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FolderCallback, "on_save", stop)
-        with pytest.raises(RunError, match="stopped"):
-            run_recipe(recipe, tmp_path, quiet=True)
+    recipe = make_recipe()
+    stop_after_first_epoch(recipe, tmp_path, monkeypatch)
     return recipe
 
 

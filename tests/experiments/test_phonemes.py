@@ -23,6 +23,7 @@ from transformers import (
 import timit_corpus
 from arguments import assert_refused
 from by_hand import adapted
+from finished_runs import assert_saved
 from fvae_lora import elbo_loss
 from fvae_lora_experiments.data.audio_decoding import read_sound
 from fvae_lora_experiments.data.timit import (
@@ -39,7 +40,6 @@ from fvae_lora_experiments.run.runner import evaluate, run_recipe
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import load_task
 from fvae_lora_experiments.tasks.phonemes import PhonemeTask, Sentences
-from saved import assert_saved
 from timit_corpus import RATE, Voice, hum, speak, write_corpus
 
 Cli = Callable[..., tuple[int, str, str]]

@@ -137,7 +137,7 @@ def test_texts_are_read_from_the_columns_of_training_or_those_that_are_named(
     assert cli("predict", texts, "-", "--probabilities")[1] == out.replace(str(tmp_path / "new.jsonl"), "-")
     assert cli("predict", texts, tmp_path / "new.jsonl", "--probabilities", "--batch-size", "3")[1] == out
     code, _, err = cli("predict", texts, tmp_path / "new.jsonl", "--column", "said")
-    assert (code, err) == (2, "fvae-lora: --column: given 1 times; this run reads text, text_pair\n")
+    assert (code, err) == (2, "fvae-lora: --column: expected one for each of text, text_pair, got 1\n")
 
 
 def test_draws_give_an_entropy_and_leave_the_rest_as_it_is(cli: Cli, images: Path, pictures: Path, texts: Path) -> None:

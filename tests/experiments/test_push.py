@@ -131,7 +131,7 @@ def test_push_makes_a_private_repository_with_the_adapter_and_its_card(
     code, out, error = cli("push", copied, "me/mine")
     assert code == 0, error
     assert f"The adapter is at {hub.address}/me/mine" in out
-    assert "The base model is known by its folder alone" in out
+    assert "The base model is a local folder" in out
     assert "me/mine" in hub.private
     there = hub.folder / "models" / "me/mine"
     assert {p.name for p in there.iterdir()} == {p.name for p in (copied / "adapter").iterdir()}
@@ -145,14 +145,14 @@ def test_a_public_repository_needs_to_be_meant(cli: Cli, hub: Hub, online: None,
     assert cli("push", copied, "me/public", "--public")[0] == 0
     assert "me/public" not in hub.private
     code, _, error = cli("push", copied, "me/public")
-    assert (code, error) == (2, "fvae-lora: me/public: is public already; --public says that this is meant\n")
+    assert (code, error) == (2, "fvae-lora: me/public: is already public; give --public to upload to it\n")
 
 
 @pytest.mark.parametrize(
     ("token", "line"),
     [
-        (READ_ONLY, r"me/new: the hub refuses \(403\): .*no right to write.*"),
-        ("", r"me/new: (the hub refuses \(401\)|nobody is logged in).*"),
+        (READ_ONLY, r"me/new: the hub refused \(403\): .*no right to write.*"),
+        ("", r"me/new: (the hub refused \(401\)|not logged in).*"),
     ],
 )
 def test_a_hub_that_refuses_is_one_line(
@@ -193,7 +193,7 @@ def test_what_was_pushed_is_used_from_the_hub_by_the_code_of_its_card(
 def test_a_dry_run_shows_what_would_go_up(cli: Cli, copied: Path) -> None:
     code, out, error = cli("push", copied, "me/mine", "--dry-run")
     assert code == 0, error
-    assert "me/mine (private) would get:\n" in out
+    assert "me/mine (private) would receive:\n" in out
     for file in (copied / "adapter").iterdir():
         assert f"  {file.name}  " in out
 
@@ -216,7 +216,7 @@ def test_a_run_that_is_not_finished_is_not_pushed(cli: Cli, copied: Path, state:
 def test_nothing_that_tells_of_a_machine_goes_up(copied: Path, text: str) -> None:
     readme = copied / "adapter" / "README.md"
     readme.write_text(f"{readme.read_text()}\n{text}\n")
-    with pytest.raises(UserError, match=r"README\.md: line \d+: .* tells where the run was done"):
+    with pytest.raises(UserError, match=r"README\.md: line \d+: .* reveals where the run was done"):
         collect(copied, "me/mine")
 
 

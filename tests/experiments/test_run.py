@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForImageClassification
 
+from finished_runs import events
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.run.runner import evaluate, run_recipe
 from fvae_lora_experiments.schema import Recipe
@@ -21,10 +22,6 @@ from fvae_lora_experiments.schema import Recipe
 TERMS = {"reconstruction", "kl_z1", "gamma", "w2"}
 HIDDEN, CLASSES, R, LAYERS = 16, 3, 4, 4  # of tiny-vit: query and key of two layers
 HEAD = CLASSES * (HIDDEN + 1)
-
-
-def events(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from sklearn import metrics
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from arguments import later_wins
+from finished_runs import assert_same_to_rounding, assert_saved
 from fvae_lora import elbo_loss, elbo_terms
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.methods import METHODS
@@ -35,8 +36,6 @@ from fvae_lora_experiments.run.record import Record
 from fvae_lora_experiments.tasks import Metric, load_task
 from fvae_lora_experiments.tasks.text import TextTask
 from hub import ENCODER, GLUE, Hub, write_glue
-from rounding import assert_alike
-from saved import assert_saved
 from sentences import sentences, write_encoder
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -111,7 +110,7 @@ def test_a_run_on_cached_states_is_the_run_without_to_rounding(
         assert code == 0, err
     flops = [record["flops"]["train_step"] for record in map(record_in, (tmp_path / "false", tmp_path / "true"))]
     assert flops[1] < flops[0]
-    assert_alike(tmp_path / "false", tmp_path / "true")
+    assert_same_to_rounding(tmp_path / "false", tmp_path / "true")
 
 
 SCORES = {

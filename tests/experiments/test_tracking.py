@@ -6,16 +6,16 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers.integrations import TensorBoardCallback
 
-from fvae_lora_experiments.errors import RunError, UserError
+from finished_runs import stop_after_first_epoch
+from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.run.runner import evaluate, run_recipe
 from fvae_lora_experiments.run.tracking import MODULES, one_track
-from fvae_lora_experiments.run.trainer import FolderCallback, trainer_arguments
+from fvae_lora_experiments.run.trainer import trainer_arguments
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import Metric
 
@@ -62,16 +62,8 @@ def test_a_resumed_run_goes_on_in_the_same_track(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorboard")
-    recipe, on_save = make_recipe(method="fvae-lora", train=TRACKED), FolderCallback.on_save
-
-    def stop(self: FolderCallback, *arguments: Any, **options: Any) -> None:
-        on_save(self, *arguments, **options)
-        raise RuntimeError("stopped after the first epoch")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FolderCallback, "on_save", stop)
-        with pytest.raises(RunError, match="stopped"):
-            run_recipe(recipe, tmp_path, quiet=True)
+    recipe = make_recipe(method="fvae-lora", train=TRACKED)
+    stop_after_first_epoch(recipe, tmp_path, monkeypatch)
     first = json.loads((tmp_path / "tracking.json").read_text())
     run_recipe(recipe, tmp_path, quiet=True)
     assert json.loads((tmp_path / "tracking.json").read_text()) == first

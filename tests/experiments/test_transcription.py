@@ -18,6 +18,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
 from arguments import assert_refused
 from by_hand import adapted
+from finished_runs import assert_same_to_rounding, assert_saved
 from fvae_lora import elbo_loss
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.recipe import load_recipe
@@ -27,8 +28,6 @@ from fvae_lora_experiments.run.state_cache import collate, use_cached_states
 from fvae_lora_experiments.tasks import load_task, transcription
 from fvae_lora_experiments.tasks.transcription import TranscriptionTask, word_error_rate
 from hub import Hub, command_line
-from rounding import assert_alike
-from saved import assert_saved
 from spoken_words import WORDS, recorded, said, whisper, write_recordings
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -261,7 +260,7 @@ def test_where_the_decoder_alone_is_adapted_the_encoder_runs_once(
         options = ["adapter.target_modules=[encoder_attn.q_proj]", f"train.cache_frozen={cached}", "train.log_every=1"]
         code, _, err = transcribe(recordings, *options, "--out", tmp_path / cached)
         assert code == 0, err
-    assert_alike(tmp_path / "false", tmp_path / "true")
+    assert_same_to_rounding(tmp_path / "false", tmp_path / "true")
     assert sum(encoded) == len(WORDS), "each recording once, though two epochs train, score and write"
 
 

@@ -1,14 +1,12 @@
 """Grids in the report: never averaged into results, shown whole, the chosen point and the edge named."""
 
 import csv
-import io
 import re
 
 import pytest
-from rich.console import Console
 
-from fvae_lora_experiments.report import print_table, summary_rows, write_csv, write_page
-from synthetic_runs import record, write_run
+from fvae_lora_experiments.report import summary_rows, write_csv, write_page
+from synthetic_runs import printed, record, write_run
 
 
 def point(folder, method, accuracy, seed=0, state="complete", adapter_r=16, metric=None, **train):
@@ -39,12 +37,6 @@ def grid(folder, method, accuracies, rates=(0.001, 0.003, 0.01, 0.03), **others)
 
 def chosen(rows):
     return [dict(row.point) for row in rows if row.chosen]
-
-
-def printed(rows, width=80):
-    console = Console(width=width, file=io.StringIO(), color_system=None)
-    print_table(rows, console)
-    return console.file.getvalue()
 
 
 def test_selection_runs_are_never_averaged_into_results(tmp_path):

@@ -1,23 +1,15 @@
 """The terminal table, CSV, Markdown and LaTeX."""
 
 import csv
-import io
 import re
 import shutil
 import subprocess
 
 import pytest
-from rich.console import Console
 
-from fvae_lora_experiments.report import print_table, summary_rows, write_csv, write_latex, write_markdown
+from fvae_lora_experiments.report import summary_rows, write_csv, write_latex, write_markdown
 from fvae_lora_experiments.report.numbers import duration, memory, number, quantity
-from synthetic_runs import record, write_run
-
-
-def printed(rows, width=80):
-    console = Console(width=width, file=io.StringIO(), color_system=None)
-    print_table(rows, console)
-    return console.file.getvalue()
+from synthetic_runs import printed, record, write_run
 
 
 @pytest.fixture

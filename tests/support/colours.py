@@ -11,9 +11,7 @@ COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 SIDE = 8
 
 
-def write_pictures(
-    folder: Path, per_class: int, classes: dict[str, tuple[int, int, int]] = COLOURS, seed: int = 0
-) -> None:
+def write_pictures(folder: Path, per_class: int, seed: int = 0) -> None:
     """Noisy patches of one colour per class, each picture different, in one folder per class."""
     noise = np.random.default_rng(seed)
     for name, colour in COLOURS.items():

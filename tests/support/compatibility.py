@@ -30,7 +30,7 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 
 from fvae_lora import FVAELoraConfig, add_elbo
-from tiny import BUILDERS, TARGETS, batch_for, tiny_bert, tiny_llama, tiny_mixtral
+from tiny import BUILDERS, TARGETS, batch_for, logits, tiny_bert, tiny_llama, tiny_mixtral
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- compatibility:begin -->", "<!-- compatibility:end -->"
@@ -71,11 +71,6 @@ def shaken(model: nn.Module) -> nn.Module:
         if parameter.requires_grad:
             nn.init.normal_(parameter, 0, 0.3)
     return model.eval()
-
-
-@torch.no_grad()
-def logits(model: nn.Module, kind: str = "bert", **kwargs: object) -> Tensor:
-    return model(**batch_for(BUILDERS[kind]()), **kwargs).logits
 
 
 def same(a: Tensor, b: Tensor) -> None:

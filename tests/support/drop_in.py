@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fvae_lora import FVAELoraConfig
 from fvae_lora.layer import FVAELoraLayer
-from tiny import BUILDERS, TARGETS, batch_for, randomised
+from tiny import BUILDERS, TARGETS, batch_for, logits, randomised
 
 TASKS = {"bert": "SEQ_CLS", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "vit": None}
 
@@ -27,14 +27,8 @@ def adapted(kind: str = "bert", adapter_name: str = "default", **fields: object)
     return randomised(get_peft_model(BUILDERS[kind](), config(kind, **fields), adapter_name=adapter_name))
 
 
-@torch.no_grad()
-def outputs(model: nn.Module, kind: str = "bert") -> Tensor:
-    """Logits in whatever mode the model is in."""
-    return model(**batch_for(BUILDERS[kind]())).logits
-
-
 def evaluated(model: nn.Module, kind: str = "bert") -> Tensor:
-    return outputs(model.eval(), kind)
+    return logits(model.eval(), kind)
 
 
 def samples(model: nn.Module, kind: str = "bert") -> bool:

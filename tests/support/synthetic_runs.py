@@ -1,11 +1,17 @@
 """Invented records, to look at reports and to test them. Their numbers mean nothing."""
 
+import io
 import json
 import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+
+from fvae_lora_experiments.report import print_table
+from fvae_lora_experiments.report.rows import Row
 
 # method: learning rate, trainable and inference parameters, seconds, accuracy
 METHODS = {
@@ -125,3 +131,10 @@ def write_many(folder: Path) -> Path:
                 lines = metrics(method, seed, dataset, epochs=8, layers=12)
                 write_run(folder / f"{dataset}-{method}-{rank}-{seed}", run, lines)
     return folder
+
+
+def printed(rows: Sequence[Row], width: int = 80) -> str:
+    """The table of these rows as a terminal of that width shows it."""
+    written = io.StringIO()
+    print_table(rows, Console(width=width, file=written, color_system=None))
+    return written.getvalue()

@@ -108,6 +108,18 @@ def batch_for(model: PreTrainedModel, rows: int = 4, length: int = 6) -> dict[st
     return batch | {"labels": ids.masked_fill(mask == 0, -100)}
 
 
+@torch.no_grad()
+def logits(model: nn.Module, kind: str = "bert", **kwargs: object) -> Tensor:
+    """What a model of that kind makes of its batch, in whatever mode it is in."""
+    return model(**batch_for(BUILDERS[kind]()), **kwargs).logits
+
+
+@torch.no_grad()
+def evaluated(model: nn.Module, base: PreTrainedModel) -> Tensor:
+    """The logits of an adapted `base` in eval mode."""
+    return model.eval()(**batch_for(base)).logits
+
+
 def adapted_linear(
     in_features: int = 6,
     out_features: int = 5,

@@ -1,1 +1,1 @@
-"""What a finished run says of new images, texts, recordings and questions, row by row in constant memory."""
+"""Predictions of a finished run for new images, texts, recordings and questions, row by row in constant memory."""

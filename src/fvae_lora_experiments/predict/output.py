@@ -1,4 +1,4 @@
-"""Where predictions go: CSV or JSON lines, to a file that can be gone on with, or to standard output."""
+"""Writing predictions: CSV or JSON lines, to a file that can be continued, or CSV to standard output."""
 
 import csv
 import io
@@ -13,18 +13,18 @@ from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.predict.rows import Row, in_one_line
 
 PLACE = ("input", "row")
-"""The columns that say what a prediction is of."""
+"""The columns that identify the row of a prediction."""
 
 
 class Output:
-    """Predictions as lines, each written as a whole: what a file holds after a stop is what was done.
+    """Predictions as lines, each written as a whole, so that a file that was stopped holds what was done.
 
     Args:
         file: ends in `.csv` or `.jsonl`; None is CSV on standard output.
-        resume: whether a file that is there is gone on with.
+        resume: whether to continue a file that exists.
 
     Raises:
-        UserError: another kind of file; one that exists already.
+        UserError: another kind of file; a file that exists already.
     """
 
     def __init__(self, file: Path | None, resume: bool = False):
@@ -42,13 +42,13 @@ class Output:
         self.last: tuple[str, str] | None = None
 
     def open(self, columns: Sequence[str]) -> None:
-        """Begins to write, or goes on; then a last line that was cut off is taken away.
+        """Starts the output, or continues a file after removing a last line that was cut off.
 
         Args:
-            columns: what a row of a table holds beside its place.
+            columns: the columns of a table after those of `PLACE`.
 
         Raises:
-            UserError: the file that is gone on with holds no predictions, or has other columns.
+            UserError: the file to continue holds no predictions, or has other columns.
         """
         self.columns = (*PLACE, *columns)
         header = _line(self.columns) if self.is_csv else ""

@@ -1,4 +1,4 @@
-"""The loop: rows in, predictions out, batch by batch; nothing that grows with their number is kept."""
+"""The loop of predictions: rows in, predictions out, batch by batch, in constant memory."""
 
 import itertools
 import os
@@ -33,17 +33,17 @@ def predict(
     Args:
         trained: the run.
         rows: what to predict.
-        output: where to.
-        probabilities: whether every class's probability is wanted.
-        draws: how often z1 is drawn for the entropy; 0 is no entropy.
-        batch_size: rows of a batch; None is the recipe's.
-        on_error: whether a row that cannot be used ends it, or is told of on standard error and left out.
+        output: where to write.
+        probabilities: whether to give every class's probability.
+        draws: number of draws of z1 for the entropy; 0 for no entropy.
+        batch_size: rows of a batch; None takes the recipe's.
+        on_error: whether to stop at a row that cannot be used, or to report it on standard error and leave it out.
 
     Returns:
         How many rows were predicted, and how many left out.
 
     Raises:
-        UserError: a row that cannot be used; what comes before it was written.
+        UserError: a row that cannot be used; the rows before it have been written.
     """
     torch.manual_seed(trained.recipe.seed)
     predictor = PREDICTORS[trained.recipe.task](trained, probabilities, draws)

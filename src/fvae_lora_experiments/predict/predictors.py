@@ -1,4 +1,4 @@
-"""From rows to predictions, a batch at a time: opened, cut into tokens and padded as in training."""
+"""From rows to predictions, batch by batch: rows are opened, tokenised and padded as in training."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ Predictions = list[dict[str, Any]]
 
 
 class Predictor(ABC):
-    """What predicts for one task.
+    """Predicts for one task.
 
     Args:
         trained: the run.
@@ -38,11 +38,11 @@ class Predictor(ABC):
     @property
     @abstractmethod
     def columns(self) -> Sequence[str]:
-        """What a table of predictions holds."""
+        """The columns of a table of predictions."""
 
     @abstractmethod
     def prepare(self, row: Row) -> Any:
-        """A row as `predict` takes it.
+        """A row as `predict` needs it.
 
         Raises:
             UserError: it cannot be used.
@@ -50,10 +50,10 @@ class Predictor(ABC):
 
     @abstractmethod
     def predict(self, items: Sequence[Any]) -> Predictions:
-        """A batch's predictions, from what `prepare` made of its rows."""
+        """A batch's predictions, from the results of `prepare` for its rows."""
 
     def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch where the model is."""
+        """A batch on the model's device."""
         return {key: value.to(self.trained.device) for key, value in batch.items()}
 
 
@@ -62,7 +62,7 @@ class Classifier(Predictor):
 
     @property
     def columns(self) -> Sequence[str]:
-        """The class and its probability, the others' and the entropies where they are wanted; or the number."""
+        """The class and its probability, on request all probabilities and the entropies; or a number."""
         if not self.trained.classes:
             return ["value"]
         each = [f"probability_{name}" for name in self.trained.classes] if self.probabilities else []
@@ -70,7 +70,7 @@ class Classifier(Predictor):
 
     @abstractmethod
     def batch(self, items: Sequence[Any]) -> dict[str, Any]:
-        """The rows as the model takes them."""
+        """The rows as the model's arguments."""
 
     def predict(self, items: Sequence[Any]) -> Predictions:
         """One forward; one more for each draw."""
@@ -130,7 +130,7 @@ class TextClassifier(Classifier):
 
 
 class Writer(Predictor):
-    """Recordings, written down."""
+    """Transcribes recordings."""
 
     columns = ("text",)
 
@@ -145,7 +145,7 @@ class Writer(Predictor):
         return {"input_features": heard["input_features"][0]}
 
     def predict(self, items: Sequence[dict[str, Tensor]]) -> Predictions:
-        """What is said, greedily."""
+        """The text, by greedy decoding."""
         batch = self.on_device({key: torch.stack([item[key] for item in items]) for key in items[0]})
         with self.trained.task.autocast(self.trained.device):
             model: Any = self.trained.model
@@ -155,7 +155,7 @@ class Writer(Predictor):
 
 
 class Listener(Predictor):
-    """Recordings, as phonemes."""
+    """Recognises the phonemes of recordings."""
 
     columns = ("phonemes",)
 
@@ -167,7 +167,7 @@ class Listener(Predictor):
         return {"input_values": heard["input_values"][0], "labels": torch.zeros(1, dtype=torch.long)}
 
     def predict(self, items: Sequence[dict[str, Tensor]]) -> Predictions:
-        """The best symbol of each frame, put together."""
+        """The best symbol of each frame, repetitions collapsed."""
         batch = self.on_device(self.trained.task.collate(items))
         del batch["labels"]
         with self.trained.task.autocast(self.trained.device):
@@ -181,7 +181,7 @@ class Listener(Predictor):
 
 
 class Answerer(Predictor):
-    """Questions with options: the likeliest option."""
+    """Answers questions with options by the likeliest option."""
 
     columns = ("label", "probability")
 
@@ -194,7 +194,7 @@ class Answerer(Predictor):
         return asked | {key: value[0] for key, value in encoded.items()}
 
     def predict(self, items: Sequence[dict[str, Any]]) -> Predictions:
-        """The likelihoods of the options, as shares of their sum."""
+        """The likelihoods of the options, normalised over them."""
         prompts, answers = ([item[key] for item in items] for key in ("prompt_ids", "answer_ids"))
         likely = log_likelihoods(self.trained.model, prompts, answers).softmax(-1)
         options = [item["options"] for item in items]
@@ -202,7 +202,7 @@ class Answerer(Predictor):
 
 
 def _with_some_answer(row: dict[str, Any]) -> dict[str, Any]:
-    """A question with an answer where it has none, which the reader of training data would miss."""
+    """A question with some answer if it has none: the reader of training data requires one."""
     if "choices" in row:
         return {"answer": 0} | {key: value for key, value in row.items() if value is not None}
     instruction = row.get("instruction")
@@ -214,12 +214,12 @@ def _with_some_answer(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def number(value: Tensor) -> float:
-    """With six digits."""
+    """The value with six significant digits."""
     return float(f"{value.item():.6g}")
 
 
 def named(probabilities: Tensor, classes: Sequence[str], every: bool) -> dict[str, Any]:
-    """The likeliest class of (classes,), and every one's probability, if wanted."""
+    """The likeliest class of (classes,), and on request every class's probability."""
     best = int(probabilities.argmax())
     found: dict[str, Any] = {"label": classes[best], "probability": number(probabilities[best])}
     if every:
@@ -233,7 +233,7 @@ def _entropy(probabilities: Tensor) -> Tensor:
 
 
 class _drawing:  # noqa: N801
-    """Lets the adapter draw z1 in eval mode, too."""
+    """Makes the adapter sample z1 in eval mode."""
 
     def __init__(self, trained: Trained):
         configs = getattr(trained.model, "peft_config", {}).values()
@@ -255,4 +255,4 @@ PREDICTORS: dict[str, type[Predictor]] = {
     "phonemes": Listener,
     "commonsense": Answerer,
 }
-"""What predicts, by task."""
+"""The predictor of each task."""

@@ -1,4 +1,4 @@
-"""What can be asked of which run."""
+"""Which options of `predict` suit which run."""
 
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.methods import METHODS
@@ -7,7 +7,7 @@ from fvae_lora_experiments.schema import Recipe
 
 
 def check_request(recipe: Recipe, output: Output, probabilities: bool, draws: int) -> None:
-    """Refuses what this run cannot give.
+    """Refuses options that do not suit the run.
 
     Raises:
         UserError: probabilities of what is no class; draws of a method without a random latent; a table of

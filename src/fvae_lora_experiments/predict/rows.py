@@ -1,7 +1,7 @@
-"""What is to be predicted: files, folders, tables and standard input, one row after the other.
+"""Reading the rows to predict from files, folders, tables and standard input, one after the other.
 
-Tables are read as a stream, but for JSON that is one list. A row that cannot be used is a row with an `error`; what is
-wrong with a whole file is raised.
+Tables are read as streams, except for JSON that is one list. A row that cannot be used has an `error`; an error that
+concerns a whole file is raised.
 """
 
 import csv
@@ -25,22 +25,22 @@ BATCH = 64
 csv.field_size_limit(2**31 - 1)
 
 Numbered = Iterator[tuple[int, dict[str, Any] | str]]
-"""A table's rows by their numbers, from 1; in the place of one that cannot be read what is wrong with it."""
+"""A table's rows with their numbers, from 1; in the place of a row that cannot be read, the reason."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a task reads of a row."""
+    """What a task reads from a row."""
 
     columns: dict[str, Sequence[str]]
-    """What it needs, and the names that its column may have, of which the first found is taken; none is every one."""
+    """For each input the names that its column may have; the first that exists is used. Empty: the whole row."""
     files: Sequence[str] = ()
-    """Suffixes, in lower case, of files that are a row each."""
+    """Suffixes, in lower case, of files that are one row each."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row: the file that it is, or in which it is as row `number`."""
+    """A row: a whole file, or row `number` of one."""
 
     input: str
     number: int | None
@@ -49,13 +49,13 @@ class Row:
 
     @property
     def where(self) -> str:
-        """For messages."""
+        """Where the row is, for messages."""
         name = "standard input" if self.input == STANDARD_INPUT else self.input
         return name if self.number is None else f"{name}, row {self.number}"
 
     @property
     def key(self) -> tuple[str, str]:
-        """What tells it apart from others, as it stands in an output."""
+        """What identifies the row in an output."""
         return in_one_line(self.input), "" if self.number is None else str(self.number)
 
 
@@ -70,11 +70,10 @@ def read_rows(inputs: Sequence[str], wanted: Wanted) -> Iterator[Row]:
     Args:
         inputs: files that are a row each, folders of these, tables, or `-`, of which each line is a row: the path of a
             file, or a text, or keys and values in JSON.
-        wanted: what is read of them.
+        wanted: what to read from them.
 
     Raises:
-        UserError: no such file; one that is neither wanted nor a table, cannot be read as one, lacks a column or has no
-            row.
+        UserError: no such file; a file of another kind; a table that cannot be read, lacks a column or has no row.
     """
     for name in inputs:
         if name != STANDARD_INPUT and not Path(name).exists():
@@ -83,7 +82,7 @@ def read_rows(inputs: Sequence[str], wanted: Wanted) -> Iterator[Row]:
 
 
 def begun(rows: Iterator[Row]) -> Iterator[Row]:
-    """The same rows, of which the first has been read: what is wrong with their file is known at once."""
+    """The same rows after the first has been read, so that an error in their file is raised at once."""
     return itertools.chain(list(itertools.islice(rows, 1)), rows)
 
 
@@ -111,7 +110,7 @@ def _of_input(name: str, wanted: Wanted) -> Iterator[Row]:
 
 
 def _of_folder(folder: Path, wanted: Wanted) -> Iterator[Row]:
-    """The files in it, at any depth; or, where a row is no file, its tables."""
+    """The files in it, at any depth, or its tables if rows are not files."""
     suffixes = wanted.files or tuple(TABLES)
     files = [
         file
@@ -125,7 +124,7 @@ def _of_folder(folder: Path, wanted: Wanted) -> Iterator[Row]:
 
 
 def _of_lines(lines: Iterable[bytes], wanted: Wanted) -> Iterator[Row]:
-    """The path of a file, a text, or keys and values in JSON on each line; the first that is not empty says which."""
+    """A file's path, a text, or keys and values in JSON on each line; the first line that is not empty decides."""
     numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
     first = list(itertools.islice(numbered, 1))
     numbered = itertools.chain(first, numbered)  # type: ignore[assignment]
@@ -149,7 +148,7 @@ def _of_file(file: Path, wanted: Wanted) -> Row:
 
 
 def _with_columns(name: str, folder: Path, rows: Numbered, wanted: Wanted) -> Iterator[Row]:
-    """Rows with what is wanted of them; the first that can be read says which columns there are."""
+    """Rows reduced to the wanted columns; the first that can be read decides which columns these are."""
     columns: dict[str, str] | None = None
     for number, values in rows:
         if isinstance(values, str):
@@ -181,7 +180,7 @@ def _columns(where: str, values: dict[str, Any], wanted: Wanted) -> dict[str, st
 
 
 def _as_file(value: Any, folder: Path) -> Any:
-    """A path, seen from its table's folder, or bytes, as datasets has the files in its columns."""
+    """A path, relative to its table's folder, or bytes, in the form that datasets gives to files in columns."""
     if isinstance(value, str):
         return {"bytes": None, "path": str(folder / value)}
     if isinstance(value, bytes):
@@ -258,4 +257,4 @@ TABLES: dict[str, Callable[[Path], Numbered]] = {
     ".json": _json,
     ".parquet": _parquet,
 }
-"""What reads a table, by its file's suffix in lower case."""
+"""How a table is read, by its suffix in lower case."""

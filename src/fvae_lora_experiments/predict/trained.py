@@ -1,4 +1,4 @@
-"""A finished run, ready to be used."""
+"""A finished run, loaded for predictions."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +30,12 @@ class Trained:
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes, in the order of their numbers; none where there are no classes."""
+        """Names of the classes, in the order of their numbers; empty if there are none."""
         return [str(name) for name in self.record.dataset.classes]
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return next(self.model.parameters()).device
 
 

@@ -1,4 +1,4 @@
-"""What each task reads of a row."""
+"""What each task reads from a row."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,11 @@ from fvae_lora_experiments.schema import Recipe
 
 
 def wanted_by(recipe: Recipe, columns: Sequence[str] = ()) -> Wanted:
-    """What predictions of a recipe's run are made from: columns of the names that they had in training.
+    """What a recipe's run reads from a row; columns have the names that they had in training.
 
     Args:
         recipe: the run's.
-        columns: names that they have instead, in their order.
+        columns: other names for the columns, in the same order.
 
     Raises:
         UserError: more or fewer columns than the task reads.
@@ -32,7 +32,8 @@ def wanted_by(recipe: Recipe, columns: Sequence[str] = ()) -> Wanted:
     else:
         wanted = Wanted({"audio": ["audio"]}, SOUNDS)
     if columns and len(columns) != len(wanted.columns):
-        reads = ", ".join(wanted.columns) or "whole rows"
-        raise UserError(f"--column: given {len(columns)} times; this run reads {reads}")
+        inputs = ", ".join(wanted.columns)
+        expected = f"expected one for each of {inputs}, got {len(columns)}" if inputs else "this run reads whole rows"
+        raise UserError(f"--column: {expected}")
     given = {what: [name] for what, name in zip(wanted.columns, columns, strict=False)}
     return Wanted(wanted.columns | given, wanted.files)

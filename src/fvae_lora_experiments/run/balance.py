@@ -1,4 +1,4 @@
-"""Classes of different sizes: how often their rows are drawn, and how much each counts in the training loss."""
+"""Imbalanced classes: how often their rows are sampled, and their weights in the training loss."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,9 +14,10 @@ from fvae_lora_experiments.schema import TrainSettings
 
 
 class BalancedSampler(Sampler[int]):
-    """As many rows an epoch as there are, drawn with replacement, each class as often as any other.
+    """Samples as many rows per epoch as there are, with replacement, every class equally often.
 
-    An epoch's rows follow from the seed and its number alone: they are the same in every process and after a restart.
+    An epoch's rows depend only on the seed and the epoch's number: they are the same in every process and after a
+    restart.
 
     Args:
         labels: the class of each row, (rows,).
@@ -29,7 +30,7 @@ class BalancedSampler(Sampler[int]):
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The Trainer says which epoch begins."""
+        """Called by the Trainer when an epoch begins."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -41,7 +42,7 @@ class BalancedSampler(Sampler[int]):
 
 
 def weights_of(asked: str | Sequence[float], labels: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    """How much a row of each class counts, (classes,): 1 on average over the rows.
+    """The weight of a row of each class in the loss, (classes,); its mean over the rows is 1.
 
     Args:
         asked: `balanced`, or a number for each class.
@@ -49,7 +50,7 @@ def weights_of(asked: str | Sequence[float], labels: np.ndarray, classes: Sequen
         classes: their names.
 
     Raises:
-        UserError: not as many numbers as there are classes, or no row that counts.
+        UserError: not one number for each class, or no row with a positive weight.
     """
     counts = np.bincount(labels, minlength=len(classes))
     weights = 1 / np.maximum(counts, 1) if isinstance(asked, str) else np.array(asked, dtype=np.float64)
@@ -64,7 +65,7 @@ def weights_of(asked: str | Sequence[float], labels: np.ndarray, classes: Sequen
 
 
 def weighted_loss(weights: np.ndarray) -> Callable[..., Tensor]:
-    """A Trainer's `compute_loss_func`: the cross-entropy, each row weighted by its class, over the rows of a step."""
+    """A Trainer's `compute_loss_func`: cross-entropy weighted by class, divided by the number of rows of a step."""
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         by_class = torch.as_tensor(weights, dtype=torch.float32, device=labels.device)
@@ -75,7 +76,7 @@ def weighted_loss(weights: np.ndarray) -> Callable[..., Tensor]:
 
 
 def balancing(train: TrainSettings, labels: np.ndarray, classes: Sequence[str], seed: int) -> dict[str, Any]:
-    """What `RunTrainer` is given for a recipe that looks at classes; nothing for one that does not.
+    """Options of `RunTrainer` for a recipe's balanced sampling and class weights; none if it has neither.
 
     Raises:
         UserError: as `weights_of`.

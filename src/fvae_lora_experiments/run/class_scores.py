@@ -1,4 +1,4 @@
-"""What was predicted for each row of the test split, and how well each class was."""
+"""Scores by class, and the predictions for the test split, row by row."""
 
 import csv
 import io
@@ -11,11 +11,11 @@ from fvae_lora_experiments.run.record import ByClass, ClassScores
 
 
 def by_class(predicted: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> ByClass:
-    """The scores of each class, their means, and which classes were taken for which.
+    """Precision, recall and F1 of each class, their means, and the confusion matrix.
 
     Args:
-        predicted: the class of each row, (rows,).
-        labels: the true one, (rows,).
+        predicted: the predicted class of each row, (rows,).
+        labels: the true class of each row, (rows,).
         names: of the classes, in the order of their numbers.
     """
     numbers = range(len(names))
@@ -37,7 +37,7 @@ def by_class(predicted: np.ndarray, labels: np.ndarray, names: Sequence[str]) ->
 
 
 def predictions_csv(predicted: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> str:
-    """A table of the rows, counted from 1: the label and what was predicted, a class or, without `names`, a number."""
+    """CSV of label and prediction for each row, numbered from 1: classes or, without `names`, numbers."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(("row", "label", "predicted"))

@@ -1,4 +1,4 @@
-"""Trackers, which transformers' own callbacks write to: a run has one track, however often it is resumed."""
+"""Experiment trackers, which transformers' callbacks write to: a resumed run continues where its track ended."""
 
 import importlib.util
 import json
@@ -31,14 +31,14 @@ def refuse_missing(trackers: Sequence[str]) -> None:
 
 @contextmanager
 def one_track(folder: RunFolder, arguments: TrainingArguments) -> Iterator[list[TrainerCallback]]:
-    """Lets the trackers of a Trainer that is made and trains inside go on where those of this run's folder were.
+    """Makes the trackers of a Trainer that is built and trained inside continue the track of this run's folder.
 
-    What somebody has set of their variables stays. The folder keeps the names that a track is found by, in
-    `tracking.json`; TensorBoard's files lie in `tensorboard/`.
+    Environment variables of the trackers that are already set stay. The folder keeps the identifiers of the track in
+    `tracking.json`, and TensorBoard's files in `tensorboard/`.
 
     Args:
         folder: the run's.
-        arguments: the Trainer's; they get the track's name.
+        arguments: the Trainer's; the track's name is set in them.
 
     Yields:
         Callbacks for the Trainer.
@@ -70,13 +70,13 @@ def one_track(folder: RunFolder, arguments: TrainingArguments) -> Iterator[list[
 
 
 class _MlflowRun(TrainerCallback):
-    """Keeps the name that MLflow has given to the run."""
+    """Stores the id that MLflow gives to the run."""
 
     def __init__(self, remember: Callable[[str], None]):
         self.remember = remember
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The run is there now."""
+        """MLflow has started its run."""
         import mlflow
 
         if run := mlflow.active_run():
