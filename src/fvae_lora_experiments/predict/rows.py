@@ -77,6 +77,8 @@ def read_rows(inputs: Sequence[str], wanted: Wanted) -> Iterator[Row]:
             row.
     """
     for name in inputs:
+        if not name:  # a variable of a shell that is not set; Path would take it for the current folder
+            raise UserError("INPUT: an empty name; expected a file, a folder or -")
         if name != STANDARD_INPUT and not Path(name).exists():
             raise UserError(f"{name}: no such file or folder")
     return itertools.chain.from_iterable(_not_empty(name, _of_input(name, wanted)) for name in inputs)
