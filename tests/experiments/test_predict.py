@@ -169,7 +169,7 @@ def test_json_lines_hold_what_the_table_does(cli: Cli, images: Path, pictures: P
 
 
 @pytest.fixture
-def stopping(monkeypatch: pytest.MonkeyPatch) -> Any:
+def stopping() -> Any:
     """Within it Ctrl-C comes after the first batch of images."""
 
     def stop_after_one(self: ImageClassifier, items: Any) -> Any:
