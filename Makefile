@@ -1,5 +1,5 @@
 # make demo    sees FVAE-LoRA work on real images, in a few minutes, without a network beyond the package registry
-# make test    runs the tests; what takes minutes, or TRL, sentence-transformers, Lightning, ONNX, bitsandbytes or torchao, waits for make test-slow
+# make test    runs the tests; what takes minutes, or TRL, sentence-transformers, Lightning, ONNX, trackers, bitsandbytes or torchao, waits for make test-slow
 # make check   lint, format and types
 # make test-oldest   the method's tests against the oldest supported peft and transformers
 # make test-peft     peft's own test-suite, with FVAE-LoRA in LoRA's place

@@ -229,6 +229,9 @@ def compare(
     from fvae_lora_experiments.sweep.run_sweep import run_sweep
 
     _refuse_throughput(flops_per_second, dry_run)
+    slurm_options = _without_none(partition=partition, account=account, time=time, cpus=cpus)
+    if slurm_options and launcher is not LauncherName.slurm:
+        raise UserError(f"--{next(iter(slurm_options))}: only with --launcher slurm")
     if processes and gpus:
         raise UserError(f"--processes {processes}: for runs without GPUs; --gpus {gpus} starts a process for each GPU")
     size = {"processes": processes or gpus or 1, "gpus": 0 if processes else gpus}
@@ -255,7 +258,7 @@ def compare(
             tried = Grid(compared, parse_values("--grid", grid), choosing, result_seeds).runs()
         print_forecast([*tried, *runs_of(compared, result_seeds)], flops_per_second, console)
         return
-    launch = _make_launcher(launcher, out, jobs, size, partition=partition, account=account, time=time, cpus=cpus)
+    launch = _make_launcher(launcher, out, jobs, size, slurm_options)
 
     from fvae_lora_experiments.check import inspect_each
     from fvae_lora_experiments.data.summary import print_summary
@@ -300,13 +303,13 @@ def _refuse_throughput(flops_per_second: float | None, dry_run: bool) -> None:
         raise UserError(f"--flops-per-second {flops_per_second:g}: expected a number above 0, and --dry-run")
 
 
-def _make_launcher(where: LauncherName, out: Path, jobs: int, size: dict[str, Any], **slurm_options: Any) -> "Launcher":
+def _make_launcher(
+    where: LauncherName, out: Path, jobs: int, size: dict[str, Any], slurm_options: dict[str, Any]
+) -> "Launcher":
     if where is LauncherName.slurm:
         from fvae_lora_experiments.sweep.slurm import SlurmLauncher
 
         return SlurmLauncher(out / ".slurm", jobs, **size, **slurm_options)
-    for option in _without_none(**slurm_options):
-        raise UserError(f"--{option}: only with --launcher slurm")
 
     from fvae_lora_experiments.sweep.local import LocalLauncher
 
@@ -399,14 +402,9 @@ def predict(
     from fvae_lora_experiments.predict.trained import load_run
 
     silence_libraries()
-    signals.raise_on_signal()
+    signals.raise_on_signal("stopped" if out is None else f"stopped; --resume goes on after the last row of {out}")
     trained = load_run(run, model)
-    try:
-        done, left_out = predict_rows(trained, rows, output, probabilities, draws, batch_size, on_error.value)
-    except (KeyboardInterrupt, signals.Terminated):
-        if out is not None:
-            console.print(f"With --resume it goes on after the last row of {out}", highlight=False, soft_wrap=True)
-        raise
+    done, left_out = predict_rows(trained, rows, output, probabilities, draws, batch_size, on_error.value)
     if out is not None:
         skipped = f", {left_out} left out" if left_out else ""
         console.print(f"{out}: {done} rows predicted{skipped}", highlight=False, soft_wrap=True)

@@ -105,7 +105,7 @@ def print_forecast(runs: Sequence[PlannedRun], flops_per_second: float | None, c
         table.add_row(*map(Text, (recipe.method, recipe.dataset, *cells)))
     if len(alike) > 1:
         table.add_row("all", "", str(len(to_do)), f"{steps:,}", "", *_cost(flops, flops_per_second), style="bold")
-    console.print(f"{len(to_do)} runs would be done, {len(runs) - len(to_do)} are done already", highlight=False)
+    console.print(f"Runs to do: {len(to_do)}; done already: {len(runs) - len(to_do)}", highlight=False)
     if to_do:
         console.print(table)
         note = "FLOPs and hours are those of training on one device, all epochs, without validation and test"

@@ -4,7 +4,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fvae_lora_experiments import signals
@@ -23,13 +24,34 @@ def use_one_gpu() -> None:
 
 def silence_libraries() -> None:
     """Silences warnings that are expected in a run, such as that of a new head or a renamed option."""
+    silence_datasets()
+    _silence_models()
+
+
+@contextmanager
+def quiet_models() -> Iterator[None]:
+    """Silences only what loads models, and only for a while: in a program of somebody's own it then speaks again."""
     import transformers
 
-    silence_datasets()
+    verbosity, has_bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        _silence_models()
+        try:
+            yield
+        finally:
+            transformers.logging.set_verbosity(verbosity)
+            if has_bars:
+                transformers.logging.enable_progress_bar()
+
+
+def _silence_models() -> None:
+    import transformers
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    of_peft = "Setting `save_embedding_layers`|The following rank_pattern keys"  # CTC heads; AdaLoRA's pattern
+    # CTC heads; AdaLoRA's pattern; a base model that has moved
+    of_peft = "Setting `save_embedding_layers`|The following rank_pattern keys|Could not find a config file"
     warnings.filterwarnings("ignore", message=of_peft, module="peft")
 
 
@@ -60,7 +82,7 @@ def exit_code(command: Callable[[], Any]) -> int:
             traceback.print_exc()
         return 1
     if result in (INTERRUPTED, TERMINATED):  # typer also returns 130 for Ctrl-C
-        return _print_error(signals.STOPPED_MESSAGE, result)
+        return _print_error(signals.stopped_message(), result)
     return result if isinstance(result, int) else 0
 
 

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import NoReturn
 
 STOPPED_MESSAGE = "stopped; the same command resumes where it was"
+_message = STOPPED_MESSAGE
 
 Handler = Callable[[int, FrameType | None], NoReturn]
 
@@ -25,10 +26,21 @@ def exit_on_signal() -> None:
     _install(_exit)
 
 
-def raise_on_signal() -> None:
-    """Makes the first signal raise KeyboardInterrupt or `Terminated`, if `exit_on_signal` was called before."""
+def raise_on_signal(message: str = STOPPED_MESSAGE) -> None:
+    """Makes the first signal raise KeyboardInterrupt or `Terminated`, if `exit_on_signal` was called before.
+
+    Args:
+        message: what the command says when it was stopped.
+    """
+    global _message
+    _message = message
     if signal.getsignal(signal.SIGINT) is _exit or signal.getsignal(signal.SIGTERM) is _exit:
         _install(_raise_exception)
+
+
+def stopped_message() -> str:
+    """What the command that runs says when it was stopped."""
+    return _message
 
 
 def _install(handler: Handler) -> None:
@@ -42,7 +54,7 @@ def _install(handler: Handler) -> None:
 
 def _exit(number: int, _: FrameType | None) -> NoReturn:
     if int(os.environ.get("RANK", 0)) == 0:
-        os.write(2, f"fvae-lora: {STOPPED_MESSAGE}\n".encode())
+        os.write(2, f"fvae-lora: {_message}\n".encode())
     os._exit(128 + number)
 
 

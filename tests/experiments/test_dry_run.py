@@ -72,7 +72,7 @@ def test_a_dry_run_of_train_writes_nothing(cli: Cli, small: list[str], tmp_path:
     options = [*small, "--method", "lora", "--out", tmp_path / "run"]
     code, out, error = cli("train", "image/default", *options, "--dry-run")
     assert code == 0, error
-    assert "1 runs would be done, 0 are done already" in out
+    assert "Runs to do: 1; done already: 0" in out
     line = next(line.split() for line in out.splitlines() if line.startswith("lora"))
     assert line[2:5] == ["1", "8", "563"]  # runs, steps, trainable
     assert "--flops-per-second gives the hours" in out
@@ -88,7 +88,7 @@ def test_a_dry_run_of_compare_counts_what_is_left_and_gives_hours(cli: Cli, smal
     grid = ["--grid", "train.learning_rate=1e-3,1e-2"]
     code, out, error = cli("compare", "image/default", *options, *grid, "--dry-run", "--flops-per-second", "1e6")
     assert code == 0, error
-    assert "9 runs would be done, 1 are done already" in out
+    assert "Runs to do: 9; done already: 1" in out
     rows = {
         line.split()[0]: line.split() for line in out.splitlines() if line.startswith(("lora", "linear-probe", "all"))
     }

@@ -39,10 +39,10 @@ def test_a_run_folder_that_was_moved_evaluates_reports_and_is_pushed(
 
 
 @pytest.fixture
-def stopped(make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+def stopped(make_recipe: Callable[..., Recipe], tmp_path: Path) -> Recipe:
     """The recipe of a run that was stopped after its first epoch, in `tmp_path`."""
     recipe = make_recipe()
-    stop_after_first_epoch(recipe, tmp_path, monkeypatch)
+    stop_after_first_epoch(recipe, tmp_path)
     return recipe
 
 

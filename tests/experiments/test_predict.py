@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 from PIL import ExifTags, Image
 from transformers import pipeline
 
@@ -166,6 +168,53 @@ def test_json_lines_hold_what_the_table_does(cli: Cli, images: Path, pictures: P
         assert {name: float(row[f"probability_{name}"]) for name in COLOURS} == line["probabilities"]
 
 
+@pytest.fixture
+def stopping() -> Any:
+    """Within it Ctrl-C comes after the first batch of images."""
+
+    def stop_after_one(self: ImageClassifier, items: Any) -> Any:
+        if hasattr(self, "has_predicted"):
+            raise KeyboardInterrupt
+        self.has_predicted = True  # type: ignore[attr-defined]
+        return classify(self, items)
+
+    classify = ImageClassifier.predict
+    return lambda patch: patch.setattr(ImageClassifier, "predict", stop_after_one)
+
+
+def test_ctrl_c_keeps_what_was_predicted_and_says_how_it_goes_on(
+    cli: Cli, images: Path, pictures: Path, tmp_path: Path, stopping: Any
+) -> None:
+    predict = ("predict", images, pictures / "test", "--batch-size", "5")
+    whole = cli(*predict)[1]
+    out = tmp_path / "o.csv"
+    with pytest.MonkeyPatch.context() as patch:
+        stopping(patch)
+        code, said, err = cli(*predict, "--out", out)
+        assert (code, said) == (130, "")
+        assert err == f"fvae-lora: stopped; --resume goes on after the last row of {out}\n"
+        assert len(table(out.read_text())) == 5
+        assert cli(*predict)[::2] == (130, "fvae-lora: stopped\n")
+    assert cli(*predict, "--out", out, "--resume")[1] == f"{out}: 7 rows predicted\n"
+    assert out.read_text() == whole
+
+
+def test_a_disk_that_is_full_is_one_line_and_loses_nothing(
+    cli: Cli, images: Path, pictures: Path, tmp_path: Path
+) -> None:
+    predict = ("predict", images, pictures / "test", "--batch-size", "2")
+    whole, out = cli(*predict)[1], tmp_path / "o.csv"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, limits[1]))
+    try:
+        code, _, err = cli(*predict, "--out", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (code, err) == (1, f"fvae-lora: {out}: File too large\n")
+    assert cli(*predict, "--out", out, "--resume")[0] == 0
+    assert out.read_text() == whole
+
+
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 def test_what_was_stopped_goes_on_and_ends_in_the_same_file(
     cli: Cli, images: Path, pictures: Path, tmp_path: Path, suffix: str
@@ -277,9 +326,12 @@ def test_a_file_that_is_no_input_is_refused(
 
 
 def test_what_cannot_be_asked_is_refused(cli: Cli, images: Path, pictures: Path, tmp_path: Path) -> None:
+    (folder := tmp_path / ".csv" / "a.csv").mkdir(parents=True)
     for arguments, said in (
         ([images, tmp_path], f"{tmp_path}: nothing to predict in it; it has nothing"),
         ([images, "./no.png"], "./no.png: no such file or folder"),
+        ([images, ""], "INPUT: an empty name; expected a file, a folder or -"),
+        ([images, pictures, "--out", folder], f"--out {folder}: a folder; expected a file"),
         ([tmp_path, pictures], f"{tmp_path}: no finished run"),
         ([images, pictures, "--out", "o.txt"], "--out o.txt: expected a name that ends in .csv or .jsonl"),
         ([images, pictures, "--resume"], "--resume: goes on with a file; give --out FILE"),
@@ -305,18 +357,23 @@ def test_a_run_that_is_no_result_is_refused(
     assert cli("predict", tmp_path, pictures)[::2] == (2, f"fvae-lora: {tmp_path}: {said}\n")
 
 
-def test_transformers_own_pipelines_take_a_loaded_run(cli: Cli, images: Path, texts: Path, pictures: Path) -> None:
+def test_transformers_own_pipelines_take_a_loaded_run(
+    cli: Cli, images: Path, texts: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = sorted((pictures / "test").glob("*/*"))[:3]
+    transformers.logging.set_verbosity_warning()  # as in a program of somebody's own
     trained = load_run(images)
-    told = pipeline("image-classification", model=trained.model, image_processor=trained.processor)
+    told = pipeline("image-classification", model=trained.unwrapped, image_processor=trained.processor)
+    assert capsys.readouterr().err == ""
     rows = table(cli("predict", images, *files)[1])
     for file, row in zip(files, rows, strict=True):
         best = told(str(file))[0]
         assert best["label"] == row["label"]
         assert best["score"] == pytest.approx(float(row["probability"]), abs=1e-5)
     trained = load_run(texts)
-    classify = pipeline("text-classification", model=trained.model, tokenizer=trained.processor)
+    classify = pipeline("text-classification", model=trained.unwrapped, tokenizer=trained.processor)
     assert classify({"text": "a good film", "text_pair": "the plot"})["label"] in ("dull", "fine")
+    assert capsys.readouterr().err == ""
 
 
 def test_how_far_it_is_can_be_seen_on_a_terminal_alone(

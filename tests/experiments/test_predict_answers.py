@@ -13,6 +13,7 @@ from typing import Any
 
 import jiwer
 import pytest
+import soundfile
 import torch
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, pipeline
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
@@ -61,6 +62,12 @@ def test_words_are_those_of_the_test(cli: Cli, tmp_path: Path) -> None:
     code, _, err = cli("predict", tmp_path / "run", data / "test.parquet", "--probabilities")
     assert code == 2
     assert "does not tell classes apart" in err
+    loaded = load_run(tmp_path / "run")
+    parts = {"tokenizer": loaded.processor.tokenizer, "feature_extractor": loaded.processor.feature_extractor}
+    hear = pipeline("automatic-speech-recognition", model=loaded.unwrapped, **parts)
+    samples, rate = soundfile.read(tmp_path / "yes.wav", dtype="float32")
+    heard = hear({"raw": samples, "sampling_rate": rate}, generate_kwargs={"num_beams": 1})  # greedy, as in the test
+    assert heard["text"].strip() == table(one)[0]["text"].strip()
 
 
 def test_phonemes_are_those_of_the_test(cli: Cli, tmp_path: Path) -> None:
@@ -87,6 +94,9 @@ def test_the_option_is_that_of_the_test_whether_or_not_the_answer_is_known(cli: 
     make_tokenizer(tmp_path / "llama")
     write_questions(tmp_path / "data")
     trained("commonsense/default", tmp_path / "run", tmp_path / "llama", tmp_path / "data", adapter__r=4)
+    loaded = load_run(tmp_path / "run")
+    write = pipeline("text-generation", model=loaded.unwrapped, tokenizer=loaded.processor)
+    assert write("What is hot?", max_new_tokens=2, do_sample=False)[0]["generated_text"].startswith("What is hot?")
     rows = rows_of("ARC-Easy.test.jsonl")[:8]
     (tmp_path / "known.jsonl").write_text("\n".join(map(json.dumps, rows)))
     unknown = [{"instruction": row["instruction"]} for row in rows]
@@ -124,7 +134,9 @@ def test_a_regression_gives_numbers_also_of_lines_of_text(
     rows = table(out)
     assert [(row["input"], row["row"]) for row in rows] == [("-", str(n)) for n in range(1, 6)]
     loaded = load_run(tmp_path / "run")
-    regress = pipeline("text-classification", model=loaded.model, tokenizer=loaded.processor, function_to_apply="none")
+    regress = pipeline(
+        "text-classification", model=loaded.unwrapped, tokenizer=loaded.processor, function_to_apply="none"
+    )
     found = [regress(text)[0]["score"] for text in texts[:5]]
     assert [float(row["value"]) for row in rows] == pytest.approx(found, rel=1e-4)
     code, _, err = cli("predict", tmp_path / "run", tmp_path / "train.jsonl", "--probabilities")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers.integrations import TensorBoardCallback
 
-from finished_runs import stop_after_first_epoch
+from finished_runs import stop_after_first_epoch, stopping_after_first_epoch
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.run.runner import evaluate, run_recipe
@@ -58,17 +58,49 @@ def test_tensorboard_has_the_learning_curve_with_the_terms_of_the_elbo(
     assert scalars(tmp_path / "tensorboard") == found, "scoring is no run of its own"
 
 
-def test_a_resumed_run_goes_on_in_the_same_track(
-    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_goes_on_in_the_same_track(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     recipe = make_recipe(method="fvae-lora", train=TRACKED)
-    stop_after_first_epoch(recipe, tmp_path, monkeypatch)
+    stop_after_first_epoch(recipe, tmp_path)
     first = json.loads((tmp_path / "tracking.json").read_text())
     run_recipe(recipe, tmp_path, quiet=True)
     assert json.loads((tmp_path / "tracking.json").read_text()) == first
     assert [step for step, _ in scalars(tmp_path / "tensorboard")["eval/loss"]] == [4, 8]
     assert len({file.parent for file in tmp_path.rglob("events.out.tfevents.*")}) == 1
+
+
+@pytest.mark.slow
+def test_mlflow_has_one_run_of_a_run_that_was_resumed(
+    cli: Cli, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    for name in ("MLFLOW_ALLOW_FILE_STORE", "MLFLOW_DISABLE_TELEMETRY"):
+        monkeypatch.setenv(name, "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    options = ["train.report_to=[mlflow]", "--out", tmp_path / "run", "--quiet"]
+    train = ("train", "image/default", *small, "--method", "fvae-lora", *options)
+    with stopping_after_first_epoch():
+        assert cli(*train)[0] == 1
+    assert cli(*train)[0] == 0
+    client = mlflow.MlflowClient()
+    (done,) = client.search_runs([client.get_experiment_by_name("fvae-lora").experiment_id])
+    assert done.info.run_name.startswith("run-")
+    assert {"elbo/kl_z1", "elbo/reconstruction", "task_loss", "eval_accuracy"} <= done.data.metrics.keys()
+    assert [m.step for m in client.get_metric_history(done.info.run_id, "eval_loss")] == [4, 8]
+
+
+def test_a_tracker_that_cannot_write_is_one_line(
+    cli: Cli, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "false")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    options = ["train.report_to=[mlflow]", "--method", "lora", "--out", tmp_path / "run", "--quiet"]
+    code, _, error = cli("train", "image/default", *small, *options)
+    assert code == 1
+    assert error.startswith(f"fvae-lora: {tmp_path / 'run'}: train.report_to: mlflow: ")
+    assert error.count("\n") == 1
 
 
 def test_a_track_is_found_again_by_its_names(

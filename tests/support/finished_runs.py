@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +52,21 @@ def _numbers(tree: Any) -> list[float]:
     return [tree] if isinstance(tree, int | float) else []
 
 
-def stop_after_first_epoch(recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs a recipe until its first checkpoint is saved; the run then fails and can be resumed."""
+@contextmanager
+def stopping_after_first_epoch() -> Iterator[None]:
+    """Within it a run fails once its first checkpoint is saved, and can be resumed."""
     on_save = FolderCallback.on_save
 
     def stop(self: FolderCallback, *arguments: Any, **options: Any) -> None:
         on_save(self, *arguments, **options)
-        raise RuntimeError("stopped after the first epoch")
+        raise RunError("stopped after the first epoch")
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FolderCallback, "on_save", stop)
-        with pytest.raises(RunError, match="stopped"):
-            run_recipe(recipe, folder, quiet=True)
+        yield
+
+
+def stop_after_first_epoch(recipe: Recipe, folder: Path) -> None:
+    """Runs a recipe until its first checkpoint is saved; the run then fails and can be resumed."""
+    with stopping_after_first_epoch(), pytest.raises(RunError, match="stopped"):
+        run_recipe(recipe, folder, quiet=True)

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,6 +35,8 @@ class Output:
                 raise UserError("--resume: goes on with a file; give --out FILE")
         elif file.suffix.lower() not in (".csv", ".jsonl"):
             raise UserError(f"--out {file}: expected a name that ends in .csv or .jsonl")
+        elif file.is_dir():
+            raise UserError(f"--out {file}: a folder; expected a file")
         elif file.exists() and not resume:
             raise UserError(f"--out {file}: exists already; --resume goes on where it ends")
         self.is_csv = file is None or file.suffix.lower() == ".csv"
@@ -58,7 +61,7 @@ class Output:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.stream = self.file.open("a", encoding="utf-8", newline="")
         if self.is_csv and (self.file is None or not self.file.stat().st_size):
-            self.stream.write(header)
+            self._put(header)
             self.flush()
 
     def _find_end(self, header: str) -> None:
@@ -110,18 +113,32 @@ class Output:
         name, _ = row.key
         if self.is_csv:
             flat = {"input": name, "row": row.number} | flattened(prediction)
-            self.stream.write(_line([flat.get(column, "") for column in self.columns]))
+            self._put(_line([flat.get(column, "") for column in self.columns]))
         else:
-            self.stream.write(json.dumps({"input": name, "row": row.number} | dict(prediction)) + "\n")
+            self._put(json.dumps({"input": name, "row": row.number} | dict(prediction)) + "\n")
 
     def flush(self) -> None:
         """Makes what was written so far stay, whatever happens next."""
-        self.stream.flush()
+        with self._named():
+            self.stream.flush()
 
     def close(self) -> None:
         """Ends the file."""
         if self.file is not None and self.stream is not sys.stdout:
-            self.stream.close()
+            with self._named():
+                self.stream.close()
+
+    def _put(self, text: str) -> None:
+        with self._named():
+            self.stream.write(text)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """An error says which file it is about: a stream's own, such as that of a full disk, does not."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.file or "standard output")) from error
 
 
 def flattened(prediction: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,6 +76,8 @@ def read_rows(inputs: Sequence[str], wanted: Wanted) -> Iterator[Row]:
         UserError: no such file; a file of another kind; a table that cannot be read, lacks a column or has no row.
     """
     for name in inputs:
+        if not name:  # a variable of a shell that is not set; Path would take it for the current folder
+            raise UserError("INPUT: an empty name; expected a file, a folder or -")
         if name != STANDARD_INPUT and not Path(name).exists():
             raise UserError(f"{name}: no such file or folder")
     return itertools.chain.from_iterable(_not_empty(name, _of_input(name, wanted)) for name in inputs)

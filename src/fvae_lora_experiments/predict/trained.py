@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
+from fvae_lora_experiments.process import quiet_models
 from fvae_lora_experiments.run.finished import usable_run
 from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.run.record import Record
@@ -17,9 +19,10 @@ from fvae_lora_experiments.tasks import Task, load_task
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run has trained: a model in eval mode, and what prepares its inputs, as transformers' pipelines take them.
+    """What a run has trained: a model in eval mode, and what prepares its inputs.
 
-    For images and texts `pipeline(task, model=trained.model, image_processor=...)` works, or `tokenizer=`.
+    Transformers' pipelines take both: `pipeline("image-classification", model=trained.unwrapped,
+    image_processor=trained.processor)`, for texts with `tokenizer=`.
     """
 
     recipe: Recipe
@@ -27,6 +30,11 @@ class Trained:
     task: Task
     model: nn.Module
     processor: Any
+
+    @property
+    def unwrapped(self) -> Any:
+        """The model by its class in transformers, which pipelines look for, with the adapter in it."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     @property
     def classes(self) -> list[str]:
@@ -50,8 +58,9 @@ def load_run(path: Path | str, model: str | None = None) -> Trained:
         UserError: no finished run there, a point of a grid, no adapter; another base model than the run had.
     """
     recipe, record = usable_run(Path(path), model)
-    base, processor = open_base(recipe, record)
-    trained = with_adapter(base, RunFolder(Path(path)).adapter).eval()
+    with quiet_models():
+        base, processor = open_base(recipe, record)
+        trained = with_adapter(base, RunFolder(Path(path)).adapter).eval()
     if torch.accelerator.is_available() and not getattr(base, "is_quantized", False):
         trained.to(torch.accelerator.current_accelerator())
     return Trained(recipe, record, load_task(recipe), trained, processor)

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.errors import RunError, UserError, first_line
 from fvae_lora_experiments.run import distributed
 from fvae_lora_experiments.run.folder import RunFolder, write_atomically
 
@@ -42,6 +42,9 @@ def one_track(folder: RunFolder, arguments: TrainingArguments) -> Iterator[list[
 
     Yields:
         Callbacks for the Trainer.
+
+    Raises:
+        RunError: a tracker cannot write, or reach its server.
     """
     if not arguments.report_to or not distributed.is_main():
         yield []
@@ -55,6 +58,7 @@ def one_track(folder: RunFolder, arguments: TrainingArguments) -> Iterator[list[
         "WANDB_PROJECT": "fvae-lora",
         "WANDB_RUN_ID": known["run"],
         "WANDB_RESUME": "allow",
+        "MLFLOW_EXPERIMENT_NAME": "fvae-lora",
     } | ({"MLFLOW_RUN_ID": known["mlflow"]} if "mlflow" in known else {})
     ours = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(ours)
@@ -64,6 +68,10 @@ def one_track(folder: RunFolder, arguments: TrainingArguments) -> Iterator[list[
 
     try:
         yield [_MlflowRun(remember)] if "mlflow" in arguments.report_to else []
+    except Exception as error:
+        if (tracker := type(error).__module__.partition(".")[0]) in arguments.report_to:
+            raise RunError(f"train.report_to: {tracker}: {first_line(error)}") from error
+        raise
     finally:
         for name in ours:
             os.environ.pop(name, None)
