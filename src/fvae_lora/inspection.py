@@ -114,9 +114,7 @@ def read_inputs(model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, An
     Raises:
         ValueError: As `score_inputs`.
     """
-    configs = active_configs(model)
-    for name, config in configs.items():
-        _require_decoder(name, config)
+    configs = configs_with_decoder(model)
     if inputs.get("adapter_names") is not None:
         raise ValueError("adapter_names: score the rows of each adapter by themselves, with that adapter active")
     untold: set[str] = set()
@@ -227,14 +225,22 @@ class Totals:
         }
 
 
-def _require_decoder(name: str, config: FVAELoraConfig) -> None:
-    if config.inference_only:
-        raise ValueError(
-            f"adapter {name!r} is inference_only: it has encoder 1's mean and B alone, so its layers' inputs have no "
-            "likelihood; take the adapter that it was exported from"
-        )
-    if not config.has_residual:
-        raise ValueError(
-            f"adapter {name!r} was made with elbo_weight=0: it has neither encoder 2 nor a decoder, so its layers' "
-            "inputs have no likelihood"
-        )
+def configs_with_decoder(model: nn.Module) -> dict[str, FVAELoraConfig]:
+    """As `active_configs`, of adapters that have a decoder.
+
+    Raises:
+        ValueError: If no FVAE-LoRA adapter is active, or if one has no decoder.
+    """
+    configs = active_configs(model)
+    for name, config in configs.items():
+        if config.inference_only:
+            raise ValueError(
+                f"adapter {name!r} is inference_only: it has encoder 1's mean and B alone, so its layers' inputs have "
+                "no likelihood; take the adapter that it was exported from"
+            )
+        if not config.has_residual:
+            raise ValueError(
+                f"adapter {name!r} was made with elbo_weight=0: it has neither encoder 2 nor a decoder, so its layers' "
+                "inputs have no likelihood"
+            )
+    return configs
