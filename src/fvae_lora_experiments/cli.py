@@ -410,6 +410,61 @@ def predict(
         console.print(f"{out}: {done} rows predicted{skipped}", highlight=False, soft_wrap=True)
 
 
+class SplitName(StrEnum):
+    """A part of the data."""
+
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
+@app.command(cls=Command)
+def inspect(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A finished run's folder, or an adapter's.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="With --dataset: how its data are read, for example data.group_column=place.",
+            autocompletion=completion.keys,
+        ),
+    ] = None,
+    model: Model = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Other data than the run's, as for train; labels are not needed.")
+    ] = None,
+    data_root: DataRoot = None,
+    task: Annotated[str | None, typer.Option(help="Of an adapter alone (default: judged by the data).")] = None,
+    split: Annotated[SplitName, typer.Option(help="The split that is looked at.")] = SplitName.validation,
+    rows: Annotated[int, typer.Option(min=2, help="Rows at most; of more as many are drawn.")] = 2000,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the page and the numbers (default: the first one).")
+    ] = None,
+) -> None:
+    """Looks into an adapter of FVAE-LoRA: what its autoencoders know, layer by layer, and what to change."""
+    from fvae_lora_experiments.inspect.source import find_source
+
+    chosen = find_source(source, model, dataset, task, overrides or [])
+    use_one_gpu()
+
+    from fvae_lora_experiments.inspect import run
+    from fvae_lora_experiments.report.terminal import print_grid
+
+    silence_libraries()
+    signals.raise_on_signal()
+    folder = out or source
+    inspection = run.inspect(chosen, split.value, rows, folder)
+    for table in inspection.tables():
+        print_grid(table, console)
+        for note in table.notes:
+            console.print(note, style="dim", highlight=False)
+    for note in inspection.notes:
+        console.print(note, style="dim", highlight=False)
+    for warning in inspection.warnings:
+        console.print(warning, style="yellow", highlight=False)
+    console.print(f"The page is {folder / run.PAGE}, the numbers are in {run.JSON} beside it", highlight=False)
+
+
 @app.command(cls=Command)
 def check(
     what: Annotated[str, typer.Argument(metavar="DATA|RECIPE", help="A data set as for --dataset, or a recipe.")],

@@ -77,12 +77,10 @@ def predict(
 
 def _prepared(predictor: Predictor, row: Row) -> Any:
     """What the predictor takes, or why the row cannot be used."""
-    if row.error:
-        return UserError(f"{row.where}: {row.error}")
     try:
-        return predictor.prepare(row)
+        return predictor.usable(row)
     except UserError as error:
-        return error if str(error).startswith(row.where) else UserError(f"{row.where}: {error}")
+        return error
 
 
 def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:

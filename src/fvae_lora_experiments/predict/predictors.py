@@ -48,6 +48,21 @@ class Predictor(ABC):
             UserError: it cannot be used.
         """
 
+    def usable(self, row: Row) -> Any:
+        """As `prepare`; the error names the row.
+
+        Raises:
+            UserError: the row cannot be used.
+        """
+        if row.error:
+            raise UserError(f"{row.where}: {row.error}")
+        try:
+            return self.prepare(row)
+        except UserError as error:
+            if str(error).startswith(row.where):
+                raise
+            raise UserError(f"{row.where}: {error}") from error
+
     @abstractmethod
     def predict(self, items: Sequence[Any]) -> Predictions:
         """A batch's predictions, from what `prepare` made of its rows."""
