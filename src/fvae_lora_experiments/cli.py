@@ -372,6 +372,14 @@ def predict(
             "part of it that the draws make.",
         ),
     ] = 0,
+    foreign: Annotated[
+        bool,
+        typer.Option(
+            "--foreign",
+            help="FVAE-LoRA: how unlike the inputs of training a row is (foreign_score), and the share of inputs like "
+            "those that are as far (foreign_p_value); by the detector that `inspect --detector` makes.",
+        ),
+    ] = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows at once (default: as in training).")] = None,
     on_error: Annotated[
         OnError, typer.Option(help="A row that cannot be used ends it, or is left out and told of.")
@@ -384,23 +392,28 @@ def predict(
     recipe, _ = usable_run(run, model)
 
     from fvae_lora_experiments.predict.output import Output
-    from fvae_lora_experiments.predict.request import check_request
+    from fvae_lora_experiments.predict.request import check_foreign, check_request
     from fvae_lora_experiments.predict.rows import begun, read_rows
     from fvae_lora_experiments.predict.wanted import wanted_by
+    from fvae_lora_experiments.run.folder import RunFolder
 
     output = Output(out, resume)
     check_request(recipe, output, probabilities, draws)
+    if foreign:
+        check_foreign(RunFolder(run), recipe)
     rows = begun(read_rows(inputs, wanted_by(recipe, column or [])))
     use_one_gpu()
 
+    from fvae_lora_experiments.predict.foreign import load_detector
     from fvae_lora_experiments.predict.predict import predict as predict_rows
     from fvae_lora_experiments.predict.trained import load_run
 
     silence_libraries()
     signals.raise_on_signal()
     trained = load_run(run, model)
+    detector = load_detector(RunFolder(run), trained) if foreign else None
     try:
-        done, left_out = predict_rows(trained, rows, output, probabilities, draws, batch_size, on_error.value)
+        done, left_out = predict_rows(trained, rows, output, probabilities, draws, detector, batch_size, on_error.value)
     except (KeyboardInterrupt, signals.Terminated):
         if out is not None:
             console.print(f"With --resume it goes on after the last row of {out}", highlight=False, soft_wrap=True)
@@ -440,11 +453,20 @@ def inspect(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the page and the numbers (default: the first one).")
     ] = None,
+    detector: Annotated[
+        bool,
+        typer.Option(
+            "--detector",
+            help="Fits a detector of foreign inputs to the run's training and validation rows, for predict --foreign.",
+        ),
+    ] = False,
 ) -> None:
     """Looks into an adapter of FVAE-LoRA: what its autoencoders know, layer by layer, and what to change."""
-    from fvae_lora_experiments.inspect.source import find_source
+    from fvae_lora_experiments.inspect.source import find_source, refuse_detector
 
     chosen = find_source(source, model, dataset, task, overrides or [])
+    if detector:
+        refuse_detector(chosen)
     use_one_gpu()
 
     from fvae_lora_experiments.inspect import run
@@ -463,6 +485,11 @@ def inspect(
     for warning in inspection.warnings:
         console.print(warning, style="yellow", highlight=False)
     console.print(f"The page is {folder / run.PAGE}, the numbers are in {run.JSON} beside it", highlight=False)
+    if detector:
+        where = run.fit_detector(chosen, rows)
+        console.print(
+            f"The detector is in {where}; fvae-lora predict {source} INPUT... --foreign uses it", highlight=False
+        )
 
 
 @app.command(cls=Command)

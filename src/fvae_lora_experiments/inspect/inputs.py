@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset
+from tqdm.auto import tqdm
 
 from fvae_lora_experiments.data import Splits, fingerprint
 from fvae_lora_experiments.data.classes import class_names
@@ -20,6 +21,7 @@ from fvae_lora_experiments.predict.rows import Row, read_rows
 from fvae_lora_experiments.predict.trained import Trained
 from fvae_lora_experiments.predict.wanted import wanted_by
 from fvae_lora_experiments.run.runner import open_data
+from fvae_lora_experiments.run.timing import is_terminal
 from fvae_lora_experiments.tasks import Task
 
 SplitName = Literal["train", "validation", "test"]
@@ -134,3 +136,11 @@ def _prepared(trained: Trained, rows: Iterator[Row]) -> Iterator[dict[str, Any]]
     assert isinstance(predictor, Classifier)
     while batch := list(itertools.islice(rows, trained.recipe.train.batch_size)):
         yield predictor.batch([predictor.usable(row) for row in batch])
+
+
+def progressing(trained: Trained, inputs: Inputs, what: str) -> Iterator[dict[str, Any]]:
+    """The batches where the model is, with a progress bar on a terminal."""
+    with tqdm(total=inputs.count, unit="row", desc=what, disable=not is_terminal(), leave=False) as bar:
+        for batch in inputs.batches:
+            yield {key: value.to(trained.device) for key, value in batch.items()}
+            bar.update(len(next(iter(batch.values()))))

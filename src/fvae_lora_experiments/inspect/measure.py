@@ -2,9 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -12,7 +11,7 @@ from tqdm.auto import tqdm
 
 from fvae_lora import LayerSummary, summarise_layers
 from fvae_lora_experiments.errors import UserError, first_line
-from fvae_lora_experiments.inspect.inputs import Inputs, Known
+from fvae_lora_experiments.inspect.inputs import Inputs, Known, progressing
 from fvae_lora_experiments.inspect.probes import Projection, Question, Score, probe, project, question
 from fvae_lora_experiments.predict.trained import Trained
 from fvae_lora_experiments.run.timing import is_terminal
@@ -93,11 +92,10 @@ def measure(trained: Trained, inputs: Inputs) -> Measured:
     known: dict[str, Known] = {
         name: what for name, what in {"label": inputs.label, "group": inputs.group}.items() if what is not None
     }
-    bar = tqdm(total=inputs.count, unit="row", desc="inspecting", disable=not is_terminal(), leave=False)
-    with bar, warnings.catch_warnings(record=True) as caught, trained.task.autocast(trained.device):
+    with warnings.catch_warnings(record=True) as caught, trained.task.autocast(trained.device):
         warnings.simplefilter("always", UserWarning)
         try:
-            summaries = summarise_layers(trained.model, _on_device(trained, inputs.batches, bar))
+            summaries = summarise_layers(trained.model, progressing(trained, inputs, "inspecting"))
         except ValueError as error:
             raise UserError(f"{inputs.name}: {first_line(error)}") from error
     if not summaries:
@@ -109,12 +107,6 @@ def measure(trained: Trained, inputs: Inputs) -> Measured:
     layers = [_layer(name, summary, questions, shown) for name, summary in bar]
     notes = dict.fromkeys(first_line(w.message) for w in caught if issubclass(w.category, UserWarning))
     return Measured(layers, rows, questions, shown, list(notes))
-
-
-def _on_device(trained: Trained, batches: Iterator[dict[str, Any]], bar: Any) -> Iterator[dict[str, Any]]:
-    for batch in batches:
-        yield {key: value.to(trained.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        bar.update(len(next(iter(batch.values()))))
 
 
 def _layer(name: str, summary: LayerSummary, questions: Mapping[str, Question], shown: np.ndarray) -> Layer:

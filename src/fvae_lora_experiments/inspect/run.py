@@ -3,8 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
+from fvae_lora import ForeignInputDetector
 from fvae_lora_experiments.data.classes import class_names
-from fvae_lora_experiments.inspect.inputs import SplitName, open_inputs
+from fvae_lora_experiments.errors import UserError, first_line
+from fvae_lora_experiments.inspect.inputs import SplitName, open_inputs, progressing
 from fvae_lora_experiments.inspect.inspection import Inspection
 from fvae_lora_experiments.inspect.measure import measure
 from fvae_lora_experiments.inspect.page import render
@@ -30,6 +32,34 @@ def inspect(source: Source, split: SplitName, limit: int, out: Path) -> Inspecti
     write_atomically(out / JSON, inspection.as_json())
     write_atomically(out / PAGE, render(inspection))
     return inspection
+
+
+def fit_detector(source: Source, limit: int) -> Path:
+    """Fit a detector of foreign inputs on a run's training and validation inputs, and write it beside the adapter.
+
+    Args:
+        source: a run on its own data.
+        limit: rows of each split at most.
+
+    Returns:
+        The folder that it is in.
+
+    Raises:
+        UserError: as `inspect`; no run, other data, or a task whose model does not read the rows alone.
+    """
+    trained = _load(source)
+    training, held_out = (open_inputs(source, trained, split, limit) for split in ("train", "validation"))
+    with trained.task.autocast(trained.device):
+        try:
+            detector = ForeignInputDetector.fit(
+                trained.model,
+                progressing(trained, training, "fitting the detector"),
+                progressing(trained, held_out, "calibrating the detector"),
+            )
+        except ValueError as error:
+            raise UserError(f"{source.path}: {first_line(error)}") from error
+    detector.save(source.adapter)
+    return source.adapter
 
 
 def _load(source: Source) -> Trained:

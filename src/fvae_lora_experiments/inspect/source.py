@@ -8,6 +8,7 @@ from typing import Any
 
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.places import is_local
+from fvae_lora_experiments.predict.request import refuse_without_detection
 from fvae_lora_experiments.recipe import change_recipe, load_recipe
 from fvae_lora_experiments.run.finished import recorded_recipe, usable_run
 from fvae_lora_experiments.run.folder import RunFolder
@@ -77,6 +78,19 @@ def find_source(
     chosen = DEFAULT_RECIPES[task or guess_task(dataset)]
     recipe = load_recipe(chosen, overrides, {"model": name, "dataset": dataset, "method": "fvae-lora"})
     return Source(path, path, recipe, None, False, settings)
+
+
+def refuse_detector(source: Source) -> None:
+    """Refuses to fit a detector of foreign inputs where there are no inputs of training.
+
+    Raises:
+        UserError: only an adapter, other data than the run's, or a task whose model does not read the rows alone.
+    """
+    if source.record is None:
+        raise UserError(f"--detector: {source.path} is only an adapter; give the folder of the run that trained it")
+    if not source.own_data:
+        raise UserError("--detector: it is fitted on the run's own data; leave out --dataset")
+    refuse_without_detection(source.recipe, "--detector")
 
 
 def _settings(path: Path, adapter: Path) -> dict[str, Any]:
