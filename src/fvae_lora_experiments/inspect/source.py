@@ -8,7 +8,6 @@ from typing import Any
 
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.places import is_local
-from fvae_lora_experiments.predict.request import refuse_without_detection
 from fvae_lora_experiments.recipe import change_recipe, load_recipe
 from fvae_lora_experiments.run.finished import recorded_recipe, usable_run
 from fvae_lora_experiments.run.folder import RunFolder
@@ -90,6 +89,8 @@ def refuse_detector(source: Source) -> None:
         raise UserError(f"--detector: {source.path} is only an adapter; give the folder of the run that trained it")
     if not source.own_data:
         raise UserError("--detector: it is fitted on the run's own data; leave out --dataset")
+    from fvae_lora_experiments.predict.request import refuse_without_detection
+
     refuse_without_detection(source.recipe, "--detector")
 
 
