@@ -152,7 +152,7 @@ def _active(layer: Layer, latent: str) -> str:
 
 
 def _percent(share: float) -> str:
-    return number(float(f"{100 * share:.1f}")) if math.isfinite(share) and abs(share) < 10 else number(100 * share)
+    return f"{100 * share:.1f}".replace("-", "\N{MINUS SIGN}") if abs(share) < 10 else number(100 * share)
 
 
 def _score(score: Score | None) -> str:

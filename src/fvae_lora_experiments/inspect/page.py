@@ -20,8 +20,8 @@ CLASSES = 12
 """Classes that are told apart in a projection; rows of rarer ones are left out of it."""
 PARTS = 4
 """Equally many rows of each are told apart where what is known is a number."""
-OPEN = 12
-"""With more layers each one's projections are folded away."""
+OPEN = 24
+"""With more layers the tables and each layer's projections are folded away."""
 MARKED = 24
 """With more layers only the ends of lines have markers."""
 LOWEST = -100.0
