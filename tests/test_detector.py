@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from by_hand import Batch, adapted, collated, config, rows_for
-from fvae_lora import ForeignInputDetector, score_inputs
+from fvae_lora import ForeignInputDetector, export_for_inference, score_inputs
 from fvae_lora.detector import DESCRIPTION, NUMBERS, Features, fingerprint
 from tiny import randomised, tiny_bert
 
@@ -166,6 +166,18 @@ def test_a_fingerprint_is_that_of_the_weights() -> None:
     assert fingerprint(model) != rounded
 
 
+def test_nothing_half_written_stays_after_a_stop(
+    model: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(model).save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kept", [0, 100, -1])
 def test_a_truncated_file_is_refused(model: PeftModel, tmp_path: Path, kept: int) -> None:
     fitted(model).save(tmp_path)
@@ -208,6 +220,14 @@ def test_too_little_to_fit(model: PeftModel, arguments: dict[str, Any], message:
     good: dict[str, Any] = {"training": batches(20), "held_out": batches(9, seed=1)}
     with pytest.raises(ValueError, match=message):
         ForeignInputDetector.fit(model, **good | arguments)
+
+
+def test_an_adapter_for_inference_alone_is_refused_with_the_reason(model: PeftModel, tmp_path: Path) -> None:
+    fitted(model).save(tmp_path)
+    export_for_inference(model, tmp_path / "small")
+    small = PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path / "small")
+    with pytest.raises(ValueError, match="'default' is inference_only: it has encoder 1's mean and B alone"):
+        ForeignInputDetector.load(tmp_path, small)
 
 
 def test_other_active_adapters_are_told_from_those_it_was_fitted_to() -> None:

@@ -30,6 +30,7 @@ NAMES = {
     "ForeignInputDetector",
     "ForeignScores",
     "LayerScores",
+    "LayerSummary",
     "UncertainPrediction",
     "adapter_folder",
     "add_elbo",
@@ -42,6 +43,7 @@ NAMES = {
     "predict_with_uncertainty",
     "resolve_targets",
     "score_inputs",
+    "summarise_layers",
 }
 OF_THE_EXPERIMENTS = {"datasets", "fvae_lora_experiments", "matplotlib", "pandas", "pydantic", "typer"}
 OF_THE_EXPERIMENTS |= {"transformers.trainer"}

@@ -130,6 +130,26 @@ def test_tuples_tensors_and_outputs_at_every_token() -> None:
     assert found.mutual_information.shape == (2, 6)
 
 
+def test_an_encoder_and_a_decoder_draw_at_every_token_of_the_latter() -> None:
+    model, batch = adapted("t5"), collated(rows_for("t5", [3, 6]))
+    p = drawn_by_hand(model, batch, 3, seed=2).softmax(-1)
+    found = predict_with_uncertainty(model, **batch, draws=3, seed=2, draws_at_once=1)
+    close(found.mean, p.mean(0))
+
+
+def test_all_active_adapters_draw() -> None:
+    model, x = adapted_linear(), torch.randn(4, 6, dtype=DOUBLE)
+    alone = predict_with_uncertainty(model, x, draws=2000, regression=True).variance
+    assert alone is not None
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "other"])
+    for layer in (module for module in model.modules() if isinstance(module, FVAELoraLayer)):
+        layer.fvae_lora_vae["other"].load_state_dict(layer.fvae_lora_vae["default"].state_dict())
+        layer.fvae_lora_B["other"].load_state_dict(layer.fvae_lora_B["default"].state_dict())
+    both = predict_with_uncertainty(model, x, draws=2000, regression=True).variance
+    torch.testing.assert_close(both, 2 * alone, rtol=0.3, atol=0)
+
+
 def test_half_precision_and_a_compiled_model() -> None:
     model, batch = adapted("bert", torch.float32), collated(rows_for("bert", [3, 6]))
     expected = predict_with_uncertainty(model, **batch, draws=3)

@@ -19,6 +19,7 @@ from .inspection import LayerScores, score_inputs  # noqa: E402
 from .loss import add_elbo, elbo_loss, elbo_terms  # noqa: E402
 from .module_names import resolve_targets  # noqa: E402
 from .reference import FVAEPEFTConfig, load_reference_adapter  # noqa: E402
+from .summary import LayerSummary, summarise_layers  # noqa: E402
 from .to_inference import export_for_inference, is_training_only  # noqa: E402
 from .to_lora import ConversionReport, convert_to_lora  # noqa: E402
 from .uncertainty import UncertainPrediction, predict_with_uncertainty  # noqa: E402
@@ -39,6 +40,7 @@ __all__ = [
     "ForeignInputDetector",
     "ForeignScores",
     "LayerScores",
+    "LayerSummary",
     "UncertainPrediction",
     "adapter_folder",
     "add_elbo",
@@ -51,6 +53,7 @@ __all__ = [
     "predict_with_uncertainty",
     "resolve_targets",
     "score_inputs",
+    "summarise_layers",
 ]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .adapter_folder import check_json
 from .evaluating import active_configs, adapted_layers
-from .inspection import LayerScores, score_inputs
+from .inspection import LayerScores, configs_with_decoder, score_inputs
 
 Features = Literal["likelihood", "latents", "both"]
 FEATURES: tuple[Features, ...] = get_args(Features)
@@ -173,9 +173,10 @@ class ForeignInputDetector:
             The detector.
 
         Raises:
-            ValueError: If files are missing, truncated or do not belong together, or if the detector is of other
-                weights than the active adapters'.
+            ValueError: If files are missing, truncated or do not belong together, if the detector is of other weights
+                than the active adapters', or if one of these has no decoder.
         """
+        configs_with_decoder(model)
         description, path = check_json(Path(folder, DESCRIPTION)), Path(folder, NUMBERS)
         try:
             contents = path.read_bytes()
@@ -259,6 +260,7 @@ class _Moments:
 
 def _replace(path: Path, contents: bytes) -> None:
     """Write a file that appears whole."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as unfinished:
-        unfinished.write(contents)
-    Path(unfinished.name).replace(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as unfinished:
+        part = Path(unfinished, path.name)
+        part.write_bytes(contents)
+        part.replace(path)

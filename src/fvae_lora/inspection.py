@@ -85,16 +85,19 @@ def score_inputs(
     """
     if draws < 0:
         raise ValueError(f"draws must be an integer, at least 0, not {draws}")
-    totals: dict[str, _Totals] = defaultdict(_Totals)
+    totals: dict[str, Totals] = defaultdict(Totals)
 
-    def score(key: str, vae: FVAE, x: Tensor, row: Tensor, rows: int) -> None:
-        totals[key].add(token_scores(vae, x, draws, seed), row, rows)
+    def score(key: str, layer: FVAELoraLayer, adapter: str, x: Tensor, row: Tensor, rows: int) -> None:
+        totals[key].add(token_scores(layer.active_vaes()[adapter], x, draws, seed), row, rows)
 
     read_inputs(model, args, inputs, score)
-    return {key: total.scores() for key, total in totals.items()}
+    return {
+        key: LayerScores(tokens=total.tokens, **{"w2": None, "expected_log_likelihood": None} | total.means())
+        for key, total in totals.items()
+    }
 
 
-Reader = Callable[[str, FVAE, Tensor, Tensor, int], None]
+Reader = Callable[[str, FVAELoraLayer, str, Tensor, Tensor, int], None]
 
 
 def read_inputs(model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any], reader: Reader) -> None:
@@ -104,15 +107,14 @@ def read_inputs(model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, An
         model: An adapted model, or one that contains it.
         args: Its inputs by position.
         inputs: Its inputs by name.
-        reader: Called at each run of each active adapter's layer with its name, the autoencoder, the tokens that
-            count, (tokens, d), the row of the batch that each belongs to, (tokens,), and the number of rows.
+        reader: Called at each run of each active adapter's layer with the name of its scores, the layer, the adapter,
+            the tokens that count, (tokens, d), the row of the batch that each belongs to, (tokens,), and the number of
+            rows.
 
     Raises:
         ValueError: As `score_inputs`.
     """
-    configs = active_configs(model)
-    for name, config in configs.items():
-        _require_decoder(name, config)
+    configs = configs_with_decoder(model)
     if inputs.get("adapter_names") is not None:
         raise ValueError("adapter_names: score the rows of each adapter by themselves, with that adapter active")
     untold: set[str] = set()
@@ -131,9 +133,9 @@ def read_inputs(model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, An
         x, row = x.reshape(-1, x.shape[-1]), row.flatten()
         if counts is not None:
             x, row = x[counts], row[counts]
-        for name, vae in layer.active_vaes().items():
+        for name in layer.active_vaes():
             with torch.autocast(x.device.type, enabled=False):
-                reader(layer.name if len(configs) == 1 else f"{layer.name}.{name}", vae, x, row, rows)
+                reader(layer.name if len(configs) == 1 else f"{layer.name}.{name}", layer, name, x, row, rows)
 
     handles = []
     with evaluating(model, sampling=False) as eager:
@@ -167,9 +169,7 @@ def token_scores(vae: FVAE, x: Tensor, draws: int = 0, seed: int = 0) -> dict[st
     m, s = config.residual_prior_mean, config.residual_prior_std
 
     def likelihood(z1: Tensor, z2: Tensor) -> Tensor:
-        hidden = vae.decode_hidden(z1, z2)
-        reconstruction = F.linear(hidden, vae.decoder_output_weight, vae.decoder_output_bias)
-        return log_likelihood(raised(x), raised(reconstruction), raised(vae.log_tau))
+        return log_likelihood(raised(x), reconstruction(vae, z1, z2), raised(vae.log_tau))
 
     scores = {
         "log_likelihood": likelihood(mean1, mean2),
@@ -196,38 +196,51 @@ def token_scores(vae: FVAE, x: Tensor, draws: int = 0, seed: int = 0) -> dict[st
     return scores
 
 
-class _Totals:
+def reconstruction(vae: FVAE, z1: Tensor, z2: Tensor) -> Tensor:
+    """The decoder's mean g([z1; z2]), (..., d), in at least fp32."""
+    hidden = vae.decode_hidden(z1, z2)
+    return raised(F.linear(hidden, vae.decoder_output_weight, vae.decoder_output_bias))
+
+
+class Totals:
     """Sums over each example's tokens, run by run."""
 
     def __init__(self) -> None:
-        self.tokens: Tensor | None = None
+        self.tokens: Any = 0
         self.sums: dict[str, Tensor] = {}
 
     def add(self, scores: Mapping[str, Tensor], row: Tensor, rows: int) -> None:
+        """Add what each token has, (tokens, ...), to its row of the batch."""
         counts = torch.zeros(rows, dtype=torch.long, device=row.device).index_add(0, row, torch.ones_like(row))
-        self.tokens = counts if self.tokens is None else self.tokens + counts
+        self.tokens = self.tokens + counts
         for name, value in scores.items():
             sums = value.new_zeros(rows, *value.shape[1:]).index_add(0, row, value)
             self.sums[name] = self.sums[name] + sums if name in self.sums else sums
 
-    def scores(self) -> LayerScores:
-        assert self.tokens is not None
-        means: dict[str, Any] = {"w2": None, "expected_log_likelihood": None}
-        means |= {
+    def means(self) -> dict[str, Any]:
+        """Means over each example's tokens, (rows, ...); NaN where it has none."""
+        return {
             name: sums / self.tokens.to(sums.dtype).reshape(-1, *[1] * (sums.dim() - 1))
             for name, sums in self.sums.items()
         }
-        return LayerScores(tokens=self.tokens, **means)
 
 
-def _require_decoder(name: str, config: FVAELoraConfig) -> None:
-    if config.inference_only:
-        raise ValueError(
-            f"adapter {name!r} is inference_only: it has encoder 1's mean and B alone, so its layers' inputs have no "
-            "likelihood; take the adapter that it was exported from"
-        )
-    if not config.has_residual:
-        raise ValueError(
-            f"adapter {name!r} was made with elbo_weight=0: it has neither encoder 2 nor a decoder, so its layers' "
-            "inputs have no likelihood"
-        )
+def configs_with_decoder(model: nn.Module) -> dict[str, FVAELoraConfig]:
+    """As `active_configs`, of adapters that have a decoder.
+
+    Raises:
+        ValueError: If no FVAE-LoRA adapter is active, or if one has no decoder.
+    """
+    configs = active_configs(model)
+    for name, config in configs.items():
+        if config.inference_only:
+            raise ValueError(
+                f"adapter {name!r} is inference_only: it has encoder 1's mean and B alone, so its layers' inputs have "
+                "no likelihood; take the adapter that it was exported from"
+            )
+        if not config.has_residual:
+            raise ValueError(
+                f"adapter {name!r} was made with elbo_weight=0: it has neither encoder 2 nor a decoder, so its layers' "
+                "inputs have no likelihood"
+            )
+    return configs

@@ -190,6 +190,19 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         """What the autoencoders read of the layer's input: a vector for each token, (..., in)."""
         return x
 
+    def frozen_output(self, x: Tensor) -> Tensor:
+        """What the base layer makes of tokens as `tokens` gives them.
+
+        Args:
+            x: (tokens, in).
+
+        Returns:
+            (tokens, out).
+        """
+        weight = self.get_base_layer().weight
+        output: Tensor = self.base_layer(x.to(weight.dtype) if weight.is_floating_point() else x)
+        return output
+
     def _token_weights(self, x: Tensor) -> TokenWeights:
         masks = self.recorder.masks()
         return TokenWeights(None, x.shape[:-1].numel()) if masks is None else masks.weights(self.name, x)
@@ -298,6 +311,11 @@ class FVAELoraConv2d(FVAELoraLayer):
     def tokens(self, x: Tensor) -> Tensor:
         """The patches that the kernel sees, (batch, patches, in)."""
         return self._patches(x)[0]
+
+    def frozen_output(self, x: Tensor) -> Tensor:
+        """What the convolution makes of patches, (tokens, in) -> (tokens, out channels)."""
+        base = self.get_base_layer()
+        return F.linear(x.to(base.weight.dtype), base.weight.flatten(1), base.bias)
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
         """What an adapter adds to the convolution's output.

@@ -377,6 +377,14 @@ def predict(
             "the part of it that comes from the draws.",
         ),
     ] = 0,
+    foreign: Annotated[
+        bool,
+        typer.Option(
+            "--foreign",
+            help="FVAE-LoRA: how unlike the inputs of training a row is (foreign_score), and the share of inputs like "
+            "those that are as far (foreign_p_value); by the detector that `inspect --detector` makes.",
+        ),
+    ] = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of a batch (default: as in training).")] = None,
     on_error: Annotated[
         OnError, typer.Option(help="At a row that cannot be used: stop, or leave it out and report it.")
@@ -389,25 +397,99 @@ def predict(
     recipe, _ = usable_run(run, model)
 
     from fvae_lora_experiments.predict.output import Output
-    from fvae_lora_experiments.predict.request import check_request
+    from fvae_lora_experiments.predict.request import check_foreign, check_request
     from fvae_lora_experiments.predict.rows import begun, read_rows
     from fvae_lora_experiments.predict.wanted import wanted_by
+    from fvae_lora_experiments.run.folder import RunFolder
 
     output = Output(out, resume)
     check_request(recipe, output, probabilities, draws)
+    if foreign:
+        check_foreign(RunFolder(run), recipe)
     rows = begun(read_rows(inputs, wanted_by(recipe, column or [])))
     use_one_gpu()
 
+    from fvae_lora_experiments.predict.foreign import load_detector
     from fvae_lora_experiments.predict.predict import predict as predict_rows
     from fvae_lora_experiments.predict.trained import load_run
 
     silence_libraries()
     signals.raise_on_signal("stopped" if out is None else f"stopped; --resume goes on after the last row of {out}")
     trained = load_run(run, model)
-    done, left_out = predict_rows(trained, rows, output, probabilities, draws, batch_size, on_error.value)
+    detector = load_detector(RunFolder(run), trained) if foreign else None
+    done, left_out = predict_rows(trained, rows, output, probabilities, draws, detector, batch_size, on_error.value)
     if out is not None:
         skipped = f", {left_out} left out" if left_out else ""
         console.print(f"{out}: {done} rows predicted{skipped}", highlight=False, soft_wrap=True)
+
+
+class SplitName(StrEnum):
+    """A part of the data."""
+
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
+@app.command(cls=Command)
+def inspect(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A finished run's folder, or an adapter's.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="With --dataset: how its data are read, for example data.group_column=place.",
+            autocompletion=completion.keys,
+        ),
+    ] = None,
+    model: Model = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Other data than the run's, as for train; labels are not needed.")
+    ] = None,
+    data_root: DataRoot = None,
+    task: Annotated[str | None, typer.Option(help="Of an adapter alone (default: judged by the data).")] = None,
+    split: Annotated[SplitName, typer.Option(help="The split that is looked at.")] = SplitName.validation,
+    rows: Annotated[int, typer.Option(min=2, help="Rows at most; of more as many are drawn.")] = 2000,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the page and the numbers (default: the first one).")
+    ] = None,
+    detector: Annotated[
+        bool,
+        typer.Option(
+            "--detector",
+            help="Fits a detector of foreign inputs to the run's training and validation rows, for predict --foreign.",
+        ),
+    ] = False,
+) -> None:
+    """Looks into an adapter of FVAE-LoRA: what its autoencoders know, layer by layer, and what to change."""
+    from fvae_lora_experiments.inspect.source import find_source, refuse_detector
+
+    chosen = find_source(source, model, dataset, task, overrides or [])
+    if detector:
+        refuse_detector(chosen)
+    use_one_gpu()
+
+    from fvae_lora_experiments.inspect import run
+    from fvae_lora_experiments.report.terminal import print_grid
+
+    silence_libraries()
+    signals.raise_on_signal()
+    folder = out or source
+    inspection = run.inspect(chosen, split.value, rows, folder)
+    for table in inspection.tables():
+        print_grid(table, console)
+        for note in table.notes:
+            console.print(note, style="dim", highlight=False)
+    for note in inspection.notes:
+        console.print(note, style="dim", highlight=False)
+    for warning in inspection.warnings:
+        console.print(warning, style="yellow", highlight=False)
+    console.print(f"The page is {folder / run.PAGE}, the numbers are in {run.JSON} beside it", highlight=False)
+    if detector:
+        where = run.fit_detector(chosen, rows)
+        console.print(
+            f"The detector is in {where}; fvae-lora predict {source} INPUT... --foreign uses it", highlight=False
+        )
 
 
 @app.command(cls=Command)

@@ -8,6 +8,10 @@ class UserError(Exception):
     """The request is wrong: the message says what, where, and what is allowed. Exit code 2."""
 
 
+class NoClassesError(UserError):
+    """The data tell no classes apart, which training needs: no label is known, or all are of one class."""
+
+
 class RunError(Exception):
     """The run itself failed; its record says why. Exit code 1."""
 

@@ -28,6 +28,7 @@ from fvae_lora import (
     load_reference_adapter,
 )
 from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.models.heads import saved_head_size
 from fvae_lora_experiments.models.pretrained import load, load_adapter, load_model, loading
 from fvae_lora_experiments.places import is_local
 from fvae_lora_experiments.run.finished import read_finished_run
@@ -46,8 +47,6 @@ TASK_CLASSES = {
 }
 OPTIONS = {"folder": "--out", "bias": "--bias", "max_error": "--max-error", "calibration": "--rows"}
 """The command line's options for the method's arguments."""
-
-HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
 
 
 def export_inference(source: Path, out: Path, model: str | None = None) -> None:
@@ -171,8 +170,8 @@ def _load_base(adapter: Path, model: str | None) -> PreTrainedModel:
         raise UserError(f"{adapter}: does not name its base model; give --model")
     if is_local(name) and not Path(name).is_dir():
         raise UserError(f"model {name}: no such folder; --model says where it is")
-    heads = [shape[0] for key, shape in adapter_folder.shapes(adapter).items() if key.endswith(HEADS)]
-    options: dict[str, Any] = {"num_labels": heads[0]} if heads else {}
+    size = saved_head_size(adapter)
+    options: dict[str, Any] = {} if size is None else {"num_labels": size}
     with loading(name, "as the adapter's base model"):
         return load_model(_model_class(fields, name), name, **options)[0]
 

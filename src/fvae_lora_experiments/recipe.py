@@ -219,6 +219,20 @@ def check_recipe(tree: Mapping[str, Any], where: str) -> Recipe:
     return recipe
 
 
+def change_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe, changed by `key=value` strings.
+
+    Raises:
+        UserError: as `load_recipe`.
+    """
+    if not overrides:
+        return recipe
+    tree = recipe.model_dump()
+    for key, value in _changes(overrides, {}).items():
+        _set(tree, key, value)
+    return check_recipe(tree, "recipe")
+
+
 def parse_override(text: str) -> tuple[str, Any]:
     """`train.epochs=3` as ("train.epochs", 3); the value is read as YAML."""
     key, equals, value = text.partition("=")

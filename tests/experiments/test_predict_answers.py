@@ -1,4 +1,4 @@
-"""`fvae-lora predict` where the answer is no class of a list: numbers, words, phonemes, options of a question."""
+"""`predict` and `inspect` where the answer is no class of a list: numbers, words, phonemes, options of a question."""
 
 from __future__ import annotations
 
@@ -41,6 +41,15 @@ def trained(recipe: str, folder: Path, model: Path, dataset: Path, **more: Any) 
     return run_recipe(load_recipe(recipe, [], options), folder, quiet=True)
 
 
+def inspected(cli: Cli, run: Path) -> dict[str, Any]:
+    """What the autoencoders know of the run's training split."""
+    code, _, err = cli("inspect", run, "--split", "train")
+    assert (code, err) == (0, "")
+    found: dict[str, Any] = json.loads((run / "inspection.json").read_text())
+    assert all(layer["tokens"] and layer["kl_z1"] is not None for layer in found["layers"])
+    return found
+
+
 def test_words_are_those_of_the_test(cli: Cli, tmp_path: Path) -> None:
     data = write_recordings(tmp_path / "data", {"train": said(*WORDS[:6]), "test": said(*WORDS[6:])})
     record = trained(
@@ -68,6 +77,13 @@ def test_words_are_those_of_the_test(cli: Cli, tmp_path: Path) -> None:
     samples, rate = soundfile.read(tmp_path / "yes.wav", dtype="float32")
     heard = hear({"raw": samples, "sampling_rate": rate}, generate_kwargs={"num_beams": 1})  # greedy, as in the test
     assert heard["text"].strip() == table(one)[0]["text"].strip()
+    found = inspected(cli, tmp_path / "run")
+    assert found["notes"] == ["No probes for a label: the task transcription has no classes."]
+    assert {"encoder", "decoder"} <= {part for layer in found["layers"] for part in layer["name"].split(".")}
+    for command in (("predict", tmp_path / "run", data / "test.parquet", "--foreign"), ("inspect", tmp_path / "run")):
+        code, _, err = cli(*command, *(["--detector"] if command[0] == "inspect" else []))
+        assert code == 2
+        assert "this run (transcription) reads what is written beside what it is given" in err
 
 
 def test_phonemes_are_those_of_the_test(cli: Cli, tmp_path: Path) -> None:
@@ -87,6 +103,11 @@ def test_phonemes_are_those_of_the_test(cli: Cli, tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     heard = [row["phonemes"] for row in table(out)]
     assert jiwer.wer(spoken, heard) == pytest.approx(record.metrics.test["per"])
+    assert inspected(cli, tmp_path / "run")["notes"] == ["No probes for a label: the task phonemes has no classes."]
+    assert cli("inspect", tmp_path / "run", "--detector")[0] == 0
+    rows = table(cli("predict", tmp_path / "run", test[0]["audio"]["path"], "--foreign")[1])
+    assert rows[0]["phonemes"] == heard[0]
+    assert 0 < float(rows[0]["foreign_p_value"]) <= 1
 
 
 def test_the_option_is_that_of_the_test_whether_or_not_the_answer_is_known(cli: Cli, tmp_path: Path) -> None:
@@ -101,6 +122,7 @@ def test_the_option_is_that_of_the_test_whether_or_not_the_answer_is_known(cli: 
     (tmp_path / "known.jsonl").write_text("\n".join(map(json.dumps, rows)))
     unknown = [{"instruction": row["instruction"]} for row in rows]
     (tmp_path / "unknown.jsonl").write_text("\n".join(map(json.dumps, unknown)))
+    assert inspected(cli, tmp_path / "run")["probes"] == {}
     code, out, err = cli("predict", tmp_path / "run", tmp_path / "known.jsonl")
     assert (code, err) == (0, "")
     assert {row["label"] for row in table(out)} <= {f"answer{n}" for n in range(1, 6)}
@@ -139,5 +161,7 @@ def test_a_regression_gives_numbers_also_of_lines_of_text(
     )
     found = [regress(text)[0]["score"] for text in texts[:5]]
     assert [float(row["value"]) for row in rows] == pytest.approx(found, rel=1e-4)
+    assert inspected(cli, tmp_path / "run")["probes"]["label"]["metric"] == "R²"
+    assert "z1 by label" in (tmp_path / "run" / "inspection.html").read_text()
     code, _, err = cli("predict", tmp_path / "run", tmp_path / "train.jsonl", "--probabilities")
     assert (code, err) == (2, "fvae-lora: --probabilities: this run (text) does not tell classes apart\n")

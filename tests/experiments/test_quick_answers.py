@@ -52,6 +52,7 @@ def test_what_trains_nothing_answers_at_once(tmp_path: Path) -> None:
         ["train", "--help"],
         ["compare", "--help"],
         ["predict", "--help"],
+        ["inspect", "--help"],
         ["--version"],
         ["recipes"],
         ["recipes", "list"],
@@ -78,6 +79,7 @@ MISTAKES = {
     ("compare", "image/default", "--model", ".", "--dataset", "./no"): "dataset ./no: no such file or folder",
     ("evaluate", "./no"): "no: no finished run",
     ("predict", "./no", "a.png"): "no: no finished run",
+    ("inspect", "./no"): "no: neither a run with an adapter nor an adapter's folder",
 }
 
 

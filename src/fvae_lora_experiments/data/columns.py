@@ -7,7 +7,7 @@ from datasets import ClassLabel, Dataset
 
 from fvae_lora_experiments.data.files import Notes
 from fvae_lora_experiments.data.source import row_locations
-from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.errors import NoClassesError, UserError
 from fvae_lora_experiments.schema import DataSettings
 
 
@@ -54,7 +54,8 @@ def _select_columns(
     for what, (key, candidates) in wanted.items():
         found = next((c for c in candidates if c in rows.column_names), None)
         if found is None:
-            raise UserError(
+            kind = NoClassesError if what == "label" else UserError
+            raise kind(
                 f"dataset {name}: no {what} column in split {split}; set {key} to one of {', '.join(rows.column_names)}"
             )
         if found in columns:

@@ -29,7 +29,7 @@ from fvae_lora_experiments.data.labels import drop_unlabelled, with_classes
 from fvae_lora_experiments.data.source import official_splits
 from fvae_lora_experiments.data.spurious import read_published
 from fvae_lora_experiments.data.tables import READERS, read_tables
-from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.errors import NoClassesError, UserError
 from fvae_lora_experiments.places import DIGITS
 from fvae_lora_experiments.schema import DataSettings
 
@@ -101,15 +101,16 @@ def _read_local(settings: DataSettings, place: Path, notes: Notes) -> dict[str, 
             return splits
         lone = lone or splits
     if lone is None:
-        raise UserError(f"dataset {place}: {_why_not_understood(place)}; readable layouts: {LAYOUTS}")
+        raise _not_understood(place)
     return lone
 
 
-def _why_not_understood(folder: Path) -> str:
+def _not_understood(folder: Path) -> UserError:
     images = [file for file in visible_files(folder, Notes()) if has_suffix(file, readable_suffixes())]
-    if not images:
-        return f"no images; it has {describe_contents(folder)}"
-    return f"{len(images)} images, but neither folders nor a table give their classes"
+    why, kind = f"no images; it has {describe_contents(folder)}", UserError
+    if images:
+        why, kind = f"{len(images)} images, but neither folders nor a table give their classes", NoClassesError
+    return kind(f"dataset {folder}: {why}; readable layouts: {LAYOUTS}")
 
 
 def _read_tables(

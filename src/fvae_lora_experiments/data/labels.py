@@ -12,7 +12,7 @@ from fvae_lora_experiments.data.classes import as_classes, class_names, is_missi
 from fvae_lora_experiments.data.columns import check_values
 from fvae_lora_experiments.data.files import Notes
 from fvae_lora_experiments.data.groups import number_groups
-from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.errors import NoClassesError, UserError
 from fvae_lora_experiments.schema import DataSettings
 
 
@@ -63,7 +63,7 @@ def with_classes(
         _refuse_continuous(name, splits["train"], for_numbers)
     allowed = settings.classes or names_in(splits["train"], "label")
     if len(allowed) < 2:
-        raise UserError(f"dataset {name}: split train has only one class: {allowed[0]}")
+        raise NoClassesError(f"dataset {name}: split train has only one class: {allowed[0]}")
     keys = {value_key(label) for label in allowed}
     for split, rows in splits.items():
         declared = class_names(rows)

@@ -1,8 +1,14 @@
 """The head of a model, which turns features into classes."""
 
+from pathlib import Path
+
 from transformers import PreTrainedModel
 
+from fvae_lora import adapter_folder
 from fvae_lora_experiments.errors import UserError
+
+SAVED_HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
+"""How the names of a saved head's last weights end."""
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:
@@ -29,3 +35,9 @@ def draw_new_head(model: PreTrainedModel) -> None:
         for module in model.get_submodule(name).modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
+
+
+def saved_head_size(adapter: Path) -> int | None:
+    """How many outputs the classification head has that is saved in an adapter's folder; None without one."""
+    sizes = [shape[0] for key, shape in adapter_folder.shapes(adapter).items() if key.endswith(SAVED_HEADS)]
+    return sizes[0] if sizes else None

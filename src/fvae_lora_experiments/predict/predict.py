@@ -10,9 +10,11 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
+from fvae_lora import ForeignInputDetector
 from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.predict.foreign import COLUMNS, foreign
 from fvae_lora_experiments.predict.output import Output
-from fvae_lora_experiments.predict.predictors import PREDICTORS, Predictor
+from fvae_lora_experiments.predict.predictors import PREDICTORS, Predictor, Reader
 from fvae_lora_experiments.predict.rows import Row
 from fvae_lora_experiments.predict.trained import Trained
 from fvae_lora_experiments.run.timing import is_terminal
@@ -25,6 +27,7 @@ def predict(
     output: Output,
     probabilities: bool = False,
     draws: int = 0,
+    detector: ForeignInputDetector | None = None,
     batch_size: int | None = None,
     on_error: Literal["stop", "skip"] = "stop",
 ) -> tuple[int, int]:
@@ -36,6 +39,7 @@ def predict(
         output: where to write.
         probabilities: whether to give every class's probability.
         draws: number of draws of z1 for the entropy; 0 for no entropy.
+        detector: gives each row a score of how foreign it is, and a p-value; None gives none.
         batch_size: rows of a batch; None takes the recipe's.
         on_error: whether to stop at a row that cannot be used, or to report it on standard error and leave it out.
 
@@ -47,7 +51,7 @@ def predict(
     """
     torch.manual_seed(trained.recipe.seed)
     predictor = PREDICTORS[trained.recipe.task](trained, probabilities, draws)
-    output.open(predictor.columns)
+    output.open([*predictor.columns, *(COLUMNS if detector else ())])
     done = left_out = 0
     bar = tqdm(unit="row", desc="predicting", disable=not is_terminal(), leave=False)
     try:
@@ -60,7 +64,12 @@ def predict(
                 pairs = zip(batch, prepared, strict=False)
                 usable = [(row, item) for row, item in pairs if not isinstance(item, UserError)]
                 if usable:
-                    found = predictor.predict([item for _, item in usable])
+                    items = [item for _, item in usable]
+                    found = predictor.predict(items)
+                    if detector is not None and isinstance(predictor, Reader):
+                        batch_of_rows = predictor.on_device(predictor.batch(items))
+                        for prediction, more in zip(found, foreign(detector, trained, batch_of_rows), strict=True):
+                            prediction |= more
                     for (row, _), prediction in zip(usable, found, strict=True):
                         output.write(row, prediction)
                     output.flush()
@@ -77,12 +86,10 @@ def predict(
 
 def _prepared(predictor: Predictor, row: Row) -> Any:
     """What the predictor takes, or why the row cannot be used."""
-    if row.error:
-        return UserError(f"{row.where}: {row.error}")
     try:
-        return predictor.prepare(row)
+        return predictor.usable(row)
     except UserError as error:
-        return error if str(error).startswith(row.where) else UserError(f"{row.where}: {error}")
+        return error
 
 
 def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:

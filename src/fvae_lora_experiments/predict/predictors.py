@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fvae_lora import FVAELoraConfig
+from fvae_lora import predict_with_uncertainty
 from fvae_lora_experiments.data.audio_decoding import read_sound
 from fvae_lora_experiments.data.image_decoding import open_image
 from fvae_lora_experiments.data.image_inputs import process
@@ -48,6 +48,21 @@ class Predictor(ABC):
             UserError: it cannot be used.
         """
 
+    def usable(self, row: Row) -> Any:
+        """As `prepare`; the error names the row.
+
+        Raises:
+            UserError: the row cannot be used.
+        """
+        if row.error:
+            raise UserError(f"{row.where}: {row.error}")
+        try:
+            return self.prepare(row)
+        except UserError as error:
+            if str(error).startswith(row.where):
+                raise
+            raise UserError(f"{row.where}: {error}") from error
+
     @abstractmethod
     def predict(self, items: Sequence[Any]) -> Predictions:
         """A batch's predictions, from the results of `prepare` for its rows."""
@@ -57,7 +72,15 @@ class Predictor(ABC):
         return {key: value.to(self.trained.device) for key, value in batch.items()}
 
 
-class Classifier(Predictor):
+class Reader(Predictor):
+    """What predicts by one forward of what a row holds."""
+
+    @abstractmethod
+    def batch(self, items: Sequence[Any]) -> dict[str, Any]:
+        """The rows as the model takes them."""
+
+
+class Classifier(Reader):
     """Classes and their probabilities, or a number."""
 
     @property
@@ -68,10 +91,6 @@ class Classifier(Predictor):
         each = [f"probability_{name}" for name in self.trained.classes] if self.probabilities else []
         return ["label", "probability", *each, *(["entropy", "mutual_information"] if self.draws else [])]
 
-    @abstractmethod
-    def batch(self, items: Sequence[Any]) -> dict[str, Any]:
-        """The rows as the model's arguments."""
-
     def predict(self, items: Sequence[Any]) -> Predictions:
         """One forward; one more for each draw."""
         batch, classes = self.on_device(self.batch(items)), self.trained.classes
@@ -80,11 +99,15 @@ class Classifier(Predictor):
             return [{"value": number(value)} for value in logits.squeeze(-1)]
         found = [named(row, classes, self.probabilities) for row in logits.softmax(-1)]
         if self.draws:
-            with _drawing(self.trained):
-                drawn = torch.stack([self._logits(batch).softmax(-1) for _ in range(self.draws)])
-            total, expected = _entropy(drawn.mean(0)), _entropy(drawn).mean(0)
-            for row, entropy, own in zip(found, total, expected, strict=True):
-                row |= {"entropy": number(entropy), "mutual_information": number((entropy - own).clamp(min=0))}
+            trained = self.trained
+            with trained.task.autocast(trained.device):  # draw by draw: no more memory than a prediction takes
+                drawn = predict_with_uncertainty(
+                    trained.model, draws=self.draws, seed=trained.recipe.seed, draws_at_once=1, **batch
+                )
+            assert drawn.entropy is not None
+            assert drawn.mutual_information is not None
+            for row, entropy, part in zip(found, drawn.entropy, drawn.mutual_information, strict=True):
+                row |= {"entropy": number(entropy), "mutual_information": number(part)}
         return found
 
     def _logits(self, batch: dict[str, Any]) -> Tensor:
@@ -154,7 +177,7 @@ class Writer(Predictor):
         return [{"text": text.strip()} for text in texts]
 
 
-class Listener(Predictor):
+class Listener(Reader):
     """Recognises the phonemes of recordings."""
 
     columns = ("phonemes",)
@@ -166,10 +189,13 @@ class Listener(Predictor):
         heard = extractor(sound, sampling_rate=extractor.sampling_rate, return_tensors="pt")
         return {"input_values": heard["input_values"][0], "labels": torch.zeros(1, dtype=torch.long)}
 
+    def batch(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        """`input_values` (rows, samples) and `attention_mask`."""
+        return {key: value for key, value in self.trained.task.collate(items).items() if key != "labels"}
+
     def predict(self, items: Sequence[dict[str, Tensor]]) -> Predictions:
         """The best symbol of each frame, repetitions collapsed."""
-        batch = self.on_device(self.trained.task.collate(items))
-        del batch["labels"]
+        batch = self.on_device(self.batch(items))
         with self.trained.task.autocast(self.trained.device):
             best = self.trained.model(**batch).logits.argmax(-1).cpu().numpy()
         frames: Any = self.trained.model._get_feat_extract_output_lengths
@@ -225,27 +251,6 @@ def named(probabilities: Tensor, classes: Sequence[str], every: bool) -> dict[st
     if every:
         found["probabilities"] = dict(zip(classes, map(number, probabilities), strict=True))
     return found
-
-
-def _entropy(probabilities: Tensor) -> Tensor:
-    """In nats, over the last dimension."""
-    return torch.special.entr(probabilities).sum(-1)
-
-
-class _drawing:  # noqa: N801
-    """Makes the adapter sample z1 in eval mode."""
-
-    def __init__(self, trained: Trained):
-        configs = getattr(trained.model, "peft_config", {}).values()
-        self.configs = [config for config in configs if isinstance(config, FVAELoraConfig)]
-
-    def __enter__(self) -> None:
-        for config in self.configs:
-            config.sample_at_inference = True
-
-    def __exit__(self, *_: object) -> None:
-        for config in self.configs:
-            config.sample_at_inference = False
 
 
 PREDICTORS: dict[str, type[Predictor]] = {

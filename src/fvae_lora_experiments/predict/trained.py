@@ -60,7 +60,12 @@ def load_run(path: Path | str, model: str | None = None) -> Trained:
     recipe, record = usable_run(Path(path), model)
     with quiet_models():
         base, processor = open_base(recipe, record)
-        trained = with_adapter(base, RunFolder(Path(path)).adapter).eval()
-    if torch.accelerator.is_available() and not getattr(base, "is_quantized", False):
-        trained.to(torch.accelerator.current_accelerator())
+        trained = on_accelerator(with_adapter(base, RunFolder(Path(path)).adapter).eval(), base)
     return Trained(recipe, record, load_task(recipe), trained, processor)
+
+
+def on_accelerator(model: nn.Module, base: nn.Module) -> nn.Module:
+    """`model` on the accelerator, if there is one and its `base` is not quantised, which is there already."""
+    if torch.accelerator.is_available() and not getattr(base, "is_quantized", False):
+        model.to(torch.accelerator.current_accelerator())
+    return model

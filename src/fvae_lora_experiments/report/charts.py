@@ -112,6 +112,40 @@ def scatter_chart(title: str, x_label: str, dots: Sequence[Dot], unit: Callable[
     return _chart(title, x_label + (", log scale" if x.log else ""), x, y, marks)
 
 
+def cloud(title: str, kinds: Sequence[tuple[Mark, Sequence[tuple[float, float]]]]) -> Markup:
+    """Draw points without scales, those of each mark in its colour and shape, which `markers` defines on the page."""
+    points = [point for _, of_kind in kinds for point in of_kind]
+    x = Axis.linear([point[0] for point in points], 8, 232)
+    y = Axis.linear([point[1] for point in points], 172, 8)
+    drawn = Markup().join(
+        Markup('<path class="cloud" style="marker:url(#{})" d="{}"/>').format(marker_name(mark), _path(x, y, of_kind))
+        for mark, of_kind in kinds
+        if of_kind
+    )
+    return Markup(
+        "<figure><figcaption>{}</figcaption>"
+        '<svg class="chart" viewBox="0 0 240 180" role="img" aria-label="{}">'
+        '<path class="grid" d="M0 0H240V180H0z"/>{}</svg></figure>'
+    ).format(title, title, drawn)
+
+
+def markers(marks: Sequence[Mark]) -> Markup:
+    """Define the markers of `cloud`, once on a page."""
+    made = Markup().join(
+        Markup(
+            '<marker id="{}" class="{}" viewBox="-7 -7 14 14" markerWidth="8" markerHeight="8" '
+            'markerUnits="userSpaceOnUse"><path class="point" d="{}"/></marker>'
+        ).format(marker_name(mark), mark.css, mark.outline)
+        for mark in marks
+    )
+    return Markup('<svg class="markers" width="0" height="0" aria-hidden="true"><defs>{}</defs></svg>').format(made)
+
+
+def marker_name(mark: Mark) -> str:
+    """The id of its marker."""
+    return f"m{mark.number}"
+
+
 def _wide(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) / min(values) >= 10
 

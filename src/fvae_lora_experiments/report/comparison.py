@@ -4,14 +4,13 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 from markupsafe import Markup
 
 from fvae_lora_experiments.report.by_class import Classes, classes_of
 from fvae_lora_experiments.report.charts import COLOURS, Dot, Line, Mark, line_chart, scatter_chart, spark, strip
-from fvae_lora_experiments.report.numbers import factor, number, quantity, title
+from fvae_lora_experiments.report.numbers import factor, number, quantity, title, without_common_parents
 from fvae_lora_experiments.report.rows import Group, Row
 from fvae_lora_experiments.report.tables import ComparedRows, Table, grid_key, grid_lines, grid_tables, tables
 from fvae_lora_experiments.run.archive import CurvePoint, StoredRun
@@ -188,15 +187,9 @@ def _elbo(group: Group) -> Elbo:
         terms,
         [
             Layer(name, [_development(curves[layer, term]) for term in terms])
-            for layer, name in zip(layers, _without_common_parents(layers), strict=True)
+            for layer, name in zip(layers, without_common_parents(layers), strict=True)
         ],
     )
-
-
-def _without_common_parents(modules: Sequence[str]) -> list[str]:
-    paths = [module.split(".") for module in modules]
-    shared = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
-    return [".".join(path[shared:] or path) for path in paths]
 
 
 def _development(seeds: Sequence[list[CurvePoint]]) -> tuple[Markup, str, str] | None:

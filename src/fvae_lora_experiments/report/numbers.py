@@ -1,8 +1,9 @@
-"""Numbers for people: titles of scores, formatting, and confidence intervals over seeds."""
+"""Numbers and names for people: titles of scores, formatting, and confidence intervals over seeds."""
 
 import math
 import statistics
 from collections.abc import Sequence
+from itertools import takewhile
 
 from scipy.stats import t
 
@@ -96,3 +97,10 @@ def rate(value: float | None) -> str:
 
 def _three_digits(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 99.95 else f"{value:.0f}"
+
+
+def without_common_parents(modules: Sequence[str]) -> list[str]:
+    """Shorten names of modules by the parents that all of them have."""
+    paths = [module.split(".") for module in modules]
+    shared = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
+    return [".".join(path[shared:] or path) for path in paths]

@@ -32,7 +32,7 @@ def write_atomically(path: Path, contents: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except OSError:
+    except BaseException:  # Ctrl-C, too
         with contextlib.suppress(OSError):
             part.unlink()
         raise
