@@ -101,7 +101,7 @@ def scatter_chart(title: str, x_label: str, dots: Sequence[Dot], unit: Callable[
     marks = [
         Markup('<g class="{}"><title>{}</title><path class="bar" d="M{} {}V{}"/>{}</g>').format(
             dot.mark.css,
-            f"{dot.mark.label}: {dot.y:.2f} ± {dot.spread:.2f} at {unit(dot.x)}",
+            f"{dot.mark.label}: {dot.y:.2f}{f' ± {dot.spread:.2f}' if dot.spread else ''} at {unit(dot.x)}",
             x(dot.x),
             y(dot.y - dot.spread),
             y(dot.y + dot.spread),

@@ -5,12 +5,18 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from fvae_lora_experiments.report.aggregate import aggregate
-from fvae_lora_experiments.report.charts import Mark, swatch
+from fvae_lora_experiments.report.charts import Mark
 from fvae_lora_experiments.report.comparison import draw_comparison
-from fvae_lora_experiments.report.tables import compared_rows, grid_key, grid_lines, overview_tables, uncounted
+from fvae_lora_experiments.report.html import fill
+from fvae_lora_experiments.report.tables import (
+    compared_rows,
+    grid_key,
+    grid_lines,
+    grid_points,
+    overview_tables,
+    uncounted,
+)
 from fvae_lora_experiments.run.archive import folder_name, read_runs
 from fvae_lora_experiments.run.folder import write_atomically
 
@@ -29,23 +35,17 @@ def write_page(places: Sequence[Path], out: Path) -> Path:
     counted = [group for group in groups if group.runs]
     labels = {row.label for row in rows if row.state == "complete"}
     for compared in compared_rows(rows):
-        labels |= grid_lines(compared.points, grid_key(compared.points)).keys()
+        points = grid_points(compared.points)
+        labels |= grid_lines(points, grid_key(points)).keys()
     marks = {label: Mark(label, i) for i, label in enumerate(sorted(labels))}
-    templates = Environment(
-        loader=PackageLoader(__package__),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = templates.get_template("page.html").render(
+    page = fill(
+        "page.html",
         folder=", ".join(map(folder_name, places)),
         runs=len(read),
         counted=sum(len(group.runs) for group in counted if group.row.state == "complete"),
         selecting=sum(len(group.runs) for group in counted if group.row.state == "selection"),
         states=Counter(row.state for row in left_out),
         incomplete=sum(bool(row.missing_seeds) for row in rows if row.state == "complete"),
-        swatch=swatch,
         overviews=overview_tables(rows),
         comparisons=[
             draw_comparison(list(alike), marks)

@@ -17,10 +17,10 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
     for compared in compared_rows(rows):
         console.print(Text(compared.name, style="bold"))
         for table in tables(compared):
-            _print(table, console)
+            print_grid(table, console)
             said |= dict.fromkeys(table.notes)
     for table in overview_tables(rows):
-        _print(table, console)
+        print_grid(table, console)
         said |= dict.fromkeys(table.notes)
     for note in said:
         console.print(Text(note, style="yellow" if note.startswith(("Warning", "incomplete")) else "dim"))
@@ -30,7 +30,8 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
         console.print(Text.assemble((f"{row.state:<10}", "red"), f" {row.run}  {row.reason}"))
 
 
-def _print(table: Table, console: Console) -> None:
+def print_grid(table: Table, console: Console) -> None:
+    """Print a table, in as many parts as the terminal's width needs."""
     console.print(Text(table.title, style="italic"))
     for columns in _fitting(table, console.width):
         grid = Grid(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
