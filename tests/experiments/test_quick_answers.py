@@ -19,7 +19,7 @@ from fvae_lora_experiments.suggest import did_you_mean
 
 Cli = Callable[..., tuple[int, str, str]]
 
-HEAVY = ("torch", "transformers", "peft", "fvae_lora", "sklearn")
+HEAVY = ("torch", "transformers", "peft", "fvae_lora", "sklearn", "optuna")
 STUDY = Path(__file__).parents[2] / "studies" / "demo" / "runs.jsonl.gz"
 RUNS = Path(__file__).parents[1] / "data" / "runs"
 PROGRAM = """
@@ -52,6 +52,7 @@ def test_what_trains_nothing_answers_at_once(tmp_path: Path) -> None:
         ["train", "--help"],
         ["compare", "--help"],
         ["predict", "--help"],
+        ["tune", "--help"],
         ["--version"],
         ["recipes"],
         ["recipes", "list"],
@@ -77,6 +78,9 @@ MISTAKES = {
     ("train", "image/default", "--model", ".", "--dataset", "./no"): "dataset ./no: no such folder or file",
     ("compare", "image/default", "--model", ".", "--dataset", "./no"): "dataset ./no: no such folder or file",
     ("evaluate", "./no"): "no: no finished run",
+    ("tune", "image/demo", "--trials", "0"): "--trials 0: expected at least 1",
+    ("tune", "image/demo", "--knobs", "fvae.kl_weigth"): "; did you mean fvae.kl_weight?",
+    ("tune", "image/default", "--model", ".", "--dataset", "./no"): "dataset ./no: no such folder or file",
     ("predict", "./no", "a.png"): "no: no finished run",
 }
 

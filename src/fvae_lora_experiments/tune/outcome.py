@@ -14,7 +14,7 @@ from fvae_lora_experiments.recipe import flatten, load_recipe, recipe_tree
 from fvae_lora_experiments.run.folder import write_atomically
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.sweep.select import GridPoint, best_point
-from fvae_lora_experiments.tune.study import Journal, Plan, StudyFolder, with_values
+from fvae_lora_experiments.tune.study import METRIC, REASON, Journal, Plan, StudyFolder, with_values
 
 FEWEST = 10
 """How many finished trials it takes to say how much a knob matters: the best tenth is compared with the rest."""
@@ -87,12 +87,12 @@ def read_search(folder: StudyFolder) -> Search:
             states.get(trial.state, "running"),
             trial.value if trial.state == TrialState.COMPLETE else None,
             sorted(trial.intermediate_values.items()),
-            trial.user_attrs.get("reason", ""),
+            trial.user_attrs.get(REASON, ""),
         )
         for trial in journal.begun()
         if trial.params.keys() >= plan.space.keys()
     ]
-    metric = journal.study.user_attrs.get("metric", "score")
+    metric = journal.study.user_attrs.get(METRIC, "score")
     greater = journal.study.direction.name == "MAXIMIZE"
     return Search(plan, metric, greater, trials, _importances(journal, trials))
 

@@ -21,13 +21,10 @@ from fvae_lora_experiments.run.runner import run_recipe
 from fvae_lora_experiments.run.timing import eta
 from fvae_lora_experiments.tasks import load_task
 from fvae_lora_experiments.tune.space import Knob, starting_points
-from fvae_lora_experiments.tune.study import Journal, Plan, StudyFolder
+from fvae_lora_experiments.tune.study import DATA, METRIC, REASON, Journal, Plan, StudyFolder
 
 UNPRUNED = 5
 """How many trials must be finished before others are pruned."""
-
-REASON = "reason"
-"""The attribute of a trial that says why it has no score."""
 
 
 class SeededSampler(BaseSampler):
@@ -107,19 +104,20 @@ class Worker:
     def __init__(self, folder: StudyFolder, plan: Plan, trials: int, console: Console):
         self.folder, self.plan, self.trials, self.console = folder, plan, trials, console
         self.metric = load_task(plan.recipe).metric
-        folder.keep(plan)
-        epochs = plan.recipe.train.epochs
         with folder.locked():
-            self.journal = Journal(
-                folder,
-                SeededSampler(plan.seed),
-                direction="maximize" if self.metric.greater_is_better else "minimize",
-                pruner=MedianPruner(UNPRUNED, n_warmup_steps=epochs // 3),
-            )
+            if is_new := not folder.plan_file.exists():
+                folder.journal.unlink(missing_ok=True)  # of a search that was killed while it began
+            else:
+                folder.refuse_others(plan)
+            greater_is_better = self.metric.greater_is_better if is_new else None
+            pruner = MedianPruner(UNPRUNED, n_warmup_steps=plan.recipe.train.epochs // 3)
+            self.journal = Journal(folder, greater_is_better, SeededSampler(plan.seed), pruner)
             self.study = self.journal.study
-            for point in starting_points(plan.recipe, plan.space):
-                self.study.enqueue_trial(point, skip_if_exists=True)
-            self.study.set_user_attr("metric", self.metric.name)
+            if is_new:
+                self.study.set_user_attr(METRIC, self.metric.name)
+                for point in starting_points(plan.recipe, plan.space):
+                    self.study.enqueue_trial(point)
+                folder.write_plan(plan)
         self.failures: dict[int, str] = {}
         """Of trials that failed here, which the next command tries again."""
 
@@ -195,6 +193,7 @@ class Worker:
         return self._end(number, record)
 
     def _end(self, number: int, record: Record) -> str:
+        self._refuse_other_data(number, record)
         score = record.score if record.state == "complete" else None
         if score is None:
             how = "pruned" if record.state == "pruned" else "diverged"
@@ -203,6 +202,18 @@ class Worker:
         best = self.study.best_trial
         said = "the best so far" if best.number == number else f"best {best.value:.4f} of trial {best.number + 1}"
         return f"{self.metric.name} {score:.4f}, {said}"
+
+    def _refuse_other_data(self, number: int, record: Record) -> None:
+        """The model and the data of all trials must be the same by contents, not only by name."""
+        found = [record.model.fingerprint, record.dataset.fingerprint]
+        known = self.study.user_attrs.get(DATA)
+        if known is None:
+            self.study.set_user_attr(DATA, found)
+        elif known != found:
+            run = self.folder.run(number).path
+            raise UserError(
+                f"{run}: done on another model or other data than the trials before; delete it to repeat it"
+            )
 
     def _end_without_score(self, number: int, reason: str) -> str:
         trial = self.journal.trial(number)

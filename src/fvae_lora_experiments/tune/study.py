@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 
@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 
 NAME = "tune"
 """The study's name in its journal, which holds no other."""
+
+REASON = "reason"
+"""The attribute of a trial that says why it has no score."""
+
+METRIC, DATA = "metric", "data"
+"""The attributes of a study: the score's name; the fingerprints of model and data."""
 
 
 @dataclass(frozen=True)
@@ -99,20 +105,12 @@ class StudyFolder:
         """The folder of a trial's run."""
         return RunFolder(self.path / f"trial-{number + 1:04}")
 
-    def keep(self, plan: Plan) -> None:
-        """Writes down what is searched, or checks that it is what has been searched here.
-
-        Raises:
-            UserError: it is not, or the file is not readable; nothing was changed.
-        """
-        with self.locked():
-            if self.plan_file.exists():
-                self.refuse_others(plan)
-                return
-            places = {key: portable_path(getattr(plan.recipe, key), self.path) for key in ("model", "dataset")}
-            knobs = {key: asdict(knob) for key, knob in plan.space.items()}
-            contents = {"recipe": plan.recipe.model_dump() | places, "knobs": knobs, "seed": plan.seed}
-            write_atomically(self.plan_file, json.dumps(contents, indent=1) + "\n")
+    def write_plan(self, plan: Plan) -> None:
+        """Writes down what is searched."""
+        places = {key: portable_path(getattr(plan.recipe, key), self.path) for key in ("model", "dataset")}
+        knobs = {key: asdict(knob) for key, knob in plan.space.items()}
+        contents = {"recipe": plan.recipe.model_dump() | places, "knobs": knobs, "seed": plan.seed}
+        write_atomically(self.plan_file, json.dumps(contents, indent=1) + "\n")
 
     def read_plan(self) -> Plan:
         """What is searched here.
@@ -170,11 +168,23 @@ def searches_in(out: Path) -> list[StudyFolder]:
 class Journal:
     """Optuna's study of a folder.
 
+    Args:
+        folder: the search's.
+        greater_is_better: of a study that is made; None opens the one that is there.
+        sampler: chooses points.
+        pruner: ends trials.
+
     Raises:
         UserError: the journal is not one of Optuna's.
     """
 
-    def __init__(self, folder: StudyFolder, sampler: "optuna.samplers.BaseSampler | None" = None, **options: Any):
+    def __init__(
+        self,
+        folder: StudyFolder,
+        greater_is_better: bool | None = None,
+        sampler: "optuna.samplers.BaseSampler | None" = None,
+        pruner: "optuna.pruners.BasePruner | None" = None,
+    ):
         import optuna
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
@@ -185,9 +195,10 @@ class Journal:
         lock: Any = _JournalLock(file)
         try:
             self.storage = JournalStorage(JournalFileBackend(str(file), lock_obj=lock))
-            self.study = optuna.create_study(
-                storage=self.storage, study_name=NAME, load_if_exists=True, sampler=sampler, **options
-            )
+            if greater_is_better is not None:
+                direction: Literal["maximize", "minimize"] = "maximize" if greater_is_better else "minimize"
+                optuna.create_study(storage=self.storage, study_name=NAME, direction=direction)
+            self.study = optuna.load_study(storage=self.storage, study_name=NAME, sampler=sampler, pruner=pruner)
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
             raise UserError(f"{file}: not the journal of a search; nothing was changed") from error
 

@@ -41,7 +41,7 @@ def tune(request: Request, console: Console) -> list[str]:
     print_searches(searches, console)
     lost = [search.method for search in searches if search.best is None and search.count("running") == 0]
     if lost:
-        raise RunError(f"{', '.join(lost)}: no trial was finished, see {request.out / 'tune.html'}")
+        raise RunError(f"{', '.join(lost)}: no trial was finished; see {request.out / 'tune.html'}")
     if any(search.best for search in searches):
         methods = ",".join(search.method for search in searches if search.best)
         console.print(
