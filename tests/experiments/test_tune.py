@@ -19,8 +19,10 @@ from fvae_lora_experiments.report import summary_rows, write_page
 from fvae_lora_experiments.run.runner import run_recipe
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tune import search
-from fvae_lora_experiments.tune.outcome import Search, read_search
-from fvae_lora_experiments.tune.study import StudyFolder
+from fvae_lora_experiments.tune.outcome import Search, TrialResult, read_search
+from fvae_lora_experiments.tune.show import write_page as write_searches
+from fvae_lora_experiments.tune.space import search_space, starting_points
+from fvae_lora_experiments.tune.study import Plan, StudyFolder
 from sweeps import assert_same, left
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -198,6 +200,18 @@ def test_a_trial_that_diverges_is_the_worst(tune: Any, tmp_path: Path) -> None:
     assert err.startswith("fvae-lora: lora: no trial was finished; see ")
     assert [trial.state for trial in found(tmp_path / "s").trials] == ["pruned"] * 2
     assert not (tmp_path / "s" / "best.yaml").exists()
+
+
+def test_names_of_a_user_s_are_text_on_the_page(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    hostile = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
+    recipe = make_recipe().model_copy(update={"dataset": hostile, "model": hostile})
+    values = starting_points(recipe, search_space(recipe))[0]
+    trials = [TrialResult(1, values, "complete", 0.5, [(1, 0.5)]), TrialResult(2, values, "pruned", None, [], hostile)]
+    searches = [Search(Plan(recipe, search_space(recipe), 0), hostile, True, trials, {})]
+    page = write_searches(searches, tmp_path / "tune.html").read_text()
+    assert "<img" not in page
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 3
 
 
 class TestPruned:

@@ -47,8 +47,6 @@ def check_request(
     """
     if importlib.util.find_spec("optuna") is None:
         raise UserError("tune: Optuna is not installed; pip install 'fvae-lora[experiments,tune]'")
-    if trials < 1:
-        raise UserError(f"--trials {trials}: expected at least 1")
     given = [key for key, _ in map(parse_override, overrides)]
     for key, option in (("method", "--methods"), ("seed", "--seed"), ("purpose", "")):
         if key in given:
@@ -69,7 +67,9 @@ def check_request(
         else:  # searched before, and in the same recipe's best.yaml
             other = load_recipe(recipe, overrides, {**options, "method": folder.path.name})
             folder.refuse_others(Plan(other, {}, seed), recipe_only=True)
-    if not out.exists() or out.is_dir():
-        refuse_at_once(recipes[0])
-        return Request(recipe, overrides, options, plans, trials, out)
-    raise UserError(f"--out {out}: not a folder")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: not a folder")
+    if trials < 1:
+        raise UserError(f"--trials {trials}: expected at least 1")
+    refuse_at_once(recipes[0])
+    return Request(recipe, overrides, options, plans, trials, out)

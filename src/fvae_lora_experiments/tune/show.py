@@ -139,12 +139,12 @@ def _chart(search: Search, key: str) -> Markup:
     """The validation score of each trial over the value of a knob."""
     dots = [
         Dot(mark, float(trial.values[key]), factor(search.metric) * score, 0)
-        for trial in search.trials
+        for trial in sorted(search.trials, key=lambda trial: trial == search.best)  # so that nothing hides the best
         for mark, score in _scores(trial, search)
     ]
-    switch = search.plan.space[key].kind == "switch"
-    unit = (lambda x: {0.0: "false", 1.0: "true"}.get(round(x, 6), "")) if switch else "{:.3g}".format
-    return scatter_chart(key, _short(key), dots, unit)
+    knob = search.plan.space[key]
+    unit = (lambda x: {0.0: "false", 1.0: "true"}.get(round(x, 6), "")) if knob.kind == "switch" else "{:.3g}".format
+    return scatter_chart(key, _short(key), dots, unit, linear=not knob.log)
 
 
 def _scores(trial: TrialResult, search: Search) -> list[tuple[Mark, float]]:
