@@ -164,6 +164,13 @@ def test_a_line_that_a_kill_cut_off_does_no_harm(tune: Any, tmp_path: Path) -> N
     assert '"wor{' not in journal.read_text()
 
 
+def test_a_search_that_was_killed_while_it_began_begins_again(tune: Any, tmp_path: Path) -> None:
+    (tmp_path / "s" / "lora").mkdir(parents=True)
+    (tmp_path / "s" / "lora" / "journal.log").write_text('{"op_code":0,"worker_id":"a","study_name":"tu')
+    assert tune("--trials", "1")[0] == 0
+    assert [trial.state for trial in found(tmp_path / "s").trials] == ["complete"]
+
+
 def test_trials_on_other_data_of_the_same_name_do_not_count(tune: Any, pictures: Path, tmp_path: Path) -> None:
 
     assert tune("--trials", "1")[0] == 0

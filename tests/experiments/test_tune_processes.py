@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +82,16 @@ def test_a_stopped_search_says_so_in_one_line_and_resumes(
     again = Tune(tmp_path / "s", options)
     assert again.end() == 0, again.said
     assert len(trials(tmp_path / "s")) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("cluster")
+def test_jobs_of_a_cluster_share_the_trials_of_one_search(options: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fvae_lora_experiments", *Tune.COMMAND, *options, "--out", str(tmp_path / "s")]
+    job = ["sbatch", "--wait", "--array=1-2", f"--output={tmp_path}/job-%a.said", f"--wrap={shlex.join(command)}"]
+    done = subprocess.run(job, capture_output=True, text=True)
+    said = [file.read_text() for file in sorted(tmp_path.glob("job-*.said"))]
+    assert done.returncode == 0, (done.stderr, said)
+    assert [number for number, *_ in trials(tmp_path / "s")] == list(range(1, 9))
+    assert sum(each.count("lora trial ") for each in said) == 8

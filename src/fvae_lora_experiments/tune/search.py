@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
+from accelerate.utils.memory import clear_device_cache
 from filelock import FileLock
 from optuna.distributions import BaseDistribution
 from optuna.pruners import MedianPruner
@@ -141,6 +142,7 @@ class Worker:
                 line = self._do(begun)
             finally:
                 begun.lock.release()
+                clear_device_cache(garbage_collection=True)  # two models at once may be one too many
             progress.done = others + self.done()
             where = f"{self.plan.recipe.method} trial {begun.trial.number + 1}/{self.trials}"
             line = ", ".join(filter(None, (f"{where}: {line}", progress.eta())))
