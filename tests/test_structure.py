@@ -20,7 +20,7 @@ MODULES = {
     ".".join(file.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): file
     for file in sorted(SOURCE.rglob("*.py"))
 }
-HEAVY = ("torch", "transformers", "peft", "datasets", "sklearn", "scipy", METHOD)
+HEAVY = ("torch", "transformers", "peft", "datasets", "sklearn", "scipy", "optuna", METHOD)
 
 
 def imported(module: str) -> Iterator[str]:

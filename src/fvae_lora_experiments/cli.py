@@ -298,6 +298,53 @@ def compare(
         )
 
 
+@app.command(cls=Command)
+def tune(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    model: Model = None,
+    dataset: Dataset = None,
+    data_root: DataRoot = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Methods, separated by commas (default: the recipe's).", autocompletion=completion.methods_in_a_list
+        ),
+    ] = None,
+    trials: Annotated[int, typer.Option(help="Trials of each method, in this folder in all.")] = 40,
+    knobs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY[=LOW:HIGH],...",
+            help="What is searched, with ranges of one's own (default: all that a method has).",
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the trials and of the search; results should have other seeds.")
+    ] = 0,
+    out: Annotated[Path, typer.Option(help="The folder of the search.")] = Path("runs/tune"),
+) -> None:
+    """Searches for each method's best settings; validation alone judges, and what is not promising is pruned.
+
+    It begins with the recipe's own and the published settings. It can be killed at any moment and resumes from there.
+    The same command may run several times at once, also as jobs of a cluster: all share the folder's trials. It ends
+    with OUT/best.yaml, a recipe for train and compare, and OUT/tune.html. Needs fvae-lora[tune].
+    """
+    from fvae_lora_experiments.tune.request import check_request
+
+    request = check_request(
+        recipe, overrides or [], _without_none(model=model, dataset=dataset), methods, trials, knobs, seed, out
+    )
+    use_one_gpu()
+
+    from fvae_lora_experiments.tune.tune import tune as search
+
+    silence_libraries()
+    signals.raise_on_signal()
+    if failures := search(request, console):
+        raise RunError(f"{len(failures)} trials failed; the same command tries them again; the first: {failures[0]}")
+
+
 def _refuse_throughput(flops_per_second: float | None, dry_run: bool) -> None:
     if flops_per_second is not None and not (dry_run and 0 < flops_per_second < float("inf")):
         raise UserError(f"--flops-per-second {flops_per_second:g}: expected a number above 0, and --dry-run")

@@ -42,6 +42,8 @@ class Method:
     """Whether training can resume from a checkpoint; if not, an interrupted run starts again."""
     draws_z1: bool = False
     """Whether it has a latent that can be drawn at inference, too."""
+    adapts_layers: bool = True
+    """Whether it has a rank, at the layers that it adapts."""
 
     def apply(self, model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel | PeftModel:
         """`model`, changed in place, with this method's parameters trainable and all others frozen."""
@@ -211,8 +213,8 @@ METHODS: dict[str, Method] = {
         defaults={"adapter.r": 256},
         training_only=lambda name: 0.5 * ("pvera_lambda_d" in name),  # its second half scales the variances
     ),
-    "linear-probe": Method("only the classification head", _linear_probe),
-    "full": Method("every parameter of the model", None),
+    "linear-probe": Method("only the classification head", _linear_probe, adapts_layers=False),
+    "full": Method("every parameter of the model", None, adapts_layers=False),
 }
 
 

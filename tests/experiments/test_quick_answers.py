@@ -19,7 +19,7 @@ from fvae_lora_experiments.places import DATASETS
 
 Cli = Callable[..., tuple[int, str, str]]
 
-HEAVY = ("torch", "transformers", "peft", "fvae_lora", "sklearn")
+HEAVY = ("torch", "transformers", "peft", "fvae_lora", "sklearn", "optuna")
 STUDY = Path(__file__).parents[2] / "studies" / "demo" / "runs.jsonl.gz"
 RUNS = Path(__file__).parents[1] / "data" / "runs"
 PROGRAM = """
@@ -53,6 +53,7 @@ def test_what_trains_nothing_answers_at_once(tmp_path: Path) -> None:
         ["compare", "--help"],
         ["predict", "--help"],
         ["inspect", "--help"],
+        ["tune", "--help"],
         ["--version"],
         ["recipes"],
         ["recipes", "list"],
@@ -78,6 +79,9 @@ MISTAKES = {
     ("train", "image/default", "--model", ".", "--dataset", "./no"): "dataset ./no: no such file or folder",
     ("compare", "image/default", "--model", ".", "--dataset", "./no"): "dataset ./no: no such file or folder",
     ("evaluate", "./no"): "no: no finished run",
+    ("tune", "image/demo", "--trials", "0"): "--trials 0: expected at least 1",
+    ("tune", "image/demo", "--knobs", "fvae.kl_weigth"): "; did you mean fvae.kl_weight?",
+    ("tune", "image/default", "--model", ".", "--dataset", "./no"): "dataset ./no: no such folder or file",
     ("predict", "./no", "a.png"): "no: no finished run",
     ("inspect", "./no"): "no: neither a run with an adapter nor an adapter's folder",
 }

@@ -23,10 +23,12 @@ from processes import CONTEXT, wait_for
 class Compare:
     """`fvae-lora compare` with two jobs, writing to `out`; what it prints goes to a file beside `out`."""
 
-    def __init__(self, out: Path, options: Sequence[str | Path]):
+    COMMAND: Sequence[str] = ("compare", "image/default", "--jobs", "2")
+
+    def __init__(self, out: Path, options: Sequence[str | Path], said: str = "said"):
         self.out = out
-        self.said_file = out.with_suffix(".said")
-        arguments = later_wins(["compare", "image/default", "--jobs", "2", *options, "--out", out])
+        self.said_file = out.with_suffix(f".{said}")
+        arguments = later_wins([*self.COMMAND, *options, "--out", out])
         self.process = CONTEXT.Process(target=_compare, args=(arguments, self.said_file, dict(os.environ)), daemon=True)
         self.process.start()
 
@@ -54,7 +56,7 @@ class Compare:
 
     def wait_for_runs(self, count: int) -> None:
         """Until so many runs have begun to train."""
-        self.wait_for(lambda: len(list(self.out.glob("*/metrics.jsonl"))) >= count)
+        self.wait_for(lambda: len(list(self.out.rglob("metrics.jsonl"))) >= count)
 
     def end(self) -> int | None:
         """Waits for its end; its exit code."""
@@ -67,6 +69,12 @@ class Compare:
         with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
             os.kill(self.process.pid, number)
         return self.end()
+
+
+class Tune(Compare):
+    """`fvae-lora tune`."""
+
+    COMMAND = ("tune", "image/default")
 
 
 def _compare(arguments: list[str], said: Path, env: dict[str, str]) -> None:

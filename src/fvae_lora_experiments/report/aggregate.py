@@ -76,6 +76,8 @@ def _gathered(runs: Sequence[StoredRun]) -> tuple[list[Trials], list[Group]]:
         trials = found.setdefault(key, Trials(measured, recipe))
         if record.state != "complete":
             trials.unfinished.setdefault(record.seed, record.state)
+            if record.state == "pruned":  # an outcome of a search, and in its table
+                continue
             reason = record.reason or ("not finished" if record.state == "running" else "no reason recorded")
             left_out.append(_left_out(run, record.seed, trials, record.state, reason))
         elif first := trials.runs.get(record.seed):
@@ -189,6 +191,7 @@ def _result(trials: Trials, expected: set[int], settings: str, superseded: bool,
 
 def _point(trials: Trials, settings: str, place: Placement) -> Row:
     states = trials.unfinished.values()
+    reason = next((state for state in ("failed", "running", "pruned") if state in states), "")
     return Row(
         **vars(trials.measured),
         settings=settings,
@@ -199,7 +202,7 @@ def _point(trials: Trials, settings: str, place: Placement) -> Row:
         point=place.point,
         chosen=place.chosen,
         edge=place.edge,
-        reason="failed" if "failed" in states else "running" if states else "",
+        reason=reason,
     )
 
 

@@ -93,15 +93,17 @@ def line_chart(title: str, x_label: str, lines: Sequence[Line], ticks: Sequence[
     return _chart(title, x_label + (", log scale" if x.log else ""), x, y, seeds + means)
 
 
-def scatter_chart(title: str, x_label: str, dots: Sequence[Dot], unit: Callable[[float], str]) -> Markup:
-    """Draw dots with their error bars; x is logarithmic if it spans a factor of ten."""
+def scatter_chart(
+    title: str, x_label: str, dots: Sequence[Dot], unit: Callable[[float], str], linear: bool = False
+) -> Markup:
+    """Draw dots with their error bars; x is logarithmic if it spans a factor of ten, unless it is to be `linear`."""
     costs = [dot.x for dot in dots]
-    x = (Axis.logarithmic if _wide(costs) else Axis.linear)(costs, LEFT + 12, 320, unit)
+    x = (Axis.logarithmic if _wide(costs) and not linear else Axis.linear)(costs, LEFT + 12, 320, unit)
     y = Axis.linear([dot.y + end for dot in dots for end in (-dot.spread, dot.spread)], BOTTOM - 12, TOP)
     marks = [
         Markup('<g class="{}"><title>{}</title><path class="bar" d="M{} {}V{}"/>{}</g>').format(
             dot.mark.css,
-            f"{dot.mark.label}: {dot.y:.2f} ± {dot.spread:.2f} at {unit(dot.x)}",
+            f"{dot.mark.label}: {dot.y:.2f}{f' ± {dot.spread:.2f}' if dot.spread else ''} at {unit(dot.x)}",
             x(dot.x),
             y(dot.y - dot.spread),
             y(dot.y + dot.spread),

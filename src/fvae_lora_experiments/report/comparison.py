@@ -12,7 +12,15 @@ from fvae_lora_experiments.report.by_class import Classes, classes_of
 from fvae_lora_experiments.report.charts import COLOURS, Dot, Line, Mark, line_chart, scatter_chart, spark, strip
 from fvae_lora_experiments.report.numbers import factor, number, quantity, title, without_common_parents
 from fvae_lora_experiments.report.rows import Group, Row
-from fvae_lora_experiments.report.tables import ComparedRows, Table, grid_key, grid_lines, grid_tables, tables
+from fvae_lora_experiments.report.tables import (
+    ComparedRows,
+    Table,
+    grid_key,
+    grid_lines,
+    grid_points,
+    grid_tables,
+    tables,
+)
 from fvae_lora_experiments.run.archive import CurvePoint, StoredRun
 from fvae_lora_experiments.run.record import is_number, printable
 
@@ -95,7 +103,7 @@ def draw_comparison(groups: Sequence[Group], marks: dict[str, Mark]) -> Comparis
         scale=(f"{scale * low:.1f}", f"{scale * high:.1f}"),
         tables=measured[1:],
         grids=grid_tables(points),
-        grid_charts=list(_grid_charts(points, marks)),
+        grid_charts=list(_grid_charts(grid_points(points), marks)),
         curves=[panel for chunk in _chunks(by_mark) if (panel := _curves(chunk, marks)).charts],
         costs=_costs([group.row for group in by_mark], marks),
         elbo=[elbo for group in finished if (elbo := _elbo(group)).layers],

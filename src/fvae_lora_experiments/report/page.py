@@ -9,7 +9,14 @@ from fvae_lora_experiments.report.aggregate import aggregate
 from fvae_lora_experiments.report.charts import Mark
 from fvae_lora_experiments.report.comparison import draw_comparison
 from fvae_lora_experiments.report.html import fill
-from fvae_lora_experiments.report.tables import compared_rows, grid_key, grid_lines, overview_tables, uncounted
+from fvae_lora_experiments.report.tables import (
+    compared_rows,
+    grid_key,
+    grid_lines,
+    grid_points,
+    overview_tables,
+    uncounted,
+)
 from fvae_lora_experiments.run.archive import folder_name, read_runs
 from fvae_lora_experiments.run.folder import write_atomically
 
@@ -28,7 +35,8 @@ def write_page(places: Sequence[Path], out: Path) -> Path:
     counted = [group for group in groups if group.runs]
     labels = {row.label for row in rows if row.state == "complete"}
     for compared in compared_rows(rows):
-        labels |= grid_lines(compared.points, grid_key(compared.points)).keys()
+        points = grid_points(compared.points)
+        labels |= grid_lines(points, grid_key(points)).keys()
     marks = {label: Mark(label, i) for i, label in enumerate(sorted(labels))}
     page = fill(
         "page.html",

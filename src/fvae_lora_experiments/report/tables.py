@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from fvae_lora_experiments.report.baseline import BASELINE
 from fvae_lora_experiments.report.cells import COSTS, extra_columns, result_columns, score
@@ -83,10 +84,57 @@ def _measured(rows: Sequence[Row]) -> list[Table]:
 
 
 def grid_tables(points: Sequence[Row]) -> list[Table]:
-    """Return the table of validation scores over the grids of all methods, if there is a grid.
+    """Return the table of validation scores over the grids of all methods, and that of searches, where there are any.
 
-    The key that most methods vary (preferably the learning rate) goes across, others go down.
+    The key that most methods vary (preferably the learning rate) goes across, others go down. Of a search, whose points
+    share no values, the table has the best point alone.
     """
+    searched = [row for row in points if row not in grid_points(points)]
+    return [*_grid_table(grid_points(points)), *_search_table(searched)]
+
+
+def grid_points(points: Sequence[Row]) -> list[Row]:
+    """Pick the points of the methods whose points form a grid; in a search hardly two share a value."""
+    found = []
+    for _, alike in groupby(sorted(points, key=lambda row: row.method), key=lambda row: row.method):
+        own = list(alike)
+        lines = grid_lines(own, grid_key(own))
+        if len(lines) < FEWEST_SEARCHED or any(len(line) > 1 for line in lines.values()):
+            found += own
+    return [row for row in points if row in found]
+
+
+FEWEST_SEARCHED = 3
+"""How many points it takes to tell a search from a grid."""
+
+
+def _search_table(points: Sequence[Row]) -> list[Table]:
+    lines = []
+    for method in dict.fromkeys(row.method for row in points):
+        own = [row for row in points if row.method == method]
+        states = [sum(row.reason == state for row in own) for state in ("pruned", "failed", "running")]
+        for row in own:
+            if row.chosen:
+                at = ", ".join(f"{key.rpartition('.')[2]}={_shown_value(value)}" for key, value in row.point)
+                lines.append([method, str(len(own)), *map(str, states), _point(row).rstrip(" *"), at])
+    if not lines:
+        return []
+    metric = title(points[0].metric)
+    return [
+        Table(
+            f"Selection: the best validation {metric} of a search",
+            ["method", "trials", "pruned", "failed", "running", metric, "at"],
+            lines,
+            ["Trials are judged on validation alone. No test score contains these runs."],
+        )
+    ]
+
+
+def _shown_value(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _grid_table(points: Sequence[Row]) -> list[Table]:
     if not points:
         return []
     across = grid_key(points)

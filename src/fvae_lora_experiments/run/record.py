@@ -156,9 +156,10 @@ class Record(_Part):
     """`run.json`. If a run was stopped early, later fields are missing."""
 
     schema_version: Literal[1] = Field(alias="schema")
-    state: Literal["running", "complete", "failed"]
+    state: Literal["running", "complete", "failed", "pruned"]
+    """`pruned`: a trial of a search that was ended early because it was not promising."""
     reason: Note = None
-    """Why it failed."""
+    """Why it failed or was pruned."""
     diverged: bool = False
     """Whether it failed because a number became NaN or infinite, and would do so again."""
     task: Name = ""

@@ -46,6 +46,7 @@ from fvae_lora_experiments.run.environment import git_commit, hardware, peak_mem
 from fvae_lora_experiments.run.finished import read_finished_run, recorded_recipe
 from fvae_lora_experiments.run.flops import inference_flops, training_flops
 from fvae_lora_experiments.run.folder import RunFolder, checkpoint_step
+from fvae_lora_experiments.run.pruning import Judge, PrunedError, PruningCallback
 from fvae_lora_experiments.run.record import (
     DatasetRecord,
     Event,
@@ -77,7 +78,13 @@ RUN_FAILURES = (RunError, UserError, OSError, RuntimeError, ValueError, Safetens
 shown, and the run is also marked as failed."""
 
 
-def run_recipe(recipe: Recipe, path: Path, quiet: bool = False, accept_changed_data: bool = False) -> Record:
+def run_recipe(
+    recipe: Recipe,
+    path: Path,
+    quiet: bool = False,
+    accept_changed_data: bool = False,
+    judge: Judge | None = None,
+) -> Record:
     """Trains, selects the epoch on validation, scores it once on test, and writes the record to the folder `path`.
 
     Args:
@@ -86,6 +93,7 @@ def run_recipe(recipe: Recipe, path: Path, quiet: bool = False, accept_changed_d
         quiet: no progress bars.
         accept_changed_data: whether a run whose training is complete may be scored on data that has changed since. Its
             record then says so (`tested_on` beside the data that it was trained on).
+        judge: told the validation score of each epoch; may end the run, whose record then says that it was pruned.
 
     Returns:
         The record.
@@ -102,7 +110,7 @@ def run_recipe(recipe: Recipe, path: Path, quiet: bool = False, accept_changed_d
         if earlier is None or earlier.state != "complete":
             prepared = _prepare(recipe, folder, folder.initial_record(recipe, earlier), quiet, accept_changed_data)
             try:
-                earlier = _train_and_score(prepared, folder, quiet)
+                earlier = _train_and_score(prepared, folder, quiet, judge)
             except Exception as error:
                 reason = _reason(error, recipe, path)
                 if distributed.first_to_fail():
@@ -262,8 +270,8 @@ def _prepare(recipe: Recipe, folder: RunFolder, record: Record, quiet: bool, acc
     return _Prepared(recipe, task, arguments, rows, adapted, record, began, balanced)
 
 
-def _train_and_score(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Record:
-    """Trains from the last checkpoint, scores, and completes the record."""
+def _train_and_score(prepared: _Prepared, folder: RunFolder, quiet: bool, judge: Judge | None) -> Record:
+    """Trains from the last checkpoint, scores, and completes the record; or ends as soon as `judge` says so."""
     recipe, record, rows = prepared.recipe, prepared.record, prepared.rows
     before, started = record.time, record.time.started or _now()
     training_began = time.monotonic()
@@ -280,6 +288,7 @@ def _train_and_score(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Rec
         folder.write(record)
 
     note_cost()
+    pruning = [PruningCallback(prepared.task.metric, judge)] if judge else []
     with one_track(folder, prepared.arguments) as tracking:
         trainer = RunTrainer(
             prepared.task,
@@ -288,10 +297,15 @@ def _train_and_score(prepared: _Prepared, folder: RunFolder, quiet: bool) -> Rec
             args=prepared.arguments,
             train_dataset=rows["train"],
             eval_dataset=rows["validation"],
-            callbacks=[FolderCallback(folder, recipe, note_cost), *tracking],
+            callbacks=[FolderCallback(folder, recipe, note_cost), *tracking, *pruning],
             **prepared.balancing,
         )
-        state = _train(trainer, recipe, folder)
+        try:
+            state = _train(trainer, recipe, folder)
+        except PrunedError as end:
+            record.state, record.reason = "pruned", str(end)
+            note_cost()
+            return record
     note_cost()
     train_s = record.time.train_s
 
