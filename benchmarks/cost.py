@@ -1,11 +1,11 @@
-"""What FVAE-LoRA costs beside stock LoRA, as ratios to it: time and memory of training, inference, files.
+"""The cost of FVAE-LoRA relative to stock LoRA: time and memory of training, inference, size of files.
 
     make bench                                     # ViT-B/16, batch 8, fp32, two threads, q and v, r = 16
     python benchmarks/cost.py --out benchmarks/cost.json
 
-A table with target, floor and spread, that says which rows miss; `--out` writes the record. The floor is the ratio of
-the floating-point operations that the step does in matrix products. How peak memory is measured, `measure.peak_bytes`
-says.
+Prints a table with targets, floors and quartiles, and the rows that miss their target; `--out` writes the record. The
+floor is the ratio of the floating-point operations in a step's matrix products. `measure.peak_bytes` says how peak
+memory is measured.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ TARGETS = {
     (EVAL, OURS): 1.00,
     (FILE, OURS): 1.02,
 }
-NOISE = 0.005  # a ratio counts as met up to this: the second decimal is rounded
+NOISE = 0.005  # a target counts as met up to this much above it: targets have two decimals
 
 
 def timed(job: Job, repeats: int) -> Iterator[dict[str, Any]]:
-    """Rows of the training step and of the eval forward."""
+    """Rows for the training step and the eval forward."""
     built = {name: Steps(replace(job, method=name)) for name in COMPARED}
     floors = {name: flops(replace(job, method=name, batch=1)) for name in COMPARED}
     for what in (STEP, EVAL):
@@ -49,14 +49,14 @@ def timed(job: Job, repeats: int) -> Iterator[dict[str, Any]]:
 
 
 def remembered(job: Job) -> Iterator[dict[str, Any]]:
-    """Rows of peak memory."""
+    """Rows for peak memory."""
     found = {name: peak_bytes(replace(job, method=name)) for name in COMPARED}
     for name, size in found.items():
         yield {"what": MEMORY, "method": name, "bytes": size, "ratio": round(size / found["lora"], 3)}
 
 
 def written(job: Job) -> Iterator[dict[str, Any]]:
-    """Rows of what training and inference leave on disk, without a trained head, which is the same for all."""
+    """Rows for the files of training and inference, without the trained head, which is the same for all methods."""
     sizes: dict[tuple[str, str], int] = {}
     for name in COMPARED:
         steps = Steps(replace(job, method=name, batch=1))
@@ -82,7 +82,7 @@ def _weights(folder: str) -> int:
 
 
 def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with their targets, and whether they are met."""
+    """The rows in order, with their targets and whether they are met."""
     for row in rows:
         if (target := TARGETS.get((row["what"], row["method"]))) is not None:
             row |= {"target": target, "met": row["ratio"] < target + NOISE}
@@ -90,7 +90,7 @@ def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Rows as text, and those that miss their targets."""
+    """Print the rows, then those that miss their targets."""
     print(f"{'':24}{'':38}{'absolute':>10}{'ratio':>8}{'quartiles':>16}{'floor':>8}{'target':>8}")
     for row in rows:
         absolute = f"{row['seconds']:.3f} s" if "seconds" in row else f"{row['bytes'] / 2**20:.1f} MB"
@@ -109,12 +109,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     device_arguments(parser)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--layers", type=int, default=12, help="of the ViT; 12 is ViT-B/16")
+    parser.add_argument("--layers", type=int, default=12, help="layers of the ViT (12: ViT-B/16)")
     parser.add_argument("--out", type=Path, help="where to write the record, as JSON")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     job = Job(layers=chosen.layers, batch=chosen.batch, device=chosen.device)
-    # Memory first: its processes find the machine as empty as it gets.
+    # Memory first, while this process holds little.
     rows = judged([*remembered(job), *timed(job, chosen.repeats), *written(job)])
     print_table(rows)
     if chosen.out:

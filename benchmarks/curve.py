@@ -1,6 +1,6 @@
-"""Cost beside LoRA in a decoder language model, over the number of adapted layers and over width: time and memory.
+"""Time and memory relative to LoRA in a decoder language model, by number of adapted layers and by width.
 
-    python benchmarks/curve.py --out benchmarks/curve.json     # some ten minutes on two quiet cores
+    python benchmarks/curve.py --out benchmarks/curve.json     # about ten minutes on two idle cores
 
 Llama-shaped, 8 layers of width 1024, one text of 512 tokens, every linear layer adapted (seven a layer), r = 16, fp32;
 FVAE-LoRA, LoRA, DoRA and PVeRA.
@@ -22,7 +22,7 @@ COMPARED = ("lora", OURS, "dora", "pvera")
 
 
 def points(layers: int, width: int, length: int) -> list[tuple[str, Job]]:
-    """The curve's points: of all layers fewer and fewer are adapted, and all are in narrower models."""
+    """The curve's points: fewer adapted layers at full width, and all layers adapted in narrower models."""
     whole = Job(model="llama", layers=layers, width=width, length=length, batch=1)
     fewer = [replace(whole, adapted=n) for n in (layers // 4, layers // 2, layers) if n]
     narrower = [replace(whole, width=width // n) for n in (4, 2) if width // n >= 64]
@@ -30,7 +30,7 @@ def points(layers: int, width: int, length: int) -> list[tuple[str, Job]]:
 
 
 def measured(name: str, job: Job, repeats: int) -> list[dict[str, Any]]:
-    """The rows of one point."""
+    """Measure one point: a row for each method."""
     memory = {method: peak_bytes(replace(job, method=method)) for method in COMPARED}
     built = {method: Steps(replace(job, method=method)) for method in COMPARED}
     times = ratios(in_turns({method: steps.train for method, steps in built.items()}, repeats))

@@ -1,10 +1,10 @@
-"""What tells foreign images from the demo's digits: AUROC of the detector's features beside what LoRA has.
+"""Detecting foreign images with the demo's runs: AUROC of the detector's features and of what LoRA offers.
 
     fvae-lora demo --out runs/demo
     python benchmarks/detection.py runs/demo
 
 Each detector is fitted on the training digits and calibrated on the validation digits (which chose the epoch as well);
-the test digits are told from the same images corrupted, and from noise. Means over the demo's seeds.
+the test digits are compared with corrupted copies of them and with noise. Means over the demo's seeds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BATCH = 64
 
 
 def foreign(digits: Tensor) -> dict[str, Tensor]:
-    """Images that are none of the digits', from these, (n, channels, height, width), each set as large."""
+    """Sets of images unlike the digits, made from them, each (n, channels, height, width)."""
     generator = torch.Generator().manual_seed(0)
     low, high = digits.min(), digits.max()
     noise = torch.randn(digits.shape, generator=generator) * (high - low)
@@ -50,14 +50,14 @@ def foreign(digits: Tensor) -> dict[str, Tensor]:
 
 
 def batches(pixels: Tensor) -> Iterator[dict[str, Tensor]]:
-    """Inputs of the model."""
+    """The model's inputs, batch by batch."""
     for part in pixels.split(BATCH):
         yield {"pixel_values": part}
 
 
 @torch.no_grad()
 def states(model: nn.Module, pixels: Tensor) -> dict[str, np.ndarray]:
-    """What any adapted model has: confidence, last state, and the mean of what each adapted layer reads."""
+    """What any adapted model offers: confidence, last hidden state, mean of each adapted layer's input."""
     found = defaultdict(list)
     layers = [module for module in model.modules() if hasattr(module, "base_layer") and hasattr(module, "merge")]
     model.eval()
@@ -76,7 +76,7 @@ def states(model: nn.Module, pixels: Tensor) -> dict[str, np.ndarray]:
 
 
 def of_any_model(model: nn.Module, sets: dict[str, Tensor]) -> dict[str, dict[str, np.ndarray]]:
-    """Scores of the sets by the detectors that a LoRA user has."""
+    """Scores of the sets by detectors that need no autoencoder."""
     found = {name: states(model, pixels) for name, pixels in sets.items()}
     scores = {"1 - confidence": {name: 1 - of_set["confidence"] for name, of_set in found.items()}}
     for features in ("last state", "layers' inputs"):

@@ -1,4 +1,4 @@
-"""What a GPU says of FVAE-LoRA: is it right there, and what does it cost beside LoRA. Run by `gpu.sh`."""
+"""Checks FVAE-LoRA on a GPU: correctness, and cost relative to LoRA. Run by `gpu.sh`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from fvae_lora import objective
 from fvae_lora.kernels import run as kernel
 from measure import OURS, Job, Steps, in_turns, machine, peak_bytes, ratios
 
-LIMIT = 540.0  # seconds; measurements that would begin later are left out, and said to be
+LIMIT = 540.0  # seconds; measurements that would start later are left out, and the record says so
 TINY = Job(method=OURS, layers=2, width=64, batch=2)
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 2e-2}  # of a gradient's norm, against fp32 on the CPU
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 2e-2}  # relative to the gradient's norm, against fp32 on the CPU
 
 
 def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
@@ -38,14 +38,14 @@ def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Tensor]
 
 
 def farthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The norm of the difference of two models' gradients, relative to the larger part."""
+    """The norm of the difference between two models' gradients, relative to the norm of the expected ones."""
     assert found.keys() == expected.keys()
     off = sum((found[name] - expected[name]).square().sum() for name in expected)
     return float((off / sum(g.square().sum() for g in expected.values())).sqrt())
 
 
 def correctness(device: str, compiler: str) -> dict[str, str]:
-    """Gradients of the loss with the ELBO on the device, each way of running, against the plain path on the CPU."""
+    """Compare gradients of the loss with the ELBO on the device, in every mode, with the plain path on the CPU."""
     noise, objective.standard_normal = objective.standard_normal, _fixed_noise
     found: dict[str, str] = {}
     try:
@@ -77,7 +77,7 @@ def correctness(device: str, compiler: str) -> dict[str, str]:
 
 
 def _fixed_noise(x: Tensor, dims: int, parameter: Tensor) -> Tensor:
-    """In place of noise, which would be another on each device."""
+    """Replaces the noise, which would differ between devices."""
     shape = (*x.shape[:-1], dims)
     return torch.linspace(-1, 1, torch.Size(shape).numel(), device=x.device).reshape(shape)
 
@@ -90,7 +90,7 @@ def _close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: flo
 def _tried(check: Callable[[], str]) -> str:
     try:
         return check()
-    except Exception as error:  # a way that fails is what the run is to tell; the others still run
+    except Exception as error:  # is reported; the other checks still run
         return f"FAILED: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
@@ -116,7 +116,7 @@ def four_bits(device: str) -> str:
 
 
 def synchronisations(device: str) -> dict[str, int] | str:
-    """How often a training step, without the optimizer, waits for the device, by method."""
+    """How often a training step waits for the device, without the optimizer, by method."""
     if device != "cuda":
         return "needs a GPU"
     counts = {}
@@ -133,7 +133,7 @@ def synchronisations(device: str) -> dict[str, int] | str:
 
 
 def several_processes(device: str) -> str:
-    """DistributedDataParallel over all GPUs, or two processes on a CPU, gives the gradients of the whole batch."""
+    """Check that DistributedDataParallel, on all GPUs or in two CPU processes, gives the whole batch's gradients."""
     count = torch.cuda.device_count() if device == "cuda" else 2
     command = [
         "-m",
@@ -168,7 +168,7 @@ def _one_rank(device: str) -> None:
 
 
 def cost(device: str, compiler: str, tiny: bool, began: float) -> list[dict[str, Any]]:
-    """Time and memory of a training step beside LoRA's."""
+    """Time and memory of a training step relative to LoRA's."""
     vit = Job(batch=64, device=device, dtype="bf16")
     llama = Job(model="llama", layers=16, width=2048, batch=4, length=1024, device=device, dtype="bf16")
     jobs = {"ViT-B/16, batch 64": vit, "Llama of 1B, 4 x 1024 tokens": llama}
@@ -195,9 +195,9 @@ def cost(device: str, compiler: str, tiny: bool, began: float) -> list[dict[str,
 
 
 def main() -> None:
-    """Everything in turn; prints a table and writes the record."""
+    """Run all checks, print a table and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--tiny", action="store_true", help="a tiny size, for a look whether the script works")
+    parser.add_argument("--tiny", action="store_true", help="tiny models, to check that the script works")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="where to write the record")
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -210,7 +210,7 @@ def main() -> None:
     if device == "cpu":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         torch.set_num_threads(1)
-    compiler = "inductor" if device == "cuda" else "aot_eager"  # a C++ compiler's minutes say nothing of a GPU
+    compiler = "inductor" if device == "cuda" else "aot_eager"  # compiling C++ only takes time here
     began = time.monotonic()
     record: dict[str, Any] = {
         "machine": machine(device),

@@ -1,6 +1,6 @@
-"""What the benchmarks of cost share: models, methods, timing in turns, peak memory, and the machine they ran on.
+"""Shared by the benchmarks of cost: models, methods, alternating timing, peak memory, a description of the machine.
 
-Random weights: the arithmetic does not depend on them.
+Weights are random: the cost does not depend on them.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ class Job:
     Args:
         method: One of `METHODS`.
         model: ``"vit"``, ViT-B's shape, q and v adapted; or ``"llama"``, every linear layer adapted.
-        layers: Of the model.
-        width: Of its hidden states.
-        adapted: How many of its layers are adapted, from the first one on; ``None`` for all.
+        layers: The model's layers.
+        width: Width of its hidden states.
+        adapted: Number of adapted layers, counted from the first; ``None`` for all.
         batch: Rows of a batch.
         length: Tokens of a row of text.
         rank: r.
         device: ``"cpu"`` or ``"cuda"``.
-        dtype: ``"fp32"``; ``"bf16"`` or ``"fp16"``, which is by autocast.
-        compiler: The backend of `torch.compile` by which the model is compiled; ``None`` for none.
+        dtype: ``"fp32"``, or ``"bf16"`` or ``"fp16"`` by autocast.
+        compiler: Backend of `torch.compile`; ``None`` runs the model eagerly.
     """
 
     method: str = "lora"
@@ -95,7 +95,7 @@ class Job:
         where: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}
         if self.model == "llama":
             where = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-        if self.adapted is not None:  # "all-linear" of some layers alone, by their names
+        if self.adapted is not None:  # the modules of "all-linear" by name, in some layers only
             names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
             where |= {"target_modules": names, "layers_to_transform": list(range(self.adapted))}
         return get_peft_model(self.base(), METHODS[self.method](self.rank, **where)).to(self.device)
@@ -110,7 +110,7 @@ class Job:
 
 
 class Steps:
-    """A training step (forward, backward, fused AdamW, as the Trainer has it) and an eval forward of a job."""
+    """A training step (forward, backward, fused AdamW as in the Trainer) and an eval forward of a job."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.model = job, job.adapter()
@@ -144,7 +144,7 @@ class Steps:
 
 
 def in_turns(actions: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every repetition of every action; they take turns, so that a drift of the machine meets all alike."""
+    """Seconds of every repetition of every action; the actions alternate, so that drift affects all of them equally."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for action in actions.values():
         action()  # warm-up, and compilation
@@ -158,7 +158,7 @@ def in_turns(actions: Mapping[str, Callable[[], None]], repeats: int) -> dict[st
 
 
 def ratios(seconds: Mapping[str, Sequence[float]], reference: str = "lora") -> dict[str, dict[str, float]]:
-    """Of each action the median time, the median of its ratios to the reference in its turn, and their quartiles."""
+    """For each action the median time, and median and quartiles of its ratios to the reference in the same turn."""
     found = {}
     for name, values in seconds.items():
         paired = sorted(a / b for a, b in zip(values, seconds[reference], strict=True))
@@ -173,7 +173,7 @@ def ratios(seconds: Mapping[str, Sequence[float]], reference: str = "lora") -> d
 
 
 def flops(job: Job) -> int:
-    """Floating-point operations of the matrix products of a training step, as it runs."""
+    """Floating-point operations in the matrix products of a training step, counted while it runs."""
     steps = Steps(job)
     with FlopCounterMode(display=False) as counter:
         steps.train()
@@ -181,10 +181,10 @@ def flops(job: Job) -> int:
 
 
 def peak_bytes(job: Job) -> int:
-    """Peak memory of two training steps beyond the loaded model, with the optimizer's state and the gradients.
+    """Peak memory of two training steps beyond the loaded model, including gradients and the optimizer's state.
 
-    In a process of its own. On a CPU by what the operating system says is resident, between the moment before the steps
-    and the peak in them, with an allocator that hands memory back at once; on a GPU by torch's allocator.
+    Measured in a separate process: on a CPU as the increase of resident memory from before the steps to its peak, with
+    an allocator that returns memory at once; on a GPU by torch's allocator.
     """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, __file__, json.dumps(asdict(job)), str(torch.get_num_threads())]
@@ -200,7 +200,7 @@ def _measure_peak(job: Job) -> int:
         steps.train()
         steps.train()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
     before = _resident("VmRSS")
     steps.train()
     steps.train()
@@ -214,7 +214,7 @@ def _resident(field: str) -> int:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """The machine and the versions of what ran on it."""
+    """The machine and the versions of the libraries."""
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     names = re.findall(r"model name\s*:\s*(.+)", text)
     described: dict[str, Any] = {
@@ -228,10 +228,10 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def device_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that every benchmark of cost has."""
+    """Add the arguments that all benchmarks of cost share."""
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument("--repeats", type=int, default=10, help="how often each measurement is repeated, in turns")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--repeats", type=int, default=10, help="repetitions of each measurement")
 
 
 if __name__ == "__main__":

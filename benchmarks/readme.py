@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and of the studies' pages from what was measured: none is typed by hand.
+"""Writes the tables of README.md and of the studies' pages from the records.
 
 make bench
 python benchmarks/readme.py
@@ -45,7 +45,7 @@ def report_of(study: str) -> str:
 
 
 def demo_data() -> str:
-    """What the demo prints of its data before it trains."""
+    """The summary of its data that the demo prints before training."""
     console = Console(file=io.StringIO(), width=80)
     print_summary(inspect_data(load_recipe(RECIPE)), console)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
@@ -90,7 +90,7 @@ VARIANTS = {
     "the reference's profile": ("fvae-lora-reference", {}),
     "VAE2LAT": ("vae2lat", {}),
 }
-"""What the overview shows: a method, and in which keys its recipe differs from the usual."""
+"""The rows of the overview: a method, and the keys in which its recipe differs from the method's defaults."""
 
 OVERVIEW = {
     "clip": "",
@@ -103,7 +103,7 @@ OVERVIEW = {
     "smollm2": "",
     "whisper": ", errors ↓",
 }
-"""The studies that it is made of, and what their columns say beside the data set."""
+"""The studies in the overview, and what the headings of their columns add to the data set's name."""
 
 VARIED = {key for _, changes in VARIANTS.values() for key in changes}
 
@@ -122,7 +122,7 @@ def overview() -> str:
 
 
 def variant_of(method: str, recipe: dict[str, Any]) -> str | None:
-    """Which variant a flat recipe is, if any: the method with nothing changed but what the variant changes."""
+    """The variant that a flat recipe is, if any: its method with exactly the changes of the variant."""
     usual = flatten({"fvae": FvaeSettings().model_dump(), "ablation": AblationSettings().model_dump()})
     for variant, (its_method, changes) in VARIANTS.items():
         expected = usual | METHODS[method].defaults | changes
@@ -136,11 +136,11 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     STUDIES / "README.md": {"overview": overview},
     **{runs.with_name("README.md"): {"runs": partial(report_of, runs.parent.name)} for runs in STUDIES.glob("*/*.gz")},
 }
-"""The pages, and what makes each of their blocks."""
+"""The pages, and the function that makes each of their blocks."""
 
 
 def filled(page: Path) -> str:
-    """The page with its blocks written anew."""
+    """The page with its blocks replaced."""
     text = page.read_text(encoding="utf-8")
     for name, table in PAGES[page].items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

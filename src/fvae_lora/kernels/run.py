@@ -1,11 +1,11 @@
-"""A layer's forward in training, from its input to z1 and the ELBO, as one autograd function that saves little.
+"""A layer's run in training, from its input to z1 and the ELBO, in one step that keeps little for the backward.
 
-Besides the layer's input, which other functions save as well, it saves 4 r numbers per token: both encoders' first
-hidden layers and the noise. The backward recomputes the rest, including the reconstruction. One matrix product serves
-both encoders, and one tensor accumulates the gradient of the input. What has r numbers per token is left to autograd.
+Beside the layer's input, which others keep as well, it keeps 4 r numbers a token: both encoders' first hidden layers
+and the noise. The backward works out the rest again, the reconstruction included. Both encoders read the input
+in one matrix product, and one tensor collects the gradient by it. What has r numbers a token is left to autograd.
 
-`fvae_lora.objective.run` is the plain path with the same results. It is used where this one does not apply: dropout
-inside the autoencoder, a trunk for each head, compiled code, and derivatives beyond a plain backward.
+`fvae_lora.objective.run` is the plain path, which this one equals, and which runs where it cannot: with dropout inside
+the autoencoder, with a trunk for each head, in compiled code, and for derivatives beyond a plain backward.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Linear = tuple[Tensor, Tensor]  # weight, (out, in), and bias, (out,)
 
 
 def run(vae: FVAE, x: Tensor, encoder_input: Tensor, draws: Draws) -> tuple[Tensor, LayerElbo]:
-    """Run a layer's autoencoder on its input, as `fvae_lora.objective.run` does.
+    """What a layer's autoencoder makes of its input, as `fvae_lora.objective.run`.
 
     Args:
         vae: The layer's autoencoder, with the second encoder and the decoder.
@@ -52,7 +52,7 @@ def run(vae: FVAE, x: Tensor, encoder_input: Tensor, draws: Draws) -> tuple[Tens
 
 
 class _Call:
-    """What a run needs besides the tensors that receive gradients."""
+    """What belongs to a run beside the tensors that its gradient reaches."""
 
     def __init__(self, vae: FVAE, weights: TokenWeights, device: str) -> None:
         self.vae, self.weights, self.device = vae, weights, device
@@ -64,13 +64,13 @@ class _Call:
         self.mask = None if weights.mask is None else weights.mask.flatten()
 
     def rows(self, read: Tensor) -> Tensor:
-        """The encoders' input, (tokens, d)."""
+        """What the encoders read, (tokens, d)."""
         return read.reshape(-1, read.shape[-1]).to(self.vae.log_tau.dtype).to(self.dtype)
 
     def latents(
         self, heads1: Tensor, heads2: Tensor, noise1: Tensor, noise2: Tensor, chosen: Tensor | None
     ) -> tuple[Tensor, Posterior, Posterior, Tensor]:
-        """From each encoder's concatenated heads: z1, the posteriors of the chosen tokens, the decoder's input."""
+        """From each encoder's heads side by side: z1, the posteriors of the chosen tokens, what the decoder reads."""
         q1, q2 = (
             Posterior.drawn((raised(mean), raised(logvar).clamp(*LOGVAR_RANGE)), noise.reshape(mean.shape))
             for (mean, logvar), noise in ((heads1.chunk(2, -1), noise1), (heads2.chunk(2, -1), noise2))
@@ -83,7 +83,7 @@ class _Call:
         return LayerElbo.of(self.vae.config, self.flat_weights, self.weights.scaled(summed), q1, q2)
 
     def negative_closed_forms(self, q1: Posterior, q2: Posterior) -> Tensor:
-        """The negative ELBO without the likelihood."""
+        """The part of the negative ELBO that is not the likelihood."""
         weight = coefficients(self.vae.config)
         terms = closed_forms(weight, self.vae.config, self.flat_weights, q1, q2)
         return -torch.stack([weight[name] * term for name, term in terms.items()]).sum()
@@ -95,7 +95,7 @@ class _Call:
 
 
 class _Network:
-    """The autoencoder's layers, in the dtype of the matrix products; an encoder's last one is both heads together."""
+    """The autoencoder's layers, in the dtype of the matrix products; an encoder's last one is both of its heads."""
 
     def __init__(self, call: _Call, parameters: Sequence[Tensor]) -> None:
         tensors = dict(zip(call.names, parameters, strict=True))
@@ -119,7 +119,7 @@ class _Network:
         return (first1, first2) if len(self.encoder1) == 1 else (first1.relu(), first2.relu())
 
     def by_parameter(self, part: str, layers: list[Linear]) -> dict[str, Tensor]:
-        """The gradients of a part's layers, by parameter name."""
+        """The gradients of a part's layers, by the names of the parameters."""
         return {
             f"{name}_{kind}": half
             for names, layer in zip(self.names[part], layers, strict=True)
@@ -130,7 +130,7 @@ class _Network:
 
 @cache
 def _names(encoder_depth: int, decoder_depth: int) -> dict[str, list[tuple[str, ...]]]:
-    """The names of each part's layers in the order in which they run; an encoder's two heads are one entry."""
+    """The names of each part's layers in the order in which they run; those of both heads in one."""
     hidden = {
         name: [(f"{name}_hidden{i}",) for i in range(depth)]
         for name, depth in (("encoder1", encoder_depth), ("encoder2", encoder_depth), ("decoder", decoder_depth))
@@ -192,7 +192,7 @@ class _Run(torch.autograd.Function):
                 by_target = _residual(x, chosen, inputs[-1], network.decoder[-1]).mul_(precision * scale)
                 if call.mask is not None:
                     by_target *= call.mask.to(by_target.dtype)[:, None]
-                # The reconstruction's gradient is the negative of this; the results are smaller, so these are negated.
+                # The gradient by the reconstruction is the negative; what comes of it is smaller to negate.
                 by_fused, layers = _backward(by_target.to(call.dtype), inputs, network.decoder)
                 found |= network.by_parameter("decoder", [(-weight, -bias) for weight, bias in layers])
                 of_elbo = [(closed, grad_elbo), (fused, -by_fused.to(fused.dtype))]
@@ -207,7 +207,7 @@ class _Run(torch.autograd.Function):
                 weight1, weight2 = by_first1.t() @ rows, by_first2.t() @ rows[chosen]
             found |= network.by_parameter("encoder1", [(weight1, by_first1.sum(0)), *layers1])
             found |= network.by_parameter("encoder2", [(weight2, by_first2.sum(0)), *layers2])
-            if stops:  # then only the task's gradient goes on to x
+            if stops:  # then the task's gradient alone goes on to x
                 by_task = _of_encoder(_slopes(of_task, heads)[0], first1, inputs1, network.encoder1)[0]
                 by_read = _by_read(network, by_task, None, None, chosen) if of_task else None
                 by_target = None
@@ -248,7 +248,7 @@ def _hidden(x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
 
 
 def _heads(first: Tensor, encoder: Sequence[Linear]) -> tuple[list[Tensor], Tensor]:
-    """The inputs of an encoder's layers after the first, and its concatenated heads."""
+    """What an encoder's layers read after the first one, and its heads side by side."""
     if len(encoder) == 1:
         return [], first
     inputs = _hidden(first, encoder[1:-1])
@@ -256,7 +256,7 @@ def _heads(first: Tensor, encoder: Sequence[Linear]) -> tuple[list[Tensor], Tens
 
 
 def _backward(grad: Tensor, inputs: Sequence[Tensor], layers: Sequence[Linear]) -> tuple[Tensor, list[Linear]]:
-    """The gradients of the first layer's input and of the layers, from that of the last layer's output."""
+    """The gradients by the first layer's input and by the layers, from that by the last one's output."""
     found: list[Linear] = []
     for i in reversed(range(len(layers))):
         found.insert(0, (grad.t() @ inputs[i], grad.sum(0)))
@@ -272,7 +272,7 @@ def _through_relu(grad: Tensor, output: Tensor) -> Tensor:
 def _of_encoder(
     by_heads: Tensor, first: Tensor, inputs: Sequence[Tensor], encoder: Sequence[Linear]
 ) -> tuple[Tensor, list[Linear]]:
-    """The gradients of an encoder's first layer's output, before the ReLU, and of the layers after it."""
+    """The gradients by an encoder's first layer's output, before the ReLU, and by the layers after it."""
     if len(encoder) == 1:
         return by_heads, []
     grad, layers = _backward(by_heads, inputs, encoder[1:])
@@ -280,7 +280,7 @@ def _of_encoder(
 
 
 def _slopes(outputs: Sequence[tuple[Tensor, Tensor]], heads: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The gradients of both encoders' heads, from some outputs and their gradients."""
+    """The gradients by both encoders' heads, from some outputs and the gradients by these."""
     if not outputs:
         return [torch.zeros_like(h) for h in heads]
     values, grads = zip(*outputs, strict=True)
@@ -294,7 +294,7 @@ def _by_read(
     by_target: Tensor | None,
     chosen: Tensor | None,
 ) -> Tensor:
-    """The gradient of the encoders' input, (tokens, d), plus that of the target, whose memory may be reused."""
+    """The gradient by what the encoders read, (tokens, d), with that by the target, whose memory it may take."""
     weight1, weight2 = network.encoder1[0][0], network.encoder2[0][0]
     if by_first2 is None:
         return by_first1 @ weight1
@@ -311,7 +311,7 @@ def _plus_product(tensor: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _spread(by_target: Tensor | None, chosen: Tensor | None, tokens: int) -> Tensor | None:
-    """The gradient of the chosen tokens' target as one of all tokens, (tokens, d)."""
+    """The gradient by the target in its place among those of all tokens, (tokens, d)."""
     if by_target is None or chosen is None:
         return by_target
     return by_target.new_zeros(tokens, by_target.shape[1]).index_copy_(0, chosen, by_target)
@@ -332,8 +332,8 @@ class _Plain(nn.Module):
 def _differentiable(
     call: _Call, draws: Draws, grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """The gradients of x, of x after dropout and of the parameters, with a graph of their own."""
-    # Views, so that the gradients are those of this run only, even if one input depends on another.
+    """The gradients by x, what dropout left of it, and the parameters, with a graph of their own."""
+    # Views, so that the gradients are those of this run alone, where one input depends on another.
     views: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
     x, dropped, *parameters = views
     encoder_input = x.to(call.vae.log_tau.dtype) if dropped is None else dropped
