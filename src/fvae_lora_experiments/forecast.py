@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.models.pretrained import without_weights
+from fvae_lora_experiments.places import short_name
 from fvae_lora_experiments.report.numbers import quantity
 from fvae_lora_experiments.run.flops import training_flops
 from fvae_lora_experiments.run.state_cache import collate
@@ -102,7 +103,7 @@ def print_forecast(runs: Sequence[PlannedRun], flops_per_second: float | None, c
         steps, flops = steps + one.steps * count, flops + of_all
         recipe = same[0].recipe
         cells = (str(count), f"{one.steps * count:,}", quantity(one.trainable), *_cost(of_all, flops_per_second))
-        table.add_row(*map(Text, (recipe.method, recipe.dataset, *cells)))
+        table.add_row(*map(Text, (recipe.method, short_name(recipe.dataset), *cells)))
     if len(alike) > 1:
         table.add_row("all", "", str(len(to_do)), f"{steps:,}", "", *_cost(flops, flops_per_second), style="bold")
     console.print(f"Runs to do: {len(to_do)}; done already: {len(runs) - len(to_do)}", highlight=False)

@@ -12,11 +12,14 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import ViTConfig
 
+from chatter import make_llama, make_tokenizer, write_questions
 from fvae_lora_experiments.forecast import forecast
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.run.runner import run_recipe
 from fvae_lora_experiments.schema import Recipe
 from sentences import sentences, write_encoder
+from spoken_words import WORDS, said, whisper, write_recordings
+from timit_corpus import hum, wav2vec2, write_corpus
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -77,6 +80,45 @@ def test_a_dry_run_of_train_writes_nothing(cli: Cli, small: list[str], tmp_path:
     assert line[2:5] == ["1", "8", "563"]  # runs, steps, trainable
     assert "--flops-per-second gives the hours" in out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def of_task(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path, Path]:
+    """A recipe of the task, a tiny model and a few rows."""
+    model, data = tmp_path / "model", tmp_path / "data"
+    if request.param == "phonemes":
+        return "speech/timit", wav2vec2(model), write_corpus(data, hum)
+    if request.param == "transcription":
+        rows = {"train": said(*WORDS[:6]), "test": said(*WORDS[6:])}
+        return "speech/whisper", whisper(model), write_recordings(data, rows)
+    make_llama(model)
+    make_tokenizer(model)
+    write_questions(data)
+    return "commonsense/default", model, data
+
+
+@pytest.mark.parametrize("of_task", ["commonsense", "phonemes", "transcription"], indirect=True)
+def test_every_task_has_a_dry_run(cli: Cli, of_task: tuple[str, Path, Path], tmp_path: Path) -> None:
+    recipe, model, data = of_task
+    more = ["speech.max_new_tokens=20"] if recipe == "speech/whisper" else []
+    names = ("--model", model, "--dataset", data, "train.epochs=2", "train.batch_size=4", "adapter.r=4", *more)
+    code, out, error = cli("train", recipe, *names, "--out", tmp_path / "run", "--dry-run")
+    assert (code, error) == (0, "")
+    cells = next(line.split() for line in out.splitlines() if line.startswith("fvae-lora"))
+    assert int(cells[3]) > 0
+    assert (cells[-1] == "unknown") == (recipe == "speech/timit"), "CTC looks at its labels, which are not there"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_for_slurm_needs_none(
+    cli: Cli, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    compare = ("compare", "image/default", *small, "--methods", "lora", "--out", tmp_path / "runs", "--dry-run")
+    assert cli(*compare, "--launcher", "slurm", "--partition", "gpu")[0] == 0
+    code, _, error = cli(*compare, "--partition", "gpu")
+    assert (code, error) == (2, "fvae-lora: --partition: only with --launcher slurm\n")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_dry_run_of_compare_counts_what_is_left_and_gives_hours(cli: Cli, small: list[str], tmp_path: Path) -> None:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from finished_runs import stop_after_first_epoch
+from finished_runs import stopping_after_first_epoch
+from fvae_lora_experiments.run.record import parse_record
 from fvae_lora_experiments.run.runner import run_recipe
 from fvae_lora_experiments.schema import Recipe
 
 Cli = Callable[..., tuple[int, str, str]]
 
 
-def test_a_run_folder_that_was_moved_evaluates_reports_and_is_pushed(
+def test_a_run_folder_that_was_moved_evaluates_predicts_reports_and_is_exported_and_pushed(
     make_recipe: Callable[..., Recipe], cli: Cli, vit: Path, pictures: Path, tmp_path: Path
 ) -> None:
     data = shutil.copytree(pictures, tmp_path / "here" / "data")
@@ -34,35 +35,40 @@ def test_a_run_folder_that_was_moved_evaluates_reports_and_is_pushed(
     code, out, error = cli("report", moved.parent)
     assert code == 0, error
     assert f"{100 * record.metrics.test['accuracy']:.2f}" in out
+    code, out, error = cli("predict", moved, data / "test", "--model", vit)
+    assert (code, error, out.count("\n")) == (0, "", 13)
+    code, _, error = cli("export", moved, "--model", vit, "--out", tmp_path / "small")
+    assert (code, error) == (0, "")
     assert cli("push", moved, "me/mine", "--dry-run")[0] == 0
     assert (moved / "run.json").read_bytes() == before
 
 
 @pytest.fixture
-def stopped(make_recipe: Callable[..., Recipe], tmp_path: Path) -> Recipe:
-    """The recipe of a run that was stopped after its first epoch, in `tmp_path`."""
-    recipe = make_recipe()
-    stop_after_first_epoch(recipe, tmp_path)
-    return recipe
+def stopped(cli: Cli, small: list[str], tmp_path: Path) -> Sequence[str | Path]:
+    """The command of a run that failed after its first epoch, in `tmp_path`."""
+    train = ("train", "image/default", *small, "--method", "lora", "--out", tmp_path, "--quiet")
+    with stopping_after_first_epoch():
+        assert cli(*train)[0] == 1
+    return train
 
 
 def test_a_run_that_goes_on_under_other_versions_says_which(
-    stopped: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cli: Cli, stopped: Sequence[str | Path], tmp_path: Path
 ) -> None:
     file = tmp_path / "run.json"
     record = json.loads(file.read_text())
     now = record["versions"]["peft"]
     record["versions"] |= {"peft": "0.20.0", "a-package-of-old": "1"}
     file.write_text(json.dumps(record))
-    done = run_recipe(stopped, tmp_path, quiet=True)
-    line = f"fvae-lora: warning: {tmp_path}: was begun under peft 0.20.0 (now {now}); what follows may differ"
-    assert line in capsys.readouterr().err
+    code, _, error = cli(*stopped)
+    assert code == 0
+    assert f"fvae-lora: warning: {tmp_path}: was begun under peft 0.20.0 (now {now}); what follows may differ" in error
+    done = parse_record(file.read_bytes())
     assert (done.state, done.versions["peft"], done.earlier_versions) == ("complete", now, [{"peft": "0.20.0"}])
 
 
 def test_a_run_that_goes_on_under_the_same_versions_says_nothing(
-    stopped: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cli: Cli, stopped: Sequence[str | Path], tmp_path: Path
 ) -> None:
-    done = run_recipe(stopped, tmp_path, quiet=True)
-    assert capsys.readouterr().err == ""
-    assert "earlier_versions" not in done.contents()
+    assert cli(*stopped)[::2] == (0, "")
+    assert "earlier_versions" not in json.loads((tmp_path / "run.json").read_text())

@@ -14,11 +14,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import (
-    Wav2Vec2Config,
-    Wav2Vec2FeatureExtractor,
-    Wav2Vec2ForCTC,
-)
 
 import timit_corpus
 from arguments import assert_refused
@@ -40,26 +35,12 @@ from fvae_lora_experiments.run.runner import evaluate, run_recipe
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import load_task
 from fvae_lora_experiments.tasks.phonemes import PhonemeTask, Sentences
-from timit_corpus import RATE, Voice, hum, speak, write_corpus
+from timit_corpus import RATE, Voice, hum, speak, wav2vec2, write_corpus
 
 Cli = Callable[..., tuple[int, str, str]]
 needs_espeak = pytest.mark.skipif(
     timit_corpus.LIBRARY is None, reason="espeak-ng is not installed (apt-get install espeak-ng)"
 )
-
-
-def wav2vec2(folder: Path, norm: str = "layer") -> Path:
-    """A tiny one, of 50 frames a second as the real ones."""
-    torch.manual_seed(0)
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    size |= {"initializer_range": 0.2}  # so that the frames differ
-    convolutions = {"conv_dim": (8, 8, 8), "conv_kernel": (10, 8, 8), "conv_stride": (5, 8, 8)}
-    position = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
-    Wav2Vec2ForCTC(
-        Wav2Vec2Config(**size, **convolutions, **position, num_feat_extract_layers=3, feat_extract_norm=norm)
-    ).save_pretrained(folder)
-    Wav2Vec2FeatureExtractor(return_attention_mask=norm == "layer").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import resource
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +22,13 @@ import transformers
 from PIL import ExifTags, Image
 from transformers import pipeline
 
-from fvae_lora_experiments.data.image_decoding import open_image
-from fvae_lora_experiments.data.image_inputs import process
 from fvae_lora_experiments.predict.predictors import ImageClassifier
 from fvae_lora_experiments.predict.rows import Wanted, read_rows
 from fvae_lora_experiments.predict.trained import load_run
 from fvae_lora_experiments.recipe import check_recipe
 from fvae_lora_experiments.run.runner import open_data, run_recipe
 from fvae_lora_experiments.schema import Recipe
+from fvae_lora_experiments.tasks import load_task
 from sentences import sentences, write_encoder
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -279,7 +279,9 @@ def test_a_row_that_cannot_be_used_is_named_and_ends_it_or_is_left_out(
 
 
 @pytest.mark.parametrize("kind", ["CMYK", "16 bit", "palette", "EXIF"])
-def test_an_image_of_any_mode_has_the_pixels_of_training(images: Path, tmp_path: Path, kind: str) -> None:
+def test_an_image_of_any_mode_has_the_pixels_of_training(
+    cli: Cli, images: Path, pictures: Path, tmp_path: Path, kind: str
+) -> None:
     noise = np.random.default_rng(0)
     file, options = tmp_path / "image.tiff", {}
     image = Image.fromarray(noise.integers(0, 255, (8, 12, 3), dtype="uint8"))
@@ -296,10 +298,17 @@ def test_an_image_of_any_mode_has_the_pixels_of_training(images: Path, tmp_path:
         file, options = tmp_path / "image.png", {"exif": exif}
     image.save(file, **options)
     trained = load_run(images)
+    data = shutil.copytree(pictures, tmp_path / "data")
+    place = data / "test" / "red" / file.name
+    shutil.copy(file, place)
+    task = load_task(trained.recipe.model_copy(update={"dataset": str(data)}))
+    splits = task.split(task.open_source())
+    number = next(i for i, row in enumerate(splits.test) if Path(row["image"]["path"]).name == file.name)
+    of_training = task.datasets(splits, trained.model, trained.processor)["test"][number]["pixel_values"]
     (row,) = read_rows([str(file)], Wanted({"image": ["image"]}, [file.suffix]))
-    opened = open_image({"image": {"bytes": file.read_bytes(), "path": None}}, "", trained.recipe.image)
-    expected = process(trained.processor, opened.convert("RGB"))
-    assert torch.equal(ImageClassifier(trained).prepare(row), expected)
+    assert torch.equal(ImageClassifier(trained).prepare(row), of_training)
+    one, other = (table(cli("predict", images, path, "--probabilities")[1])[0] for path in (file, place))
+    assert one | {"input": ""} == other | {"input": ""}
 
 
 @pytest.mark.parametrize(

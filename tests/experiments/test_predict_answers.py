@@ -14,8 +14,7 @@ from typing import Any
 import jiwer
 import pytest
 import soundfile
-import torch
-from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, pipeline
+from transformers import pipeline
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from chatter import make_llama, make_tokenizer, rows_of, write_questions
@@ -26,7 +25,7 @@ from fvae_lora_experiments.run.record import Record
 from fvae_lora_experiments.run.runner import run_recipe
 from sentences import sentences, write_encoder
 from spoken_words import WORDS, recorded, said, whisper, write_recordings
-from timit_corpus import hum, write_corpus
+from timit_corpus import hum, wav2vec2, write_corpus
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -87,15 +86,8 @@ def test_words_are_those_of_the_test(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_phonemes_are_those_of_the_test(cli: Cli, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    convolutions = {"conv_dim": (8, 8, 8), "conv_kernel": (10, 8, 8), "conv_stride": (5, 8, 8)}
-    position = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 3}
-    config = Wav2Vec2Config(**size, **convolutions, **position, feat_extract_norm="layer", initializer_range=0.2)
-    Wav2Vec2ForCTC(config).save_pretrained(tmp_path / "model")
-    Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(tmp_path / "model")
     corpus = write_corpus(tmp_path / "TIMIT", hum)
-    record = trained("speech/timit", tmp_path / "run", tmp_path / "model", corpus)
+    record = trained("speech/timit", tmp_path / "run", wav2vec2(tmp_path / "model"), corpus)
     test = open_timit(str(corpus))["test"]
     names = test.features["label"].feature.names
     spoken = [" ".join(names[phone] for phone in row["label"]) for row in test]

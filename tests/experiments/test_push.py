@@ -164,6 +164,17 @@ def test_a_hub_that_refuses_is_one_line(
     assert re.fullmatch(f"fvae-lora: {line}\n", error), error
 
 
+@pytest.mark.parametrize(
+    ("action", "status"), [("create", 402), ("create", 500), ("preupload", 403), ("commit", 409), ("commit", 500)]
+)
+def test_a_hub_that_refuses_one_step_is_one_line(
+    cli: Cli, hub: Hub, online: None, copied: Path, action: str, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "refuses", {action: status})
+    code, _, error = cli("push", copied, "me/refused")
+    assert (code, error) == (2, f"fvae-lora: me/refused: the hub refuses ({status}): Not today\n")
+
+
 @pytest.mark.parametrize("setting", [("ENDPOINT", "http://127.0.0.1:9"), ("HF_HUB_OFFLINE", True)])
 def test_a_hub_that_is_not_there_is_one_line(
     cli: Cli, online: None, copied: Path, setting: tuple[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -150,5 +150,12 @@ def test_a_shell_is_told_what_a_word_may_become(line: str, offered: set[str]) ->
     assert set(done.stdout.split()) == offered, done.stderr
 
 
-def test_completion_can_be_shown(cli: Cli) -> None:
-    assert "--install-completion" in cli("--help")[1]
+def test_completion_is_installed_for_bash(tmp_path: Path) -> None:
+    shell = {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    program = "import sys; sys.argv[0] = 'fvae-lora'; from fvae_lora_experiments.__main__ import main; main()"
+    install = [sys.executable, "-c", program, "--install-completion", "bash"]
+    done = subprocess.run(install, capture_output=True, text=True, env=os.environ | shell)
+    assert done.returncode == 0, done.stderr
+    asked = f"source {tmp_path}/.bashrc && complete -p fvae-lora"
+    told = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, env=os.environ | shell)
+    assert "fvae" in told.stdout, told.stderr

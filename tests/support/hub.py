@@ -67,13 +67,15 @@ class Hub:
     """Repositories in a folder: `models/OWNER/NAME` and `datasets/OWNER/NAME`.
 
     `asked` lists the paths that were asked for, in order; `private` the repositories that were made so. Whoever has a
-    token may write, but for `READ_ONLY`.
+    token may write, but for `READ_ONLY`. `refuses` has a status for each action that is refused whoever asks: `create`,
+    `preupload`, `commit`.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.asked: list[str] = []
         self.private: set[str] = set()
+        self.refuses: dict[str, int] = {}
         self.address = ""
 
     def environment(self, home: Path) -> dict[str, str]:
@@ -196,6 +198,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(200, b'{"errors": [], "warnings": []}')
         if token in ("", READ_ONLY):
             return self._answer(401 if not token else 403, b'{"error": "You have no right to write here"}')
+        for action, status in self.hub.refuses.items():
+            if f"/{action}" in path:
+                return self._answer(status, b'{"error": "Not today"}')
         if path == "api/repos/create":
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"

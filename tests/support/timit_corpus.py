@@ -1,4 +1,7 @@
-"""A small corpus in TIMIT's layout: spoken by espeak-ng, or by a voice that hums a tone for each phone."""
+"""A small corpus in TIMIT's layout: spoken by espeak-ng, or by a voice that hums a tone for each phone.
+
+And a tiny model that may learn it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
+import torch
+from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
 
 RATE = 16_000
 Segments = list[tuple[int, int, str]]
@@ -45,6 +50,20 @@ def write_corpus(root: Path, say: Voice, container: str = "NIST", upper: bool = 
                 lines = "".join(f"{begin} {end} {phone}\n" for begin, end, phone in segments)
                 (folder / case(f"{name}.PHN")).write_text(lines)
     return root
+
+
+def wav2vec2(folder: Path, norm: str = "layer") -> Path:
+    """A tiny one, of 50 frames a second as the real ones."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    size |= {"initializer_range": 0.2}  # so that the frames differ
+    convolutions = {"conv_dim": (8, 8, 8), "conv_kernel": (10, 8, 8), "conv_stride": (5, 8, 8)}
+    position = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    Wav2Vec2ForCTC(
+        Wav2Vec2Config(**size, **convolutions, **position, num_feat_extract_layers=3, feat_extract_norm=norm)
+    ).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(return_attention_mask=norm == "layer").save_pretrained(folder)
+    return folder
 
 
 # --- A voice without a synthesiser ----------------------------------------------------------------------------------
