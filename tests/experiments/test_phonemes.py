@@ -357,7 +357,7 @@ def test_a_protocol_that_the_corpus_has_no_use_for_is_refused(
 ) -> None:
     assert_refused(train(corpus, "data.protocol=reference"), "data.protocol: TIMIT has its own splits by speaker")
     assert_refused(
-        train(corpus, "train.cache_frozen=true", "adapter.layers=[1]"), "train.cache_frozen: not for sentences"
+        train(corpus, "train.cache_frozen=true", "adapter.layers=[1]"), "cache_frozen: not supported for sentences"
     )
     assert_refused(train(corpus, "data.group_column=speaker"), "data.group_column: this task's data have no groups")
 
