@@ -5,7 +5,7 @@ import textwrap
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -60,6 +60,9 @@ Dataset = Annotated[str | None, typer.Option(help="Data: a name on the hub, a fo
 
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Shows what would run: steps, trainable parameters, FLOPs; writes nothing.")
+]
+Timed = Annotated[
+    bool, typer.Option("--timed", help="With --dry-run: trains a few steps of each setting here, for the hours.")
 ]
 FlopsPerSecond = Annotated[
     float | None, typer.Option(metavar="N", help="With --dry-run: the device's speed, such as 1e13, to estimate hours.")
@@ -125,6 +128,7 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
     dry_run: DryRun = False,
     flops_per_second: FlopsPerSecond = None,
+    timed: Timed = False,
 ) -> None:
     """Trains one run and scores it. A run that was stopped resumes where it was.
 
@@ -139,7 +143,7 @@ def train(
     chosen = load_recipe(recipe, overrides or [], options)
     folder = out or Path("runs") / f"{chosen.method}-seed{chosen.seed}"
     use_one_gpu()
-    _refuse_throughput(flops_per_second, dry_run)
+    speed = _speed(flops_per_second, timed, dry_run)
     if distributed.process_count() == 1 and not is_complete(folder, chosen):
         refuse_at_once(chosen)
     if dry_run:
@@ -148,7 +152,7 @@ def train(
         from fvae_lora_experiments.sweep.plan import PlannedRun
 
         silence_libraries()
-        print_forecast([PlannedRun(chosen, RunFolder(folder), folder.name)], flops_per_second, console)
+        print_forecast([PlannedRun(chosen, RunFolder(folder), folder.name)], speed, console)
         return
 
     from fvae_lora_experiments.report import print_table, summary_rows
@@ -215,6 +219,7 @@ def compare(
     cpus: Annotated[int | None, typer.Option(min=1, help="slurm: cores per run (default: one per process).")] = None,
     dry_run: DryRun = False,
     flops_per_second: FlopsPerSecond = None,
+    timed: Timed = False,
 ) -> None:
     """Runs recipes x data sets x methods x seeds x varied keys; only what is missing is run.
 
@@ -228,7 +233,7 @@ def compare(
     from fvae_lora_experiments.sweep.plan import contenders, parse_list, parse_seeds, parse_values, runs_of
     from fvae_lora_experiments.sweep.run_sweep import run_sweep
 
-    _refuse_throughput(flops_per_second, dry_run)
+    speed = _speed(flops_per_second, timed, dry_run)
     slurm_options = _without_none(partition=partition, account=account, time=time, cpus=cpus)
     if slurm_options and launcher is not LauncherName.slurm:
         raise UserError(f"--{next(iter(slurm_options))}: only with --launcher slurm")
@@ -256,7 +261,7 @@ def compare(
         if grid:
             choosing = parse_seeds("--selection-seeds", selection_seeds or "0")
             tried = Grid(compared, parse_values("--grid", grid), choosing, result_seeds).runs()
-        print_forecast([*tried, *runs_of(compared, result_seeds)], flops_per_second, console)
+        print_forecast([*tried, *runs_of(compared, result_seeds)], speed, console)
         return
     launch = _make_launcher(launcher, out, jobs, size, slurm_options)
 
@@ -345,9 +350,14 @@ def tune(
         raise RunError(f"{len(failures)} trials failed; the same command tries them again; the first: {failures[0]}")
 
 
-def _refuse_throughput(flops_per_second: float | None, dry_run: bool) -> None:
+def _speed(flops_per_second: float | None, timed: bool, dry_run: bool) -> float | Literal["timed"] | None:
+    if timed and not dry_run:
+        raise UserError("--timed: only with --dry-run")
+    if timed and flops_per_second is not None:
+        raise UserError("--timed and --flops-per-second: give one of them")
     if flops_per_second is not None and not (dry_run and 0 < flops_per_second < float("inf")):
         raise UserError(f"--flops-per-second {flops_per_second:g}: expected a number above 0, and --dry-run")
+    return "timed" if timed else flops_per_second
 
 
 def _make_launcher(

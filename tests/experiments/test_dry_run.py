@@ -78,7 +78,7 @@ def test_a_dry_run_of_train_writes_nothing(cli: Cli, small: list[str], tmp_path:
     assert "Runs to do: 1; done already: 0" in out
     line = next(line.split() for line in out.splitlines() if line.startswith("lora"))
     assert line[2:5] == ["1", "8", "563"]  # runs, steps, trainable
-    assert "--flops-per-second gives the hours" in out
+    assert "--timed or --flops-per-second gives the hours" in out
     assert not (tmp_path / "run").exists()
 
 
@@ -139,6 +139,18 @@ def test_a_dry_run_of_compare_counts_what_is_left_and_gives_hours(cli: Cli, smal
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_few_steps_are_timed_for_the_hours(cli: Cli, small: list[str], tmp_path: Path) -> None:
+    train = ("train", "image/default", *small, "--method", "lora", "--out", tmp_path / "run", "--dry-run")
+    code, out, error = cli(*train, "--timed")
+    assert (code, error) == (0, "")
+    (cells,) = (line.split() for line in out.splitlines() if line.startswith("lora"))
+    assert 0 < float(cells[-1]) < 1
+    assert list(tmp_path.iterdir()) == []
+    more = ("--flops-per-second", "1e12")
+    assert cli(*train, "--timed", *more)[2] == "fvae-lora: --timed and --flops-per-second: give one of them\n"
+    assert cli(*train[:-1], "--timed")[2] == "fvae-lora: --timed: only with --dry-run\n"
+
+
 @pytest.mark.parametrize("options", [["--flops-per-second", "1e13"], ["--dry-run", "--flops-per-second", "0"]])
 def test_a_throughput_without_a_dry_run_or_of_nothing_is_one_line(
     cli: Cli, small: list[str], options: list[str]
@@ -149,4 +161,4 @@ def test_a_throughput_without_a_dry_run_or_of_nothing_is_one_line(
 
 def test_a_dry_run_refuses_what_training_would(cli: Cli, small: list[str], tmp_path: Path) -> None:
     code, _, error = cli("train", "image/default", *small, "--dataset", tmp_path / "nowhere", "--dry-run")
-    assert (code, "no such folder" in error) == (2, True)
+    assert (code, "no such file or folder" in error) == (2, True)
