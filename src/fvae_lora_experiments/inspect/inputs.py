@@ -1,6 +1,7 @@
 """The inputs on which an adapter is looked at: batches, and what is known of each row."""
 
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,11 @@ def open_inputs(source: Source, trained: Trained, split: SplitName, limit: int) 
     chosen = _drawn(len(rows), limit, source.recipe.seed)
     head = rows.select(range(min(HEAD, len(rows))))
     parts = Splits(train=head, validation=rows, test=head, validation_from=which, test_from=which)
-    items = task.datasets(parts, trained.model, trained.processor)["validation"]
+    logging.disable(logging.WARNING)  # rows that are cut were told of in training
+    try:
+        items = task.datasets(parts, trained.model, trained.processor)["validation"]
+    finally:
+        logging.disable(logging.NOTSET)
     label = _known(rows, "label", chosen)
     return Inputs(
         short_name(source.recipe.dataset),
