@@ -223,6 +223,15 @@ def test_an_adapter_alone_needs_data(cli: Cli, images: Path, pictures: Path, vit
         assert (problem or "") in err
 
 
+def test_a_truncated_adapter_is_one_line(cli: Cli, images: Path, pictures: Path, vit: Path, tmp_path: Path) -> None:
+    adapter = shutil.copytree(images / "adapter", tmp_path / "adapter")
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    code, out, err = cli("inspect", adapter, "--model", vit, "--dataset", pictures)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "adapter_model.safetensors" in err
+
+
 # --- What is refused ------------------------------------------------------------------------------------------------
 
 

@@ -51,6 +51,8 @@ class Inputs:
     batches: Iterator[dict[str, Any]]
     count: int | None
     """How many rows; None where that is not known before they are read."""
+    own: bool
+    """Whether the data are the run's."""
     label: Known | None = None
     group: Known | None = None
     without_label: str = ""
@@ -67,7 +69,7 @@ def open_inputs(source: Source, trained: Trained, split: SplitName, limit: int) 
     """
     task = trained.task
     try:
-        rows, which = _split(source, task, split)
+        rows, which, own = _split(source, task, split)
     except NoClassesError as error:
         if not (task.predicts_rows and Path(source.recipe.dataset).exists()):
             raise
@@ -86,22 +88,24 @@ def open_inputs(source: Source, trained: Trained, split: SplitName, limit: int) 
         which if len(chosen) == len(rows) else f"{len(chosen)} rows of {which}, drawn from {len(rows)}",
         _batches(task, items, chosen, source.recipe.train.batch_size),
         len(chosen),
+        own,
         label,
         _known(rows, "group", chosen),
         "" if label else f"the task {source.recipe.task} has no classes",
     )
 
 
-def _split(source: Source, task: Task, split: SplitName) -> tuple[Dataset, str]:
-    """The rows of a split, and its name in words."""
+def _split(source: Source, task: Task, split: SplitName) -> tuple[Dataset, str, bool]:
+    """The rows of a split, its name in words, and whether it is the run's."""
+    named = f"the run's {split} split"
     if source.record is not None and source.own_data:
-        return open_data(source.recipe, source.record).by_name[split], f"the run's {split} split"
+        return open_data(source.recipe, source.record).by_name[split], named, True
     official = task.open_source()
     if source.record is not None and fingerprint(official, task.content) == source.record.dataset.test_fingerprint:
-        return task.split(official).by_name[split], f"the run's {split} split"
+        return task.split(official).by_name[split], named, True
     if split in official:
-        return official[split], f"the official {split} split"
-    return official["train"], "the official train split" if len(official) > 1 else "all rows"
+        return official[split], f"the official {split} split", False
+    return official["train"], "the official train split" if len(official) > 1 else "all rows", False
 
 
 def _drawn(count: int, limit: int, seed: int) -> list[int]:
@@ -132,6 +136,7 @@ def _without_classes(source: Source, trained: Trained, limit: int, reason: str) 
         f"its first {limit} rows, or all where there are fewer",
         _prepared(trained, itertools.islice(rows, limit)),
         None,
+        own=False,
         without_label=reason,
     )
 
