@@ -438,7 +438,7 @@ def inspect(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="With --dataset: how its data are read, for example data.group_column=place.",
+            help="With --dataset: how it is read, for example data.group_column=place.",
             autocompletion=completion.keys,
         ),
     ] = None,
@@ -449,9 +449,9 @@ def inspect(
     data_root: DataRoot = None,
     task: Annotated[str | None, typer.Option(help="Of an adapter alone (default: judged by the data).")] = None,
     split: Annotated[SplitName, typer.Option(help="The split that is looked at.")] = SplitName.validation,
-    rows: Annotated[int, typer.Option(min=2, help="Rows at most; of more as many are drawn.")] = 2000,
+    rows: Annotated[int, typer.Option(min=2, help="Rows of a split at most, drawn from it.")] = 2000,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the page and the numbers (default: the first one).")
+        Path | None, typer.Option(help="Folder for the page and the numbers (default: RUN_OR_ADAPTER).")
     ] = None,
     detector: Annotated[
         bool,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from PIL import Image
 
 from colours import write_pictures
 from fvae_lora import export_for_inference, summarise_layers
-from fvae_lora_experiments.inspect import run as inspect_run
 from fvae_lora_experiments.inspect.inputs import Known, open_inputs
 from fvae_lora_experiments.inspect.probes import Question, probe, project, question
 from fvae_lora_experiments.inspect.source import find_source
@@ -134,7 +134,7 @@ def test_batches_change_nothing(images: Path) -> None:
     values = []
     for size in (4, 27):
         recipe = source.recipe.model_copy(update={"train": source.recipe.train.model_copy(update={"batch_size": size})})
-        inputs = open_inputs(inspect_run.replace(source, recipe=recipe), trained, "train", 2000)
+        inputs = open_inputs(replace(source, recipe=recipe), trained, "train", 2000)
         values.append([summary.r2 for summary in summarise_layers(trained.model, inputs.batches).values()])
     assert values[0] == pytest.approx(values[1], rel=1e-4)
 
