@@ -118,6 +118,7 @@ def test_each_rows_scores_are_those_of_the_formulas(kind: str, residual_dim: int
     for scores in found.values():
         assert scores.log_likelihood.dtype == DOUBLE
         assert (scores.w2 is None) == (residual_dim == 2)
+        assert scores.expected_log_likelihood is None  # no draws
 
 
 def test_a_layer_that_runs_several_times_is_one() -> None:

@@ -21,7 +21,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedModel, 
 
 import fvae_lora.layer
 from by_hand import assert_same, config, gradients, loss_by_hand
-from fvae_lora import export_for_inference
+from fvae_lora import export_for_inference, summarise_layers
 from tiny import batch_for, randomised, tiny_llama
 
 pytestmark = [pytest.mark.usefixtures("without_noise"), pytest.mark.filterwarnings("ignore:MatMul8bitLt")]
@@ -74,6 +74,18 @@ def test_training(load: Callable[[], PreTrainedModel]) -> None:
     assert_same(
         gradients(model, lambda: model(**batch).loss), gradients(model, lambda: loss_by_hand(model, [batch])), 1e-4
     )
+
+
+def test_a_summary_has_the_norm_of_the_quantised_output(load: Callable[[], PreTrainedModel]) -> None:
+    model = adapted(load()).eval()
+    found = summarise_layers(model, [{"input_ids": torch.arange(1, 25).reshape(4, 6)}])
+    outputs: dict[str, Tensor] = {}
+    for layer in (module for module in model.modules() if isinstance(module, fvae_lora.layer.FVAELoraLayer)):
+        layer.base_layer.register_forward_hook(lambda _, __, y, name=layer.name: outputs.setdefault(name, y.float()))
+    logits(model)
+    for name, summary in found.items():
+        norm = outputs[name].square().sum(-1).mean().sqrt().item()
+        assert summary.output_norm == pytest.approx(norm, rel=1e-3)
 
 
 def test_saving_loading_and_export(load: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
@@ -141,6 +153,7 @@ def test_layers_that_can_only_be_run(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert all(gradient.isfinite().all() for gradient in gradients(model, lambda: model(**batch).loss).values())
     with pytest.raises(TypeError, match="not supported for gptq"):
         model.merge_adapter()
+    assert all(summary.output_norm > 0 for summary in summarise_layers(model, [batch]).values())
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(fresh, tmp_path, autocast_adapter_dtype=False)
     torch.testing.assert_close(logits(loaded), logits(model))

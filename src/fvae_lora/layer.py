@@ -199,8 +199,10 @@ class FVAELoraLayer(nn.Module, BaseTunerLayer):
         Returns:
             (tokens, out).
         """
-        weight = self.get_base_layer().weight
-        output: Tensor = self.base_layer(x.to(weight.dtype) if weight.is_floating_point() else x)
+        weight = getattr(self.get_base_layer(), "weight", None)  # some quantised layers have none, or of integers
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            x = x.to(weight.dtype)
+        output: Tensor = self.base_layer(x)
         return output
 
     def _token_weights(self, x: Tensor) -> TokenWeights:

@@ -495,7 +495,7 @@ def inspect(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="With --dataset: how its data are read, for example data.group_column=place.",
+            help="With --dataset: how it is read, for example data.group_column=place.",
             autocompletion=completion.keys,
         ),
     ] = None,
@@ -506,9 +506,9 @@ def inspect(
     data_root: DataRoot = None,
     task: Annotated[str | None, typer.Option(help="Of an adapter alone (default: judged by the data).")] = None,
     split: Annotated[SplitName, typer.Option(help="The split that is looked at.")] = SplitName.validation,
-    rows: Annotated[int, typer.Option(min=2, help="Rows at most; of more as many are drawn.")] = 2000,
+    rows: Annotated[int, typer.Option(min=2, help="Rows of a split at most, drawn from it.")] = 2000,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the page and the numbers (default: the first one).")
+        Path | None, typer.Option(help="Folder for the page and the numbers (default: RUN_OR_ADAPTER).")
     ] = None,
     detector: Annotated[
         bool,
@@ -530,7 +530,7 @@ def inspect(
     from fvae_lora_experiments.report.terminal import print_grid
 
     silence_libraries()
-    signals.raise_on_signal()
+    signals.raise_on_signal("stopped; nothing was written")
     folder = out or source
     inspection = run.inspect(chosen, split.value, rows, folder)
     for table in inspection.tables():

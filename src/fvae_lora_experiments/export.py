@@ -34,7 +34,6 @@ from fvae_lora_experiments.places import is_local
 from fvae_lora_experiments.run.finished import read_finished_run
 from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.run.runner import open_base, open_data, scoring_trainer
-from fvae_lora_experiments.schema import ImageSettings
 from fvae_lora_experiments.tasks import load_task
 
 TASK_CLASSES = {
@@ -99,9 +98,8 @@ def export_lora(
             return convert_to_lora(_load_adapted(source, model), out, max_error=max_error, bias=bias)
         recipe, record = read_finished_run(source, model, dataset)
         base, processor = open_base(recipe, record)
-        plain = recipe.model_copy(
-            update={"image": ImageSettings()}
-        )  # without augmentation: fitted on images as at inference
+        as_at_inference = recipe.image.model_copy(update={"augmentation": []})
+        plain = recipe.model_copy(update={"image": as_at_inference})
         splits = load_task(plain).datasets(open_data(recipe, record), base, processor)
         generator = torch.Generator().manual_seed(recipe.seed)
         chosen = torch.randperm(len(splits["train"]), generator=generator)[:rows].tolist()

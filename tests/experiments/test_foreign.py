@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from colours import write_pictures
 from fvae_lora import ForeignInputDetector
 from fvae_lora_experiments.predict.request import DETECTOR
 from fvae_lora_experiments.run.runner import run_recipe
@@ -104,15 +105,25 @@ def test_what_cannot_have_a_detector(
 ) -> None:
     lora = run.parent / "lora"
     run_recipe(make_recipe(train={"epochs": 1}), lora, quiet=True)
+    write_pictures(foreign.parent / "other", 6, seed=9)
     refused: dict[tuple[Any, ...], str] = {
         ("predict", lora, foreign, "--foreign"): "--foreign: method lora has no autoencoder that would know",
         ("inspect", run / "adapter", "--dataset", pictures, "--detector"): "is only an adapter; give the folder of",
-        ("inspect", run, "--dataset", pictures, "--detector"): "--detector: it is fitted on the run's own data",
+        ("inspect", run, "--dataset", foreign.parent / "other", "--detector"): "other is not that of the run, on which",
     }
     for command, problem in refused.items():
         code, _, err = cli(*command)
         assert code == 2
         assert problem in err
+
+
+def test_a_run_whose_data_have_moved_gets_the_same_detector(cli: Cli, run: Path, pictures: Path) -> None:
+    moved = Path(shutil.copytree(pictures, run.parent / "moved"))
+    written = []
+    for options in ([], ["--dataset", moved]):
+        assert cli("inspect", run, "--detector", *options)[0] == 0
+        written.append((run / "adapter" / DETECTOR).read_bytes())
+    assert written[0] == written[1]
 
 
 def test_ctrl_c_leaves_the_detector_that_was_there(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from PIL import Image
 
 from colours import write_pictures
 from fvae_lora import export_for_inference, summarise_layers
-from fvae_lora_experiments.inspect import run as inspect_run
 from fvae_lora_experiments.inspect.inputs import Known, open_inputs
 from fvae_lora_experiments.inspect.probes import Question, probe, project, question
 from fvae_lora_experiments.inspect.source import find_source
@@ -134,7 +134,7 @@ def test_batches_change_nothing(images: Path) -> None:
     values = []
     for size in (4, 27):
         recipe = source.recipe.model_copy(update={"train": source.recipe.train.model_copy(update={"batch_size": size})})
-        inputs = open_inputs(inspect_run.replace(source, recipe=recipe), trained, "train", 2000)
+        inputs = open_inputs(replace(source, recipe=recipe), trained, "train", 2000)
         values.append([summary.r2 for summary in summarise_layers(trained.model, inputs.batches).values()])
     assert values[0] == pytest.approx(values[1], rel=1e-4)
 
@@ -221,6 +221,15 @@ def test_an_adapter_alone_needs_data(cli: Cli, images: Path, pictures: Path, vit
         code, _, err = cli("inspect", adapter, *given, "--task", task, "--out", tmp_path / "c")
         assert code == (2 if problem else 0)
         assert (problem or "") in err
+
+
+def test_a_truncated_adapter_is_one_line(cli: Cli, images: Path, pictures: Path, vit: Path, tmp_path: Path) -> None:
+    adapter = shutil.copytree(images / "adapter", tmp_path / "adapter")
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    code, out, err = cli("inspect", adapter, "--model", vit, "--dataset", pictures)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "adapter_model.safetensors" in err
 
 
 # --- What is refused ------------------------------------------------------------------------------------------------

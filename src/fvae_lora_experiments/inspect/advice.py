@@ -69,12 +69,12 @@ def advise(measured: Measured, settings: Mapping[str, Any]) -> list[str]:
             "the update is greater than the frozen output; lower the learning rate or lora_alpha",
         ),
     ]
-    for name, asked in measured.questions.items():
+    if (label := measured.questions.get("label")) is not None:
         rules.append(
             (
-                lambda layer, name=name, chance=asked.chance: _read_from_both(layer, name, chance),  # type: ignore[misc]
-                f"the {name} is read from z2 as well as from z1, so it is not factored out; raise "
-                f"{now('factorization_weight')}",
+                lambda layer: _read_from_both(layer, label.chance),
+                "the label is read from z2 as well as from z1, so the latents do not part what matters from the rest; "
+                f"{now('factorization_weight')} is there to part them",
             )
         )
     named = list(zip(short_names(layers), layers, strict=True))
@@ -92,8 +92,8 @@ def short_names(layers: Sequence[Layer]) -> list[str]:
     return [".".join(part for part, kept in zip(path, differ, strict=True) if kept) for path in paths]
 
 
-def _read_from_both(layer: Layer, name: str, chance: float) -> bool:
-    first, second = layer.z1.probes.get(name), layer.z2.probes.get(name)
+def _read_from_both(layer: Layer, chance: float) -> bool:
+    first, second = layer.z1.probes["label"], layer.z2.probes["label"]
     if first is None or second is None:
         return False
     return second.mean > chance + ABOVE_CHANCE and second.mean > first.mean - NEAR

@@ -1,6 +1,7 @@
 """The inputs on which an adapter is looked at: batches, and what is known of each row."""
 
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,8 @@ class Inputs:
     batches: Iterator[dict[str, Any]]
     count: int | None
     """How many rows; None where that is not known before they are read."""
+    own: bool
+    """Whether the data are the run's."""
     label: Known | None = None
     group: Known | None = None
     without_label: str = ""
@@ -66,7 +69,7 @@ def open_inputs(source: Source, trained: Trained, split: SplitName, limit: int) 
     """
     task = trained.task
     try:
-        rows, which = _split(source, task, split)
+        rows, which, own = _split(source, task, split)
     except NoClassesError as error:
         if not (task.predicts_rows and Path(source.recipe.dataset).exists()):
             raise
@@ -74,29 +77,35 @@ def open_inputs(source: Source, trained: Trained, split: SplitName, limit: int) 
     chosen = _drawn(len(rows), limit, source.recipe.seed)
     head = rows.select(range(min(HEAD, len(rows))))
     parts = Splits(train=head, validation=rows, test=head, validation_from=which, test_from=which)
-    items = task.datasets(parts, trained.model, trained.processor)["validation"]
+    logging.disable(logging.WARNING)  # rows that are cut were told of in training
+    try:
+        items = task.datasets(parts, trained.model, trained.processor)["validation"]
+    finally:
+        logging.disable(logging.NOTSET)
     label = _known(rows, "label", chosen)
     return Inputs(
         short_name(source.recipe.dataset),
         which if len(chosen) == len(rows) else f"{len(chosen)} rows of {which}, drawn from {len(rows)}",
         _batches(task, items, chosen, source.recipe.train.batch_size),
         len(chosen),
+        own,
         label,
         _known(rows, "group", chosen),
         "" if label else f"the task {source.recipe.task} has no classes",
     )
 
 
-def _split(source: Source, task: Task, split: SplitName) -> tuple[Dataset, str]:
-    """The rows of a split, and its name in words."""
+def _split(source: Source, task: Task, split: SplitName) -> tuple[Dataset, str, bool]:
+    """The rows of a split, its name in words, and whether it is the run's."""
+    named = f"the run's {split} split"
     if source.record is not None and source.own_data:
-        return open_data(source.recipe, source.record).by_name[split], f"the run's {split} split"
+        return open_data(source.recipe, source.record).by_name[split], named, True
     official = task.open_source()
     if source.record is not None and fingerprint(official, task.content) == source.record.dataset.test_fingerprint:
-        return task.split(official).by_name[split], f"the run's {split} split"
+        return task.split(official).by_name[split], named, True
     if split in official:
-        return official[split], f"the official {split} split"
-    return official["train"], "the official train split" if len(official) > 1 else "all rows"
+        return official[split], f"the official {split} split", False
+    return official["train"], "the official train split" if len(official) > 1 else "all rows", False
 
 
 def _drawn(count: int, limit: int, seed: int) -> list[int]:
@@ -127,6 +136,7 @@ def _without_classes(source: Source, trained: Trained, limit: int, reason: str) 
         f"its first {limit} rows, or all where there are fewer",
         _prepared(trained, itertools.islice(rows, limit)),
         None,
+        own=False,
         without_label=reason,
     )
 

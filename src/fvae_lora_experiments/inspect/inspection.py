@@ -152,6 +152,8 @@ def _active(layer: Layer, latent: str) -> str:
 
 
 def _percent(share: float) -> str:
+    if not math.isfinite(share):
+        return UNKNOWN
     return f"{100 * share:.1f}".replace("-", "\N{MINUS SIGN}") if abs(share) < 10 else number(100 * share)
 
 

@@ -38,7 +38,7 @@ def fit_detector(source: Source, limit: int) -> Path:
     """Fit a detector of foreign inputs on a run's training and validation inputs, and write it beside the adapter.
 
     Args:
-        source: a run on its own data.
+        source: a run, on its own data wherever they are now.
         limit: rows of each split at most.
 
     Returns:
@@ -49,6 +49,8 @@ def fit_detector(source: Source, limit: int) -> Path:
     """
     trained = _load(source)
     training, held_out = (open_inputs(source, trained, split, limit) for split in ("train", "validation"))
+    if not training.own:
+        raise UserError(f"--detector: dataset {source.recipe.dataset} is not that of the run, on which it is fitted")
     with trained.task.autocast(trained.device):
         try:
             detector = ForeignInputDetector.fit(
@@ -78,7 +80,10 @@ def _load(source: Source) -> Trained:
 
 def _classes(source: Source, task: Task) -> list[str]:
     """As many classes as the adapter's head has; without one any head will do, unless the data determine it."""
-    size = saved_head_size(source.adapter)
+    try:
+        size = saved_head_size(source.adapter)
+    except ValueError as error:
+        raise UserError(first_line(error)) from error
     if size is None and not task.predicts_rows:
         return class_names(task.open_source()["train"])
     return [str(number) for number in range(2 if size is None else size)] if size != 1 else []

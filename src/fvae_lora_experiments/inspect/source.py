@@ -80,15 +80,13 @@ def find_source(
 
 
 def refuse_detector(source: Source) -> None:
-    """Refuses to fit a detector of foreign inputs where there are no inputs of training.
+    """Refuses to fit a detector of foreign inputs where there can be none.
 
     Raises:
-        UserError: only an adapter, other data than the run's, or a task whose model does not read the rows alone.
+        UserError: only an adapter, or a task whose model does not read the rows alone.
     """
     if source.record is None:
         raise UserError(f"--detector: {source.path} is only an adapter; give the folder of the run that trained it")
-    if not source.own_data:
-        raise UserError("--detector: it is fitted on the run's own data; leave out --dataset")
     from fvae_lora_experiments.predict.request import refuse_without_detection
 
     refuse_without_detection(source.recipe, "--detector")

@@ -84,7 +84,7 @@ def usable_run(path: Path, model: str | None = None) -> tuple[Recipe, Record]:
     if record.is_selection:
         raise UserError(f"{path}: a point of a grid, which only chooses settings; give a run of the results")
     if not RunFolder(path).adapter.is_dir():
-        raise UserError(f"{path}: its adapter is not there, which is what would predict")
+        raise UserError(f"{path}: its adapter is not there")
     recipe = recorded_recipe(record, path, model, None, with_data=False)
     if is_local(recipe.model) and not Path(recipe.model).is_dir():
         raise UserError(f"model {recipe.model}: no such folder; --model says where it is")
