@@ -81,7 +81,7 @@ MISTAKES = {
     ("evaluate", "./no"): "no: no finished run",
     ("tune", "image/demo", "--trials", "0"): "--trials 0: expected at least 1",
     ("tune", "image/demo", "--knobs", "fvae.kl_weigth"): "; did you mean fvae.kl_weight?",
-    ("tune", "image/default", "--model", ".", "--dataset", "./no"): "dataset ./no: no such folder or file",
+    ("tune", "image/default", "--model", ".", "--dataset", "./no"): "dataset ./no: no such file or folder",
     ("predict", "./no", "a.png"): "no: no finished run",
     ("inspect", "./no"): "no: neither a run with an adapter nor an adapter's folder",
 }

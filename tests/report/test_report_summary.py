@@ -158,7 +158,7 @@ def test_a_run_that_was_killed_before_its_first_record(tmp_path):
 def test_no_run_is_the_user_s_mistake(tmp_path):
     with pytest.raises(UserError, match="no run"):
         summary_rows(tmp_path)
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="no such file or folder"):
         summary_rows(tmp_path / "nowhere")
 
 
