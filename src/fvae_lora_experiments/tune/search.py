@@ -25,7 +25,7 @@ from fvae_lora_experiments.tune.space import Knob, starting_points
 from fvae_lora_experiments.tune.study import DATA, METRIC, REASON, Journal, Plan, StudyFolder
 
 UNPRUNED = 5
-"""How many trials must be finished, beside the starting points, before others are pruned: those points are good ones."""
+"""How many trials must be finished before others are pruned, beside the starting points, which are good ones."""
 
 
 class SeededSampler(BaseSampler):
