@@ -90,6 +90,7 @@ def test_the_same_command_does_only_what_is_missing(tune: Any, tmp_path: Path) -
     assert len(after) == 3
 
 
+@pytest.mark.slow
 def test_a_point_that_was_tried_is_not_run_again(tune: Any, tmp_path: Path) -> None:
     code, out, _ = tune("--methods", "fvae-lora", "--knobs", "fvae.elbo_stop_gradient", "--trials", "4")
     assert code == 0
@@ -164,6 +165,7 @@ def test_a_line_that_a_kill_cut_off_does_no_harm(tune: Any, tmp_path: Path) -> N
     assert '"wor{' not in journal.read_text()
 
 
+@pytest.mark.slow
 def test_a_search_that_was_killed_while_it_began_begins_again(tune: Any, tmp_path: Path) -> None:
     (tmp_path / "s" / "lora").mkdir(parents=True)
     (tmp_path / "s" / "lora" / "journal.log").write_text('{"op_code":0,"worker_id":"a","study_name":"tu')
@@ -171,6 +173,7 @@ def test_a_search_that_was_killed_while_it_began_begins_again(tune: Any, tmp_pat
     assert [trial.state for trial in found(tmp_path / "s").trials] == ["complete"]
 
 
+@pytest.mark.slow
 def test_trials_on_other_data_of_the_same_name_do_not_count(tune: Any, pictures: Path, tmp_path: Path) -> None:
 
     assert tune("--trials", "1")[0] == 0
@@ -181,6 +184,7 @@ def test_trials_on_other_data_of_the_same_name_do_not_count(tune: Any, pictures:
     assert [trial.state for trial in found(tmp_path / "s").trials] == ["complete", "running"]
 
 
+@pytest.mark.slow
 def test_a_trial_that_failed_is_tried_again_by_the_same_command(
     tune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +223,21 @@ def test_names_of_a_user_s_are_text_on_the_page(make_recipe: Callable[..., Recip
     assert "<img" not in page
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 3
+
+
+def test_a_trial_that_is_worse_than_most_is_pruned(tune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "UNPRUNED", 0)
+    code, out, err = tune("--knobs", "train.learning_rate", "--trials", "4", "train.epochs=4")
+    assert code == 0, err
+    trials = found(tmp_path / "s").trials
+    pruned = [trial for trial in trials if trial.state == "pruned"]
+    assert pruned
+    for trial in pruned:
+        assert trial.curve[-1][0] in (2, 3), "half of the epochs are for everybody, the last ends nothing"
+        assert trial.curve[-1][1] < dict(trials[0].curve)[trial.curve[-1][0]]
+        record = records(tmp_path / "s")[f"lora/trial-{trial.number:04}"]
+        assert (record["state"], f"pruned: {record['reason']}") == ("pruned", trial.reason)
+    assert f"pruned: epoch {pruned[0].curve[-1][0]} of 4, validation accuracy" in out
 
 
 class TestPruned:

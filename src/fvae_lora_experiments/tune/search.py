@@ -25,7 +25,7 @@ from fvae_lora_experiments.tune.space import Knob, starting_points
 from fvae_lora_experiments.tune.study import DATA, METRIC, REASON, Journal, Plan, StudyFolder
 
 UNPRUNED = 5
-"""How many trials must be finished before others are pruned."""
+"""How many trials must be finished before others are pruned, beside the starting points, which are good ones."""
 
 
 class SeededSampler(BaseSampler):
@@ -111,12 +111,13 @@ class Worker:
             else:
                 folder.refuse_others(plan)
             greater_is_better = self.metric.greater_is_better if is_new else None
-            pruner = MedianPruner(UNPRUNED, n_warmup_steps=plan.recipe.train.epochs // 3)
+            unpruned = UNPRUNED + len(points := starting_points(plan.recipe, plan.space))
+            pruner = MedianPruner(unpruned, n_warmup_steps=plan.recipe.train.epochs // 2)
             self.journal = Journal(folder, greater_is_better, SeededSampler(plan.seed), pruner)
             self.study = self.journal.study
             if is_new:
                 self.study.set_user_attr(METRIC, self.metric.name)
-                for point in starting_points(plan.recipe, plan.space):
+                for point in points:
                     self.study.enqueue_trial(point)
                 folder.write_plan(plan)
         self.failures: dict[int, str] = {}
