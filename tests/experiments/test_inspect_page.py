@@ -78,7 +78,8 @@ def test_many_layers_are_counted_and_all_are_all() -> None:
 def inspection(tmp_path: Path) -> Inspection:
     recipe = check_recipe({"model": "m", "dataset": "d", "method": "fvae-lora"}, "test")
     source = Source(tmp_path / "run", tmp_path, recipe, None, True, SETTINGS)
-    return Inspection(source, Inputs("d", "all rows", iter(()), ROWS, own=True), measured([layer(i) for i in range(100)]))
+    inputs = Inputs("d", "all rows", iter(()), ROWS, own=True)
+    return Inspection(source, inputs, measured([layer(i) for i in range(100)]))
 
 
 def test_a_page_of_a_hundred_layers_is_small_and_folded(inspection: Inspection) -> None:
