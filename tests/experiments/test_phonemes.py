@@ -345,7 +345,7 @@ def test_a_sentence_that_cannot_be_used_is_named(
 
 
 def test_a_folder_that_is_no_timit_is_refused(train: Callable[..., tuple[int, str, str]], corpus: Path) -> None:
-    assert_refused(train(corpus / "nowhere"), "no such folder")
+    assert_refused(train(corpus / "nowhere"), "no such file or folder")
     assert_refused(train(corpus / "TRAIN"), "no TRAIN folder; expected TRAIN and TEST there")
     shutil.rmtree(corpus / "TEST" / "DR2")
     shutil.rmtree(corpus / "TEST" / "DR1" / "FAKS0")

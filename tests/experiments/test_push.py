@@ -172,7 +172,7 @@ def test_a_hub_that_refuses_one_step_is_one_line(
 ) -> None:
     monkeypatch.setattr(hub, "refuses", {action: status})
     code, _, error = cli("push", copied, "me/refused")
-    assert (code, error) == (2, f"fvae-lora: me/refused: the hub refuses ({status}): Not today\n")
+    assert (code, error) == (2, f"fvae-lora: me/refused: the hub refused ({status}): Not today\n")
 
 
 @pytest.mark.parametrize("setting", [("ENDPOINT", "http://127.0.0.1:9"), ("HF_HUB_OFFLINE", True)])

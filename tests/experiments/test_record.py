@@ -58,7 +58,7 @@ def test_what_a_newer_version_knows_is_kept(folder: RunFolder) -> None:
     ("change", "said"),
     [
         ({"schema": 2}, "schema: Input should be 1"),
-        ({"state": "resting"}, "state: Input should be 'running', 'complete' or 'failed'"),
+        ({"state": "resting"}, "state: Input should be 'running', 'complete', 'failed' or 'pruned'"),
         ({"seed": "one"}, "seed: Input should be a valid integer"),
         ({"model": 3}, "model: Input should be an object"),
     ],

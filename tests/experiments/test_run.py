@@ -175,6 +175,6 @@ def test_a_run_whose_model_and_data_have_moved_is_scored_where_they_are_now(
         (tmp_path / name).rename(tmp_path / "moved" / name)
     assert evaluate(tmp_path / "moved" / "run", quiet=True) == record.metrics.test
     (tmp_path / "moved" / "d").rename(tmp_path / "data")
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="no such file or folder"):
         evaluate(tmp_path / "moved" / "run", quiet=True)
     assert evaluate(tmp_path / "moved" / "run", dataset=str(tmp_path / "data"), quiet=True) == record.metrics.test
