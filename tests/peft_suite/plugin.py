@@ -26,7 +26,7 @@ import peft
 import peft.tuners.lora
 import pytest
 import torch
-from exclusions import EXCLUDED, HEAVIER_ELBO, REFUSALS, WITHOUT_NOISE
+from exclusions import EXCLUDED, HEAVIER_ELBO, LOWER_RATE, REFUSALS, WITHOUT_NOISE
 from peft import PeftConfig
 from torch import Tensor, nn
 
@@ -225,13 +225,15 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     State.fields = dict(PROFILES[State.profile])
     if State.profile == "full" and any(re.search(pattern, item.nodeid) for pattern in HEAVIER_ELBO):
         State.fields["elbo_weight"] = 0.1
-    noise = objective.standard_normal
+    noise, sgd = objective.standard_normal, torch.optim.SGD
+    if any(re.search(pattern, item.nodeid) for pattern in LOWER_RATE):
+        torch.optim.SGD = lambda parameters, lr: sgd(parameters, lr=min(lr, 0.01))
     if any(re.search(pattern, item.nodeid) for pattern in WITHOUT_NOISE):
         objective.standard_normal = lambda *arguments: torch.zeros_like(noise(*arguments))
     try:
         return (yield)
     finally:
-        objective.standard_normal = noise
+        objective.standard_normal, torch.optim.SGD = noise, sgd
         State.in_test = False
 
 
