@@ -117,6 +117,7 @@ def test_what_cannot_have_a_detector(
         assert problem in err
 
 
+@pytest.mark.slow
 def test_a_run_whose_data_have_moved_gets_the_same_detector(cli: Cli, run: Path, pictures: Path) -> None:
     moved = Path(shutil.copytree(pictures, run.parent / "moved"))
     written = []
@@ -126,6 +127,7 @@ def test_a_run_whose_data_have_moved_gets_the_same_detector(cli: Cli, run: Path,
     assert written[0] == written[1]
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_detector_that_was_there(
     cli: Cli, run: Path, foreign: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,7 @@ def test_how_far_it_is_can_be_seen_on_a_terminal_alone(
 # --- Other data, and an adapter alone -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_on_its_own_data_elsewhere_sees_the_same_split(
     cli: Cli, images: Path, pictures: Path, tmp_path: Path
 ) -> None:

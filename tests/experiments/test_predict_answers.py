@@ -49,6 +49,7 @@ def inspected(cli: Cli, run: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_words_are_those_of_the_test(cli: Cli, tmp_path: Path) -> None:
     data = write_recordings(tmp_path / "data", {"train": said(*WORDS[:6]), "test": said(*WORDS[6:])})
     record = trained(
@@ -85,6 +86,7 @@ def test_words_are_those_of_the_test(cli: Cli, tmp_path: Path) -> None:
         assert "this run (transcription) reads what is written beside what it is given" in err
 
 
+@pytest.mark.slow
 def test_phonemes_are_those_of_the_test(cli: Cli, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "TIMIT", hum)
     record = trained("speech/timit", tmp_path / "run", wav2vec2(tmp_path / "model"), corpus)

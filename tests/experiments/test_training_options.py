@@ -55,6 +55,7 @@ def test_training_ends_after_max_steps_with_a_scored_epoch(make_recipe: Callable
     assert record.flops.train_total == 6 * (record.flops.train_step or 0)
 
 
+@pytest.mark.slow
 def test_max_steps_may_be_more_than_the_epochs(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     run_recipe(make_recipe(train={"max_steps": 10, "patience": 9}), tmp_path, quiet=True)
     assert [step for step, _ in validations(tmp_path)] == [4, 8, 10]
@@ -106,6 +107,7 @@ def lopsided(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fvae-lora", "lora"])
 @pytest.mark.parametrize("balance", [{"class_weights": "balanced"}, {"sampling": "balanced"}])
 def test_rare_classes_are_predicted_more_often_where_training_is_balanced(

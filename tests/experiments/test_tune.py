@@ -77,6 +77,7 @@ def test_a_search_ends_with_a_recipe_that_train_takes_and_a_page(tune: Any, cli:
         assert word in page
 
 
+@pytest.mark.slow
 def test_the_same_command_does_only_what_is_missing(tune: Any, tmp_path: Path) -> None:
     assert tune()[0] == 0
     before = left(tmp_path / "s")
@@ -154,6 +155,7 @@ def test_a_plan_that_is_not_one_is_refused_in_one_line(tune: Any, tmp_path: Path
     assert_refused(tune(), "study.json")
 
 
+@pytest.mark.slow
 def test_a_line_that_a_kill_cut_off_does_no_harm(tune: Any, tmp_path: Path) -> None:
     assert tune("--trials", "1")[0] == 0
     journal = tmp_path / "s" / "lora" / "journal.log"
@@ -204,6 +206,7 @@ def test_a_trial_that_failed_is_tried_again_by_the_same_command(
     assert [trial.state for trial in found(tmp_path / "s").trials] == ["complete", "complete"]
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverges_is_the_worst(tune: Any, tmp_path: Path) -> None:
     code, out, err = tune("--knobs", "train.learning_rate=1e30:1e31", "train.max_grad_norm=0")
     assert code == 1
@@ -225,6 +228,7 @@ def test_names_of_a_user_s_are_text_on_the_page(make_recipe: Callable[..., Recip
     assert page.count("&lt;script&gt;") >= 3
 
 
+@pytest.mark.slow
 def test_a_trial_that_is_worse_than_most_is_pruned(tune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "UNPRUNED", 0)
     code, out, err = tune("--knobs", "train.learning_rate", "--trials", "4", "train.epochs=4")
