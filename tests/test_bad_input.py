@@ -446,6 +446,7 @@ def test_the_readme_keeps_what_somebody_wrote(folder: Path, base: PreTrainedMode
     assert text.count("import fvae_lora") == 1
 
 
+@pytest.mark.slow
 def test_without_the_import_peft_stops_and_the_readme_explains(folder: Path, base: PreTrainedModel) -> None:
     base.save_pretrained(folder.parent / "base")
     script = (

@@ -161,6 +161,7 @@ def test_a_forward_that_ran_out_of_memory_counts_for_nothing() -> None:
     assert_same(gradients(model, found), expected)
 
 
+@pytest.mark.slow
 def test_a_trainer_finds_the_batch_size_that_fits(tmp_path: Path) -> None:
     model = adapted("bert", torch.float32)
 

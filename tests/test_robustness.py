@@ -332,6 +332,7 @@ def test_the_base_models_name_opens_nothing(path: str, folder: Path, tmp_path: P
     assert "\nb`c`" not in readme.partition("How to load")[2]
 
 
+@pytest.mark.slow
 def test_auto_mapping_imports_nothing(folder: Path, tmp_path: Path) -> None:
     """peft's auto classes import the library that the folder names; only known and imported ones get that far."""
     (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')")

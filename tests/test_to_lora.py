@@ -125,6 +125,7 @@ if PEFT_SAVES_BIASES:
     EXACT["trained-biases"] = ("bert", {"bias": "all"})
 
 
+@pytest.mark.slow
 def test_stock_peft_computes_what_the_adapter_does(tmp_path: Path) -> None:
     expected, errors = {}, {}
 

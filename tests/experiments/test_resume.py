@@ -49,11 +49,11 @@ Undisturbed = Callable[[Recipe], dict[str, Any]]
 @pytest.mark.parametrize(
     ("place", "calls"),
     [
-        ("write", 1),
-        ("append", 3),
         ("inside a checkpoint", 2),
-        ("remove", 1),
-        ("save_adapter", 1),
+        pytest.param("write", 1, marks=pytest.mark.slow),
+        pytest.param("append", 3, marks=pytest.mark.slow),
+        pytest.param("remove", 1, marks=pytest.mark.slow),
+        pytest.param("save_adapter", 1, marks=pytest.mark.slow),
         pytest.param("append", 1, marks=pytest.mark.slow),
         pytest.param("inside a checkpoint", 1, marks=pytest.mark.slow),
         pytest.param("keep_checkpoints", 2, marks=pytest.mark.slow),
@@ -72,12 +72,13 @@ def test_killed_at_a_delicate_moment(
     assert result(folder) == undisturbed(recipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
         pytest.param(LIVELY, id="fvae-lora"),
-        pytest.param(LIVELY | {"method": "full"}, id="full", marks=pytest.mark.slow),
-        pytest.param(IMPATIENT, id="patience", marks=pytest.mark.slow),
+        pytest.param(LIVELY | {"method": "full"}, id="full"),
+        pytest.param(IMPATIENT, id="patience"),
     ],
 )
 def test_killed_at_random_moments(
@@ -98,7 +99,7 @@ def test_killed_at_random_moments(
 
 
 def test_ctrl_c_says_how_to_go_on(make_recipe: Callable[..., Recipe], undisturbed: Undisturbed, tmp_path: Path) -> None:
-    recipe, folder = make_recipe(**LIVELY | {"train": {"epochs": 40}}), tmp_path / "run"
+    recipe, folder = make_recipe(**LIVELY | {"train": {"epochs": 12}}), tmp_path / "run"
     process = CONTEXT.Process(target=_main, args=(recipe, folder, tmp_path / "said"))
     process.start()
     wait_for(lambda: (folder / "metrics.jsonl").exists() and list(folder.glob("checkpoints/*/.whole")), process)

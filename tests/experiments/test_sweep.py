@@ -83,6 +83,7 @@ def test_only_what_is_missing_is_run(planned: Callable[..., list[PlannedRun]]) -
     assert row.seeds == (1, 2)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_does_not_stop_the_others(planned: Callable[..., list[PlannedRun]]) -> None:
     runs = planned(["linear-probe"], [1], "train.max_grad_norm=0", vary=["train.learning_rate=[0.001, 1.0e+30]"])
     (failure,) = run_sweep(runs, LocalLauncher(2), quiet())
