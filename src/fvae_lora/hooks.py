@@ -113,9 +113,9 @@ def _close_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         loss = output if key is Ellipsis else output[key]
         share = share_of_items(model, inputs)
         if share is not None and not is_normalised(model, recorder, loss, inputs["num_items_in_batch"]):
-            loss = loss * share  # the model returned the mean over this micro-batch only
+            loss = loss * torch.as_tensor(share).to(loss)  # the model returned the mean over this micro-batch only
         if recorder.micro_batch is None:
-            shares: dict[str, float] = {} if share is None else dict.fromkeys(SEQUENCE_KINDS, share)
+            shares: dict[str, Tensor | float] = {} if share is None else dict.fromkeys(SEQUENCE_KINDS, share)
             loss = add_to_loss(task_weight([forward]) * loss, [forward], shares, State.RETURNED)
         output = with_loss(output, key, loss)
     if not is_transforming():

@@ -297,8 +297,8 @@ def _pad_to_windows(model: nn.Module, mask: Tensor, tokens: torch.Size) -> Tenso
     return F.pad(mask, (0, missing))
 
 
-def count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[SequenceKind, int]:
-    """How many tokens of a batch count, before the model has seen it.
+def count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[SequenceKind, Tensor | int]:
+    """How many tokens of a batch count, before the model has seen it, without waiting for the device.
 
     Args:
         model: The adapted model.
@@ -332,7 +332,16 @@ def _main_input(model: nn.Module) -> str:
     return str(getattr(model, "main_input_name", "input_ids"))
 
 
-def _count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[SequenceKind, int]:
+def share(part: Tensor | int, whole: Tensor | int) -> Tensor | float:
+    """The share of some tokens in all; on the device, and in double if it has that, where either was counted there."""
+    part, whole = (
+        n.to(torch.float32 if n.device.type == "mps" else torch.float64) if isinstance(n, Tensor) else n
+        for n in (part, whole)
+    )
+    return part / (whole.clamp(min=1) if isinstance(whole, Tensor) else max(whole, 1))
+
+
+def _count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[SequenceKind, Tensor | int]:
     masks = TokenMasks.of(model, inputs)
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     main = tensors.get(_main_input(model), next(iter(tensors.values()), torch.ones(1)))
@@ -340,8 +349,8 @@ def _count_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[SequenceK
     frames = None if samples is None else _frame_mask(model, samples)
     mask = masks.input if frames is None else frames
     return {
-        "input": main.numel() if mask is None else int(mask.sum()),
-        "decoder": main.numel() if masks.decoder is None else int(masks.decoder.sum()),
+        "input": main.numel() if mask is None else mask.sum(),
+        "decoder": main.numel() if masks.decoder is None else masks.decoder.sum(),
         "image": sum(value.numel() for name, value in tensors.items() if "pixel_values" in name),
     }
 

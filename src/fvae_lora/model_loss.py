@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from .masks import IGNORED_LABEL, is_encoder_decoder
+from .masks import IGNORED_LABEL, is_encoder_decoder, share
 from .recorder import Recorder
 
 
-def share_of_items(model: nn.Module, inputs: Mapping[str, Any]) -> float | None:
+def share_of_items(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | float | None:
     """This micro-batch's share of the labels in the optimizer's step, counted as transformers' Trainer does."""
     labels, num_items = inputs.get("labels"), inputs.get("num_items_in_batch")
     if num_items is None or not isinstance(labels, Tensor):
@@ -23,7 +23,7 @@ def share_of_items(model: nn.Module, inputs: Mapping[str, Any]) -> float | None:
         labels = inputs["shift_labels"]
     elif shifts:
         labels = labels[..., 1:]
-    return int((labels != IGNORED_LABEL).sum()) / float(torch.as_tensor(num_items).detach())
+    return share((labels != IGNORED_LABEL).sum(), num_items.detach() if isinstance(num_items, Tensor) else num_items)
 
 
 def is_normalised(model: nn.Module, recorder: Recorder, loss: Tensor, num_items: Any) -> bool:

@@ -36,7 +36,7 @@ ADVICE = (
 )
 
 LayerKey = tuple[str, str]  # a layer's name and an adapter's
-Shares = Mapping[str, float]  # of the optimizer step's tokens that a forward has, for each sequence
+Shares = Mapping[str, Tensor | float]  # of the optimizer step's tokens that a forward has, for each sequence
 
 
 class State(Enum):
@@ -404,9 +404,9 @@ def _per_token(forwards: Sequence[Forward], shares: Shares) -> dict[LayerKey, Te
         weight = config.elbo_weight / (layers[adapter] if config.layer_reduction == "mean" else 1)
         share = shares.get("input" if masks is None else masks.sequence(layer), 1.0)
         tokens = sum((run.tokens for run in runs), start=0)
-        weights[layer, adapter] = (
-            weight * share / (tokens.clamp(min=1) if isinstance(tokens, Tensor) else max(tokens, 1))
-        )
+        per_token = weight * share / (tokens.clamp(min=1) if isinstance(tokens, Tensor) else max(tokens, 1))
+        of_layer = runs[0].elbo.negative
+        weights[layer, adapter] = per_token.to(of_layer) if isinstance(per_token, Tensor) else per_token
     return weights
 
 

@@ -13,7 +13,7 @@ from transformers import Trainer
 from .hooks import ATTRIBUTE
 from .loss import last_forwards, recorders, with_elbo
 from .loss_log import LossLog
-from .masks import SEQUENCE_KINDS, count_tokens
+from .masks import SEQUENCE_KINDS, count_tokens, share
 
 # A Trainer for the type checker; at run time a plain mixin, to be put in front of any subclass of the Trainer.
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -40,7 +40,7 @@ class ElboTrainerMixin(_Base):
     """
 
     log_elbo_per_layer: bool = False
-    _tokens_in_step: list[int] | None = None
+    _tokens_in_step: list[Tensor | int] | None = None
     _loss_log: LossLog | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -66,8 +66,8 @@ class ElboTrainerMixin(_Base):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         root = _adapted_model(self.model)
         if root is not None and batches and isinstance(batches[0], Mapping):
-            counts = torch.tensor([list(count_tokens(root, batch).values()) for batch in batches], device=device)
-            self._tokens_in_step = self.accelerator.reduce(counts.sum(0), "sum").tolist()
+            counts = zip(*(count_tokens(root, batch).values() for batch in batches), strict=True)
+            self._tokens_in_step = self._over_processes([sum(of_sequence) for of_sequence in counts], device)
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -121,7 +121,14 @@ class ElboTrainerMixin(_Base):
             self._loss_log.add(task_loss, forwards, self._divisor(num_items), self.state.global_step)
         return (loss, *outputs) if outputs else loss
 
-    def _shares(self, inputs: Mapping[str, Any], num_items: Tensor | int | None) -> dict[str, float]:
+    def _over_processes(self, counts: list[Tensor | int], device: torch.device) -> list[Tensor | int]:
+        """Sums over all processes, which stay on the device."""
+        if self.accelerator.num_processes == 1:
+            return counts
+        mine = [n.to(device) if isinstance(n, Tensor) else torch.full((), n, device=device) for n in counts]
+        return list(self.accelerator.reduce(torch.stack(mine), "sum").unbind())
+
+    def _shares(self, inputs: Mapping[str, Any], num_items: Tensor | int | None) -> dict[str, Tensor | float]:
         """This micro-batch's share of the step's tokens, scaled as the rest of the Trainer's step expects."""
         root = _adapted_model(self.model)
         if self._tokens_in_step is None or root is None:  # nothing to count before the step, so micro-batches are equal
@@ -129,7 +136,7 @@ class ElboTrainerMixin(_Base):
         # The gradients of the processes are averaged.
         parts = self.accelerator.num_processes * self._divisor(num_items)
         counts = count_tokens(root, inputs).items()
-        return {name: parts * n / max(total, 1) for (name, n), total in zip(counts, self._tokens_in_step, strict=True)}
+        return {name: parts * share(n, total) for (name, n), total in zip(counts, self._tokens_in_step, strict=True)}
 
     def _divisor(self, num_items: Tensor | int | None) -> int:
         """What the Trainer divides a loss by: the step's micro-batches, unless the loss is normalised over the step."""
