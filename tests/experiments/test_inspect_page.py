@@ -87,6 +87,8 @@ def test_a_page_of_a_hundred_layers_is_small_and_folded(inspection: Inspection) 
     assert len(page) < 3e6
     assert page.count("<details>") == 102  # two tables
     assert page.count('class="cloud"') == 100 * 2 * 12
+    for kind in ("q_proj", "v_proj"):  # in one line they would zigzag
+        assert f"Active units, %: {kind}" in page
     assert "Only rows of the 12 most frequent of 30 kinds of label are drawn." in page
     assert "&lt;0&gt;" in page
     assert "<0>" not in page

@@ -1,6 +1,6 @@
 """An inspection as one self-contained HTML page, in the report's style."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ PARTS = 4
 OPEN = 24
 """With more layers the tables and each layer's projections are folded away."""
 MARKED = 24
-"""With more layers only the ends of lines have markers."""
+"""With more layers each kind of module has a chart of its own, and only the ends of lines have markers."""
 LOWEST = -100.0
 """Where shares of variance are cut off in a chart, in percent."""
 BOTH, Z1, Z2, GUESS = (Mark(name, i) for i, name in enumerate(("both", "z1", "z2", "a guess")))
@@ -144,11 +144,29 @@ def _score(layer: Layer, latent: str, name: str) -> float | None:
 
 
 def _panel(title: str, layers: Sequence[Layer], lines: Mapping[Mark, Callable[[Layer], float | None]]) -> Panel:
+    if len(layers) <= MARKED:
+        drawn = _lines(layers, lines, marked=True)
+        ticks = list(range(1, len(layers) + 1)) if len(layers) < 6 else []
+        charts = [line_chart(title, "adapted layer, as in the table", drawn, ticks)] if drawn else []
+        return Panel([line.mark for line in drawn], charts)
+    of_kinds = defaultdict(list)
+    for layer in layers:
+        of_kinds[layer.name.rpartition(".")[2]].append(layer)
+    found = {kind: _lines(of_kind, lines, marked=False) for kind, of_kind in of_kinds.items()}
+    charts = [
+        line_chart(f"{title}: {kind}", f"{kind}, in the table's order", drawn) for kind, drawn in found.items() if drawn
+    ]
+    return Panel(
+        [mark for mark in lines if any(mark == line.mark for drawn in found.values() for line in drawn)], charts
+    )
+
+
+def _lines(
+    layers: Sequence[Layer], lines: Mapping[Mark, Callable[[Layer], float | None]], *, marked: bool
+) -> list[Line]:
     drawn = []
     for mark, value in lines.items():
         points = [(float(i), y) for i, layer in enumerate(layers, 1) if (y := value(layer)) is not None and y == y]
         if points:
-            drawn.append(Line(mark, points, [], points if len(layers) <= MARKED and mark != GUESS else ()))
-    ticks = list(range(1, len(layers) + 1)) if len(layers) < 6 else []
-    charts = [line_chart(title, "adapted layer, as in the table", drawn, ticks)] if drawn else []
-    return Panel([line.mark for line in drawn], charts)
+            drawn.append(Line(mark, points, [], points if marked and mark != GUESS else ()))
+    return drawn
