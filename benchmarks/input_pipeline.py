@@ -1,9 +1,11 @@
-"""Images per second of the input pipeline alone, and where an image's time goes.
+"""Images per second of the input pipeline, alone and in training, and where an image's time goes.
 
-    python benchmarks/input_pipeline.py [--workers 0,1,2] [--side 256]
+    python benchmarks/input_pipeline.py [--workers 0,1,2] [--side 256] [--device-speed 1000]
 
 The images are made here (smooth noise, JPEG, square); they are read, decoded, augmented as `image/default` does,
-resized and normalised by ViT's image processor, and collated into batches of 32, as in a run.
+resized and normalised by ViT's image processor, and collated into batches of 32, as in a run. Training is that of a
+small adapted ViT on one thread, and on a stand-in for an accelerator, which takes its time for a batch and leaves the
+processor idle.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
+from peft import get_peft_model
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import ViTImageProcessor, default_data_collator
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, default_data_collator
 
+from fvae_lora import FVAELoraConfig
 from fvae_lora_experiments.data.image_decoding import open_image
 from fvae_lora_experiments.data.image_inputs import Images, augmentation, process
 from fvae_lora_experiments.schema import ImageSettings
@@ -51,15 +55,30 @@ def per_image_ms(step: Callable[[Any], Any], inputs: list[Any]) -> float:
     return 1e3 * (time.perf_counter() - began) / len(inputs)
 
 
-def images_per_second(images: Images, workers: int) -> float:
-    """Through a loader as the Trainer has it; the workers' start is not counted."""
+def small_vit() -> Callable[[dict[str, Any]], None]:
+    """Training steps of an adapted ViT of two narrow layers and large patches."""
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = ViTForImageClassification(ViTConfig(**sizes, patch_size=32, num_labels=2))
+    adapted = get_peft_model(model, FVAELoraConfig(target_modules=["q_proj", "v_proj"])).train()
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], fused=True)
+
+    def step(batch: dict[str, Any]) -> None:
+        optimizer.zero_grad()
+        adapted(**batch).loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def images_per_second(images: Images, workers: int, step: Callable[[dict[str, Any]], None]) -> float:
+    """Through a loader as the Trainer has it, with a step for each batch; the workers' start is not counted."""
     options = {"shuffle": True, "num_workers": workers, "persistent_workers": workers > 0}
     loader = DataLoader(images, BATCH, collate_fn=default_data_collator, **options)
     for _ in loader:
         pass
     began = time.perf_counter()
-    for _ in loader:
-        pass
+    for batch in loader:
+        step(batch)
     return len(images) / (time.perf_counter() - began)
 
 
@@ -69,6 +88,7 @@ def main() -> None:
     parser.add_argument("--workers", default="0,1,2", help="numbers of worker processes, separated by commas")
     parser.add_argument("--side", type=int, default=256, help="height and width of the JPEGs")
     parser.add_argument("--rows", type=int, default=512, help="how many images")
+    parser.add_argument("--device-speed", type=float, default=1000, help="images that the stand-in trains in a second")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     rows, processor = jpegs(chosen.rows, chosen.side), ViTImageProcessor()
@@ -85,10 +105,16 @@ def main() -> None:
         ("resize and normalise", lambda image: process(processor, image), cropped),
     ):
         print(f"| {name} | {per_image_ms(step, inputs):.2f} |")
-    print("\n| worker processes | images per second |\n|---:|---:|")
     images = Images(rows, "train", processor, "RGB", augment=augment)
+    steps: dict[str, Callable[[dict[str, Any]], None]] = {
+        "the pipeline alone": lambda batch: None,
+        "a small ViT on the processor": small_vit(),
+        f"a device that trains {chosen.device_speed:g} a second": lambda batch: time.sleep(BATCH / chosen.device_speed),
+    }
+    print(f"\n| images per second, by worker processes | {' | '.join(steps)} |\n|---:|" + "---:|" * len(steps))
     for workers in map(int, chosen.workers.split(",")):
-        print(f"| {workers} | {images_per_second(images, workers):.0f} |")
+        speeds = [images_per_second(images, workers, step) for step in steps.values()]
+        print(f"| {workers} | {' | '.join(f'{speed:.0f}' for speed in speeds)} |")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Writes the tables of README.md and of the studies' pages from the records.
+"""Writes the tables of README.md and of the studies' pages from what was measured: none is typed by hand.
 
 make bench
+python benchmarks/curve.py --out benchmarks/curve.json
 python benchmarks/readme.py
 """
 
@@ -45,7 +46,7 @@ def report_of(study: str) -> str:
 
 
 def demo_data() -> str:
-    """The summary of its data that the demo prints before training."""
+    """What the demo prints of its data before it trains."""
     console = Console(file=io.StringIO(), width=80)
     print_summary(inspect_data(load_recipe(RECIPE)), console)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
@@ -53,23 +54,41 @@ def demo_data() -> str:
 
 
 def cost_table() -> str:
-    """Ratios to LoRA of a training step, of its peak memory and of an eval forward, with targets."""
+    """What `make bench` measured last: LoRA's time, memory and files, and the other methods' ratios to them."""
     rows = json.loads((PROJECT / "benchmarks" / "cost.json").read_text(encoding="utf-8"))["rows"]
     found = {(row["what"], row["method"]): row for row in rows}
-    columns = {"training step": "seconds", "peak memory of a step": "bytes", "eval forward": "seconds"}
+    columns = list(dict.fromkeys(row["what"] for row in rows))
     lines = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for method in dict.fromkeys(row["method"] for row in rows):
-        cells = [_cost_cell(found[what, method], unit, method == "lora") for what, unit in columns.items()]
+        cells = [_cost_cell(found[what, method], method == "lora") for what in columns]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cost_cell(row: dict[str, Any], unit: str, absolute: bool) -> str:
+def _cost_cell(row: dict[str, Any], absolute: bool) -> str:
     if absolute:
-        return f"{row['seconds']:.2f} s" if unit == "seconds" else f"{row['bytes'] / 2**20:.0f} MB"
+        return f"{row['seconds']:.2f} s" if "seconds" in row else f"{row['bytes'] / 2**20:.3g} MB"
     spread = f" ({row['low']:.2f} to {row['high']:.2f})" if "low" in row else ""
-    target = f", target {row['target']:.2f}" if "target" in row else ""
+    missed = "" if row.get("met", True) else ", missed"
+    target = f", target {row['target']:.2f}{missed}" if "target" in row else ""
     return f"{row['ratio']:.2f}{spread}{target}"
+
+
+def curve_table() -> str:
+    """What `curve.py` measured last: ratios to LoRA of a training step and of its peak memory."""
+    record = json.loads((PROJECT / "benchmarks" / "curve.json").read_text(encoding="utf-8"))
+    methods = list(dict.fromkeys(row["method"] for row in record["rows"]))
+    lines = [f"| adapted | {' | '.join(methods)} |", "|---|" + "---:|" * len(methods)]
+    for point in dict.fromkeys(row["point"] for row in record["rows"]):
+        rows = {row["method"]: row for row in record["rows"] if row["point"] == point}
+        cells = [
+            f"{row['seconds']:.2f} s, {row['bytes'] / 2**20:.0f} MB"
+            if method == "lora"
+            else f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f}), {row['memory_ratio']:.2f}"
+            for method, row in rows.items()
+        ]
+        lines.append(f"| {point} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 LINEAR = {"fvae.encoder_hidden_dims": []}
@@ -90,7 +109,7 @@ VARIANTS = {
     "the reference's profile": ("fvae-lora-reference", {}),
     "VAE2LAT": ("vae2lat", {}),
 }
-"""The rows of the overview: a method, and the keys in which its recipe differs from the method's defaults."""
+"""What the overview shows: a method, and in which keys its recipe differs from the usual."""
 
 OVERVIEW = {
     "clip": "",
@@ -103,7 +122,7 @@ OVERVIEW = {
     "smollm2": "",
     "whisper": ", errors ↓",
 }
-"""The studies in the overview, and what the headings of their columns add to the data set's name."""
+"""The studies that it is made of, and what their columns say beside the data set."""
 
 VARIED = {key for _, changes in VARIANTS.values() for key in changes}
 
@@ -122,7 +141,7 @@ def overview() -> str:
 
 
 def variant_of(method: str, recipe: dict[str, Any]) -> str | None:
-    """The variant that a flat recipe is, if any: its method with exactly the changes of the variant."""
+    """Which variant a flat recipe is, if any: the method with nothing changed but what the variant changes."""
     usual = flatten({"fvae": FvaeSettings().model_dump(), "ablation": AblationSettings().model_dump()})
     for variant, (its_method, changes) in VARIANTS.items():
         expected = usual | METHODS[method].defaults | changes
@@ -133,14 +152,15 @@ def variant_of(method: str, recipe: dict[str, Any]) -> str | None:
 
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     PROJECT / "README.md": {"demo data": demo_data, "demo": partial(report_of, "demo"), "cost": cost_table},
+    PROJECT / "benchmarks" / "README.md": {"curve": curve_table},
     STUDIES / "README.md": {"overview": overview},
     **{runs.with_name("README.md"): {"runs": partial(report_of, runs.parent.name)} for runs in STUDIES.glob("*/*.gz")},
 }
-"""The pages, and the function that makes each of their blocks."""
+"""The pages, and what makes each of their blocks."""
 
 
 def filled(page: Path) -> str:
-    """The page with its blocks replaced."""
+    """The page with its blocks written anew."""
     text = page.read_text(encoding="utf-8")
     for name, table in PAGES[page].items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
