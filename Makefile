@@ -5,6 +5,7 @@
 # make test-peft     peft's own test-suite, with FVAE-LoRA in LoRA's place
 # make bench         what training and inference cost beside LoRA, with targets
 # make test-hour     what takes longest: the whole benchmark here and through SLURM, peft's suite of the oldest version
+# make docs          builds the site of the docs into site/
 # Each sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow test-hour check test-oldest test-peft bench setup clean python-is-new-enough
+.PHONY: demo docs test test-slow test-hour check test-oldest test-peft bench setup clean python-is-new-enough
 
 setup: $(VENV)/.ready
 
@@ -58,6 +59,10 @@ bench: setup
 	@echo "== cost beside LoRA's: on a quiet machine, some ten minutes; the record is benchmarks/cost.json"
 	@$(BIN)/python benchmarks/cost.py --out benchmarks/cost.json $(BENCH_FLAGS)
 
+docs: $(VENV)/.docs
+	@echo "== the site, with every link checked"
+	@$(BIN)/python docs/site/build.py
+
 python-is-new-enough:
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not installed; Python 3.11 or later is needed" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -78,6 +83,11 @@ $(VENV)/.integrations: $(VENV)/.ready
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[integrations]'
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.ready
+	@echo "== adding what builds the site to $(VENV), once"
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt | python-is-new-enough
 	@echo "== setting up $(OLDEST), once"
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
@@ -86,4 +96,4 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt | python-is-new-enough
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf site $(VENV) $(OLDEST) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and of the studies' pages from what was measured: none is typed by hand.
+"""Writes the tables of README.md, docs/cost.md and of the studies' pages from the records.
 
 make bench
 python benchmarks/curve.py --out benchmarks/curve.json
@@ -153,6 +153,7 @@ def variant_of(method: str, recipe: dict[str, Any]) -> str | None:
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     PROJECT / "README.md": {"demo data": demo_data, "demo": partial(report_of, "demo"), "cost": cost_table},
     PROJECT / "benchmarks" / "README.md": {"curve": curve_table},
+    PROJECT / "docs" / "cost.md": {"cost": cost_table},
     STUDIES / "README.md": {"overview": overview},
     **{runs.with_name("README.md"): {"runs": partial(report_of, runs.parent.name)} for runs in STUDIES.glob("*/*.gz")},
 }

@@ -1,4 +1,4 @@
-"""Every yes and no in the README's table of what works is true."""
+"""Every yes and no in the table of docs/compatibility.md is true."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from compatibility import FEATURES, METHODS, README, Feature, block, table
+from compatibility import FEATURES, METHODS, PAGE, Feature, block, table
 from fvae_lora.config import PEFT_SAVES_BIASES
 
 # The table is that of today's peft.
@@ -33,7 +33,7 @@ def test_what_fvae_lora_refuses_it_refuses_in_one_line() -> None:
             assert "\n" not in str(error.value), feature.name
 
 
-def test_the_readme_holds_the_table() -> None:
-    found = block(README.read_text(encoding="utf-8"))
-    assert found is not None, "the README has lost the table's markers"
+def test_the_page_holds_the_table() -> None:
+    found = block(PAGE.read_text(encoding="utf-8"))
+    assert found is not None, "the page has lost the table's markers"
     assert found.group().strip() == table(), "run python tests/support/compatibility.py --write"

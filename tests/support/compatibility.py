@@ -1,6 +1,6 @@
-"""The README's table of what works: each yes and no of it is a probe that ``test_compatibility.py`` runs.
+"""The table of docs/compatibility.md: each yes and no of it is a probe that ``test_compatibility.py`` runs.
 
-``python tests/support/compatibility.py --write`` puts the table between the README's markers.
+``python tests/support/compatibility.py --write`` puts the table between the page's markers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from fvae_lora import FVAELoraConfig, add_elbo
 from tiny import BUILDERS, TARGETS, batch_for, logits, tiny_bert, tiny_llama, tiny_mixtral
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 BEGIN, END = "<!-- compatibility:begin -->", "<!-- compatibility:end -->"
 NOT_TESTED = "–"
 
@@ -404,7 +404,7 @@ FEATURES = (
         "preference training, with a frozen copy of the adapter as the reference",
         preference,
         {"PVeRA": "its reference is noisy"},
-        note="[how](docs/preference-training.md)",
+        note="[how](preference-training.md)",
     ),
     Feature("contrastive training: several forwards, one loss", contrastive, note="without a gradient cache"),
     Feature("derivatives of second order", second_order),
@@ -425,20 +425,20 @@ def table() -> str:
 
 
 def block(text: str) -> re.Match[str] | None:
-    """Where the table stands in the README."""
+    """Where the table stands in the page."""
     return re.search(rf"(?<={re.escape(BEGIN)}\n).*?(?={re.escape(END)})", text, re.DOTALL)
 
 
 def main() -> int:
-    """Print the table, or write it into the README."""
+    """Print the table, or write it into the page."""
     if "--write" not in sys.argv[1:]:
         print(table())
         return 0
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     if (found := block(text)) is None:
-        print(f"{README.name} has no lines {BEGIN} and {END}", file=sys.stderr)
+        print(f"{PAGE.name} has no lines {BEGIN} and {END}", file=sys.stderr)
         return 2
-    README.write_text(f"{text[: found.start()]}{table()}\n{text[found.end() :]}", encoding="utf-8")
+    PAGE.write_text(f"{text[: found.start()]}{table()}\n{text[found.end() :]}", encoding="utf-8")
     return 0
 
 

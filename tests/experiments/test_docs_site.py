@@ -1,0 +1,319 @@
+"""Every code block of the site is run at a tiny size, or checked for its names; what the pages quote is in the code."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import json
+import re
+import runpy
+import shlex
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+import fvae_lora
+from arguments import later_wins
+from colours import SIDE, write_pictures
+from fvae_lora_experiments.cli import app
+from fvae_lora_experiments.methods import METHODS
+from fvae_lora_experiments.recipe import load_recipe, shipped_recipes
+from fvae_lora_experiments.sweep.plan import parse_list, parse_seeds, parse_values
+from sentences import sentences, write_encoder
+from tiny import batch_for, tiny_bert, tiny_llama
+
+Cli = Callable[..., tuple[int, str, str]]
+PROJECT = Path(__file__).parents[2]
+BUILD = runpy.run_path(str(PROJECT / "docs" / "site" / "build.py"))
+PAGES = sorted([*BUILD["pages"](), "README.md"])
+OWN_PAGES = [page for page in PAGES if page.startswith("docs/")]
+BLOCK = re.compile(
+    r"(?:^<!-- needs: (?P<needs>.+?) -->\n)?^```(?P<language>\w+)[^\n]*\n(?P<code>.*?)^```$", re.M | re.S
+)
+
+VIT, BERT, LLAMA = "google/vit-base-patch16-224-in21k", "FacebookAI/roberta-base", "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMALLER = {"num_train_epochs=30": "num_train_epochs=1", "(50_000,)": "(5_000,)"}
+"""What makes the Python of a page take a second."""
+
+TINY_RUN = ("train.epochs=1", "train.batch_size=8", "adapter.r=4", "--quiet")
+
+
+def blocks(page: str, *languages: str) -> list[tuple[str, str]]:
+    """The blocks of a page in some languages: what each needs, and its code."""
+    text = (PROJECT / page).read_text(encoding="utf-8")
+    return [(found["needs"] or "", found["code"]) for found in BLOCK.finditer(text) if found["language"] in languages]
+
+
+def pages_with(*languages: str) -> list[str]:
+    return [page for page in PAGES if blocks(page, *languages)]
+
+
+def commands(code: str) -> list[list[str]]:
+    """The command lines of this package in a shell script, without the program's name."""
+    found = []
+    for name, value in re.findall(r"^(\w+)=(\S+)$", code, re.M):
+        code = code.replace(f"${name}", value)
+    for line in code.replace("\\\n", " ").splitlines():
+        if at := re.search(r"(?:^ *|--no-python |--wrap +\")fvae-lora (.+)$", line.split(" #")[0]):
+            quoted = line[: at.start(1)].count('"') % 2
+            words = shlex.split(at[1].rstrip('"') if quoted else at[1])
+            found.append([word for word in words if word != "$@"])
+    return found
+
+
+def all_commands(page: str) -> list[list[str]]:
+    return [words for _, code in blocks(page, "sh", "bash") for words in commands(code)]
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Tiny models in the place of those that the pages name."""
+    folder = tmp_path_factory.mktemp("stand-ins")
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    ViTModel(ViTConfig(image_size=SIDE, patch_size=4, **shape)).save_pretrained(folder / "vit")
+    ViTImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(folder / "vit")
+    write_encoder(folder / "bert")
+    tiny_llama(hidden_size=64, intermediate_size=64).save_pretrained(folder / "llama")
+    return {VIT: str(folder / "vit"), BERT: str(folder / "bert"), LLAMA: str(folder / "llama")}
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the data that the pages speak of."""
+    write_pictures(tmp_path / "flowers", 16)
+    write_pictures(tmp_path / "new", 1, seed=1)
+    (tmp_path / "new-pictures").mkdir()
+    for i, picture in enumerate(sorted((tmp_path / "new").rglob("*.png")), 1):
+        shutil.copy(picture, tmp_path / "new-pictures" / f"{i}.png")
+    shutil.copy(tmp_path / "new-pictures" / "1.png", tmp_path / "new-pictures" / "1.jpg")
+    write_pictures(tmp_path / "more", 30)
+    (tmp_path / "birds" / "pictures").mkdir(parents=True)
+    table = ["file_name,label,place"]
+    for i, picture in enumerate(sorted((tmp_path / "more").rglob("*.png"))):
+        shutil.copy(picture, tmp_path / "birds" / "pictures" / f"{i}.png")
+        table.append(f"pictures/{i}.png,{picture.parent.name},{'land' if i % 2 else 'water'}")
+    (tmp_path / "birds" / "metadata.csv").write_text("\n".join(table) + "\n")
+    (tmp_path / "reviews").mkdir()
+    for seed, split in enumerate(("train", "test")):
+        texts = [{"text": t, "label": label} for label in (0, 1) for t in sentences(label, 12, seed)]
+        (tmp_path / "reviews" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    (tmp_path / "new-reviews.csv").write_text("text\n" + "\n".join(sentences(0, 2, 7)) + "\n")
+    shutil.copytree(PROJECT / "tests/data/golden/tiny_bert/adapter", tmp_path / "reference-adapter")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def given(page: str) -> dict[str, Any]:
+    """What a page takes as given: a base model, batches, rows."""
+    base = tiny_bert()
+    if page == "docs/migration.md":
+        base = base.from_pretrained(PROJECT / "tests/data/golden/tiny_bert/base_model")
+    batch = {
+        "input_ids": batch_for(base)["input_ids"] % base.config.vocab_size,
+        "attention_mask": torch.ones(4, 6).long(),
+    }
+    batch["labels"] = torch.arange(4) % base.config.num_labels
+    names: dict[str, Any] = {"base": base, "batch": batch, "batches": [batch, batch]}
+    names |= {"rows": [{name: value[i] for name, value in batch.items()} for i in range(4)] * 2}
+    return names | {"training_batches": [batch, batch], "held_out_batches": [batch]}
+
+
+def run_python(page: str, wanted: Callable[[str], bool], stand_ins: dict[str, str]) -> None:
+    """Run the blocks of a page one after the other; each with a fresh base model unless the page made one."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    fresh = None
+    for needs, code in blocks(page, "python"):
+        if not wanted(needs):
+            continue
+        for known, other in (stand_ins | SMALLER).items():
+            code = code.replace(known, other)
+        if names.get("base") is fresh:
+            names |= given(page)
+            fresh = names["base"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exec(compile(code, page, "exec"), names)
+
+
+def modules_of(code: str) -> Iterator[tuple[str, list[str]]]:
+    """What a block imports: modules, and the names from each."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, []) for alias in node.names)
+
+
+def is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module.partition(".")[0]) is not None
+
+
+@pytest.mark.parametrize("page", pages_with("python"))
+def test_the_python_of_a_page_has_names_that_exist(page: str) -> None:
+    for _, code in blocks(page, "python"):
+        for module, names in modules_of(code):
+            for name in names if is_installed(module) else ():
+                assert hasattr(importlib.import_module(module), name), f"{page}: {module} has no {name}"
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in fvae_lora.__all__:
+                parameters = inspect.signature(getattr(fvae_lora, node.func.id)).parameters
+                if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                    unknown = {keyword.arg for keyword in node.keywords if keyword.arg} - parameters.keys()
+                    assert not unknown, f"{page}: {node.func.id} has no {unknown}"
+
+
+IN_PYTHON = [page for page in pages_with("python") if page in OWN_PAGES and page != "docs/preference-training.md"]
+AFTER_COMMANDS = "the run of the commands above"
+
+
+@pytest.mark.parametrize("page", IN_PYTHON)
+def test_the_python_of_a_page_runs(page: str, stand_ins: dict[str, str], workshop: Path) -> None:
+    for module in {module for _, code in blocks(page, "python") for module, _ in modules_of(code)}:
+        if not is_installed(module):
+            pytest.skip(f"{module} is not installed")
+    if "bitsandbytes" in " ".join(needs for needs, _ in blocks(page, "python")):
+        pytest.importorskip("bitsandbytes")
+    run_python(page, lambda needs: needs != AFTER_COMMANDS, stand_ins)
+
+
+def click_command(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that a command line names, and its arguments."""
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands") and words and words[0] in command.commands:
+        command, words = command.commands[words[0]], words[1:]
+    return command, words
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if all_commands(page)])
+def test_the_commands_of_a_page_are_ones_that_there_are(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)
+    for words in all_commands(page):
+        command, arguments = click_command(words)
+        assert command.name == "recipes" or not hasattr(command, "commands"), f"{page}: no command {words[0]}"
+        values = command.make_context(command.name, list(arguments)).params
+        for option in ("method", "methods"):
+            for method in parse_list(option, values.get(option) or "fvae-lora"):
+                assert method in METHODS, f"{page}: {words}"
+        if values.get("seeds"):
+            parse_seeds("--seeds", values["seeds"])
+        for option in ("grid", "vary"):
+            for key, tried in parse_values(f"--{option}", values.get(option) or []).items():
+                for value in tried:
+                    load_recipe("image/default", [f"{key}={json.dumps(value)}"], {"model": "any", "dataset": "any"})
+        for name in (values.get("recipe") or "").split(","):
+            if name in shipped_recipes() or (PROJECT / name).is_file():
+                load_recipe(name, values.get("overrides") or [], {"model": "any", "dataset": "any"})
+            else:
+                assert not name or name.startswith("paper/") or name.endswith("best.yaml"), f"{page}: no recipe {name}"
+
+
+@pytest.mark.parametrize("page", OWN_PAGES)
+def test_the_commands_within_sentences_have_options_that_there_are(page: str) -> None:
+    for span in re.findall(r"`fvae-lora ([^`]+)`", (PROJECT / page).read_text(encoding="utf-8")):
+        command, words = click_command(shlex.split(span))
+        assert words != shlex.split(span) or span.startswith("--"), f"{page}: no command {span}"
+        known = {name for parameter in command.params for name in parameter.opts}
+        unknown = {word for word in words if word.startswith("--")} - known - {"--version"}
+        assert not unknown, f"{page}: {span}"
+
+
+PROVIDED = (
+    "",
+    "the network, for the pretrained model, and better a GPU",
+    "the run of the commands above",
+    "a finished run in runs/flowers",
+)
+"""What a block may need that the test below has, at a tiny size; a block that needs something else is not run."""
+
+RUN_PAGES = [
+    *("docs/start.md", "docs/migration.md", "docs/inspect.md", "docs/guides/comparing.md"),
+    *(f"docs/guides/{name}.md" for name in ("images", "texts", "groups", "uncertainty", "export")),
+]
+
+
+def blocks_to_run(page: str) -> list[list[list[str]]]:
+    return [commands(code) for needs, code in blocks(page, "sh") if needs in PROVIDED and commands(code)]
+
+
+def test_a_block_of_commands_that_is_not_run_says_what_it_needs() -> None:
+    assert {page for page in OWN_PAGES if blocks_to_run(page)} <= set(RUN_PAGES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN_PAGES)
+def test_the_commands_of_a_page_run(page: str, stand_ins: dict[str, str], workshop: Path, cli: Cli) -> None:
+    base_of_reference = str(PROJECT / "tests/data/golden/tiny_bert/base_model")
+    known = stand_ins | {VIT: base_of_reference} if page == "docs/migration.md" else stand_ins
+    if page in ("docs/inspect.md", "docs/guides/uncertainty.md", "docs/guides/export.md"):
+        made = ("train", "image/default", "--model", stand_ins[VIT], "--dataset", "flowers", "--out", "runs/flowers")
+        assert cli(*made, *TINY_RUN)[0] == 0
+    for block in blocks_to_run(page):
+        for words in block:
+            tiny = TINY_RUN if words[0] == "train" and "--dry-run" not in words else ()
+            if words[:2] == ["train", "text/default"]:
+                tiny = (*tiny, "text.max_length=20")
+            if words[0] == "export" and "lora" in words:
+                tiny = ("--max-error", "10")  # fitted to a handful of pictures
+            code, _, error = cli(*later_wins([known.get(word, word) for word in (*words, *tiny)]))
+            assert code == 0, f"{' '.join(words)}: {error}"
+    run_python(page, lambda needs: needs == AFTER_COMMANDS, stand_ins)
+
+
+def templates() -> list[str]:
+    """Every text in the code with a zero byte for each value that is put into it."""
+    found = []
+    for file in (PROJECT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_the_messages_that_the_page_explains_are_in_the_code() -> None:
+    text = (PROJECT / "docs" / "errors.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^### `(.+)`$", text, re.M)
+    assert len(messages) > 50
+    known = templates()
+    for message in messages:
+        parts = [re.escape(part) for part in message.split("…") if part]
+        pattern = re.compile(".*".join(parts), re.S)
+        assert any(pattern.search(template) for template in known), message
+
+
+def test_the_lines_that_the_page_of_the_method_quotes_are_in_the_functions_it_names() -> None:
+    text = (PROJECT / "docs" / "method.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .+? \| `(.+?)` \| \[\S+\]\(\.\./(\S+?)#(\S+?)\) \|$", text, re.M)
+    assert len(rows) > 12
+    for code, file, function in rows:
+        where = BUILD["definition"](PROJECT / file, function)
+        lines = (PROJECT / file).read_text(encoding="utf-8").splitlines()
+        body = "\n".join(lines[where.lineno - 1 : where.end_lineno])
+        assert code in body, f"{file}: {function}: {code}"
+
+
+def test_the_reference_has_every_public_name() -> None:
+    shown = re.findall(r"^::: fvae_lora\.(?:trainer\.)?(\w+)$", (PROJECT / "docs/api.md").read_text(), re.M)
+    assert sorted(shown) == sorted(fvae_lora.__all__)
+
+
+def test_every_link_of_a_page_leads_somewhere(tmp_path: Path) -> None:
+    """Also those to functions of the code; links to places within pages are checked where the site is built."""
+    assembly = BUILD["Assembly"](tmp_path, formula=lambda text, **_: text)
+    assembly.write()
+    assert (tmp_path / "index.md").is_file()
+
+
+def test_the_navigation_has_every_page_of_the_docs() -> None:
+    listed = re.findall(r'= "(\S+\.md)"', (PROJECT / "docs/site/zensical.toml").read_text())
+    assert {BUILD["pages"]()[page] for page in OWN_PAGES} - set(listed) == set()
