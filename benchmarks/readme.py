@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -161,9 +161,14 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
 
 
 def filled(page: Path) -> str:
-    """The page with its blocks written anew."""
+    """The page with its blocks replaced."""
+    return fill_blocks(page, PAGES[page])
+
+
+def fill_blocks(page: Path, blocks: Mapping[str, Callable[[], str]]) -> str:
+    """The page with these blocks replaced, each by what its function makes."""
     text = page.read_text(encoding="utf-8")
-    for name, table in PAGES[page].items():
+    for name, table in blocks.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)

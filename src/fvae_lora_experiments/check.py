@@ -12,6 +12,7 @@ from fvae_lora_experiments.data.source import local_path, official_splits
 from fvae_lora_experiments.data.summary import Summary, summarise
 from fvae_lora_experiments.data.tables import read_tables
 from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.published import how_to_get
 from fvae_lora_experiments.schema import DataSettings, Recipe
 from fvae_lora_experiments.sweep.plan import PlannedRun
 
@@ -43,10 +44,13 @@ def inspect_data(recipe: Recipe, with_model: bool = True) -> Summary:
     return replace(summary, cut=task.truncated(task.split(official)) if with_model else {})
 
 
-def inspect_each(runs: Iterable[PlannedRun], seen: set[str]) -> Iterator[Summary]:
+def inspect_each(runs: Iterable[PlannedRun], seen: set[str], strictly: bool = False) -> Iterator[Summary]:
     """A summary of each data set of the runs that are not done, except for those in `seen` and those that are refused.
 
     The runs report the refused ones themselves.
+
+    Raises:
+        UserError: one is refused, and `strictly` is set; says where to get a data set that is not there.
     """
     for run in runs:
         kept = run.recipe.model_dump_json(include={"task", "dataset", "data"})
@@ -55,8 +59,11 @@ def inspect_each(runs: Iterable[PlannedRun], seen: set[str]) -> Iterator[Summary
         seen.add(kept)
         try:
             yield inspect_data(run.recipe)
-        except UserError:
-            continue
+        except UserError as error:
+            if not strictly:
+                continue
+            missing = str(error).startswith(f"dataset {run.recipe.dataset}: no such")
+            raise UserError(f"{error}; {how_to_get(run.recipe)}" if missing else str(error)) from error
 
 
 def guess_task(data: str) -> str:

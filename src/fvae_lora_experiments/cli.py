@@ -3,6 +3,7 @@
 import os
 import textwrap
 from enum import StrEnum
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,6 +15,7 @@ from typer.core import TyperCommand
 
 from fvae_lora_experiments import completion, signals
 from fvae_lora_experiments.errors import RunError, UserError
+from fvae_lora_experiments.places import DATA_ROOT
 from fvae_lora_experiments.process import exit_code, silence_libraries, use_one_gpu
 from fvae_lora_experiments.run import distributed
 
@@ -73,15 +75,15 @@ def _set_data_root(folder: Path | None) -> None:
     if folder is not None:
         if not folder.is_dir():
             raise UserError(f"--data-root {folder}: no such folder")
-        os.environ["FVAE_LORA_DATA_ROOT"] = str(folder.resolve())  # for the runs' processes as well
+        os.environ[DATA_ROOT] = str(folder.resolve())  # for the runs' processes as well
 
 
 DataRoot = Annotated[
     Path | None,
     typer.Option(
-        help="Local copies of data sets on the hub, as DIR/owner/name or DIR/name: folders of images or of parquet.",
+        help="Copies of data sets on the hub, as DIR/owner/name or DIR/name; a study's other data sets, as DIR/name.",
         metavar="DIR",
-        envvar="FVAE_LORA_DATA_ROOT",
+        envvar=DATA_ROOT,
         callback=_set_data_root,
     ),
 ]
@@ -174,17 +176,35 @@ class LauncherName(StrEnum):
     slurm = "slurm"
 
 
+DEFAULT_METHODS = "fvae-lora,lora,linear-probe"
+DEFAULT_SEEDS = "1,2,42"
+
+
 @app.command(cls=Command)
 def compare(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE[,RECIPE]...", help="Recipes, shipped ones or YAML files.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE[,RECIPE]...|STUDY",
+            help="Recipes, shipped ones or YAML files; or a study, such as paper/images: recipes, methods and seeds.",
+            autocompletion=completion.recipes_and_studies,
+        ),
+    ],
     overrides: Overrides = None,
     model: Model = None,
     dataset: Annotated[str | None, typer.Option(help="Data sets as for train, separated by commas.")] = None,
     data_root: DataRoot = None,
     methods: Annotated[
-        str, typer.Option(help="Methods, separated by commas.", autocompletion=completion.methods_in_a_list)
-    ] = "fvae-lora,lora,linear-probe",
-    seeds: Annotated[str, typer.Option(help="Seeds and ranges of seeds, such as 1-5,42.")] = "1,2,42",
+        str | None,
+        typer.Option(
+            help=f"Methods, separated by commas (default: the study's, or {DEFAULT_METHODS}).",
+            autocompletion=completion.methods_in_a_list,
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(help=f"Seeds and ranges of seeds, such as 1-5,42 (default: the study's, or {DEFAULT_SEEDS})."),
+    ] = None,
     vary: Annotated[list[str] | None, typer.Option(help="KEY=A,B: run each value; may be given several times.")] = None,
     grid: Annotated[
         list[str] | None,
@@ -223,12 +243,15 @@ def compare(
 ) -> None:
     """Runs recipes x data sets x methods x seeds x varied keys; only what is missing is run.
 
+    A study is a table of the paper, by its name. Its --dry-run needs neither data nor models.
+
     It can be killed at any moment and resumes from there. Local runs share the machine's cores and GPUs, and end when
     this command ends. SLURM jobs go on without it, and the same command waits for them; sbatch takes further options
     from its own variables (SBATCH_MEM_PER_NODE, SBATCH_QOS, SBATCH_CONSTRAINT). Their output is in OUT/.slurm until
     all runs of their array are complete.
     """
     from fvae_lora_experiments.beforehand import refuse_if_none_can_run
+    from fvae_lora_experiments.study import requested_study
     from fvae_lora_experiments.sweep.grid import Grid, print_choices
     from fvae_lora_experiments.sweep.plan import contenders, parse_list, parse_seeds, parse_values, runs_of
     from fvae_lora_experiments.sweep.run_sweep import run_sweep
@@ -240,8 +263,10 @@ def compare(
     if processes and gpus:
         raise UserError(f"--processes {processes}: for runs without GPUs; --gpus {gpus} starts a process for each GPU")
     size = {"processes": processes or gpus or 1, "gpus": 0 if processes else gpus}
-    compared = contenders(
-        recipe,
+    study = requested_study(recipe)
+    methods = methods or (",".join(study.methods) if study else DEFAULT_METHODS)
+    seeds = seeds or (",".join(map(str, study.seeds)) if study else DEFAULT_SEEDS)
+    compared = (study.contenders if study else partial(contenders, recipe))(
         out,
         parse_list("--methods", methods),
         overrides or [],
@@ -253,7 +278,10 @@ def compare(
     seen: set[str] = set()
     if selection_seeds and not grid:
         raise UserError("--selection-seeds: only with --grid")
-    refuse_if_none_can_run(runs_of(compared, result_seeds))
+    if study is None:
+        refuse_if_none_can_run(runs_of(compared, result_seeds))
+    elif timed or not dry_run:
+        study.refuse_missing_data(runs_of(compared, result_seeds))
     if dry_run:
         from fvae_lora_experiments.forecast import print_forecast
 
@@ -261,7 +289,7 @@ def compare(
         if grid:
             choosing = parse_seeds("--selection-seeds", selection_seeds or "0")
             tried = Grid(compared, parse_values("--grid", grid), choosing, result_seeds).runs()
-        print_forecast([*tried, *runs_of(compared, result_seeds)], speed, console)
+        print_forecast([*tried, *runs_of(compared, result_seeds)], speed, console, published=study is not None)
         return
     launch = _make_launcher(launcher, out, jobs, size, slurm_options)
 
@@ -273,7 +301,7 @@ def compare(
 
     def show_data(runs: list["PlannedRun"]) -> None:
         silence_libraries()
-        for summary in inspect_each(runs, seen):
+        for summary in inspect_each(runs, seen, strictly=study is not None):
             print_summary(summary, console)
 
     if grid:
@@ -749,22 +777,23 @@ def push(
 
 @recipes.callback()
 def recipes_default(context: typer.Context) -> None:
-    """Lists recipes, methods and built-in data; `show` prints a recipe, `copy` makes it yours."""
+    """Lists recipes, studies, methods and built-in data; `show` prints a recipe, `copy` makes it yours."""
     if context.invoked_subcommand is None:
         list_recipes()
 
 
 @recipes.command("list", cls=Command)
 def list_recipes() -> None:
-    """Lists the shipped recipes, the methods, and the models and data that need neither a folder nor a network."""
+    """Lists recipes, studies, methods, and the models and data that need neither a folder nor a network."""
     from fvae_lora_experiments.methods import METHODS
     from fvae_lora_experiments.places import DATASETS, MODELS
-    from fvae_lora_experiments.recipe import shipped_recipes
+    from fvae_lora_experiments.recipe import shipped_recipes, shipped_studies
 
     table = Table(box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     for heading, entries in (
         ("Recipes", {name: _first_sentence(text) for name, text in shipped_recipes().items()}),
+        ("Studies, for compare", {name: _first_sentence(text) for name, text in shipped_studies().items()}),
         ("Methods", {name: method.summary for name, method in METHODS.items()}),
         ("Models", dict.fromkeys(MODELS, "comes with the package; others: a folder, or a name on the hub")),
         ("Data sets", dict.fromkeys(DATASETS, "comes with a package; others: a folder, or a name on the hub")),
@@ -777,19 +806,21 @@ def list_recipes() -> None:
 
 @recipes.command("show", cls=Command)
 def show_recipe(
-    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A shipped recipe or a YAML file.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="A shipped recipe or study, or a YAML file.")
+    ] = None,
     every: Annotated[
         bool,
         typer.Option("--all", help="Every key with its value (set or default), what is allowed and what it means."),
     ] = False,
 ) -> None:
     """Prints a recipe, or every key that recipes may have."""
-    from fvae_lora_experiments.recipe import as_yaml, recipe_keys, recipe_text, recipe_tree
+    from fvae_lora_experiments.recipe import as_yaml, recipe_keys, recipe_text, recipe_tree, shipped_studies
 
     if recipe is None and not every:
         raise UserError("recipes show: expected a recipe, or --all")
     if not every:
-        print(recipe_text(str(recipe)), end="")
+        print(shipped_studies().get(str(recipe)) or recipe_text(str(recipe)), end="")
         return
     here = {} if recipe is None else recipe_tree(recipe)
     for key in recipe_keys():

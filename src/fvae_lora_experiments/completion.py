@@ -3,12 +3,17 @@
 from collections.abc import Iterator
 
 from fvae_lora_experiments.methods import METHODS
-from fvae_lora_experiments.recipe import recipe_keys, shipped_recipes
+from fvae_lora_experiments.recipe import recipe_keys, shipped_recipes, shipped_studies
 
 
 def recipes(incomplete: str) -> Iterator[str]:
     """The shipped recipes; the shell itself offers files."""
     return (name for name in shipped_recipes() if name.startswith(incomplete))
+
+
+def recipes_and_studies(incomplete: str) -> Iterator[str]:
+    """The shipped recipes and studies."""
+    return (name for name in (*shipped_recipes(), *shipped_studies()) if name.startswith(incomplete))
 
 
 def methods(incomplete: str) -> Iterator[tuple[str, str]]:

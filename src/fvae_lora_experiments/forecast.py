@@ -4,7 +4,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,56 +17,94 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, TrainerCallback
 
+from fvae_lora import add_elbo
 from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.models.pretrained import without_weights
 from fvae_lora_experiments.places import short_name
-from fvae_lora_experiments.report.numbers import quantity
+from fvae_lora_experiments.published import data_of
+from fvae_lora_experiments.report.numbers import memory, quantity
 from fvae_lora_experiments.run.flops import training_flops
 from fvae_lora_experiments.run.state_cache import collate
 from fvae_lora_experiments.run.trainer import RunTrainer, trainer_arguments
 from fvae_lora_experiments.schema import Recipe
+from fvae_lora_experiments.stand_ins import stand_in
 from fvae_lora_experiments.sweep.plan import PlannedRun
 from fvae_lora_experiments.tasks import load_task
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A run's optimizer steps, trainable parameters and training FLOPs; these are None if they cannot be counted.
+    """A run's optimizer steps, trainable parameters, bytes and training FLOPs; the last are None if not countable.
 
     The numbers are those that the run would record, except that attention always counts here. A record lacks its FLOPs
-    if the device computes attention in a kernel that torch does not count, as on a CPU.
+    if the device computes attention in a kernel that torch does not count, as on a CPU. Bytes are those of weights and,
+    for trained ones, of gradients and AdamW's two moments: activations come on top.
     """
 
     steps: int
     trainable: int
+    bytes: int
     flops: int | None
 
 
-def forecast(recipe: Recipe) -> Forecast:
-    """Forecasts training by `recipe`: opens its data, and builds its model without weights.
+def forecast(recipe: Recipe, published: bool = False) -> Forecast:
+    """Forecasts training by `recipe`: builds its model without weights, and opens its data.
+
+    Args:
+        recipe: the recipe.
+        published: takes its data's size and its model's configuration from what was published (`stand_ins`), and opens
+            nothing.
 
     Raises:
         UserError: data or a model that training would refuse, as far as can be seen without weights.
     """
-    task = load_task(recipe)
-    splits = task.split(task.open_source())
     with without_weights(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model, processor = task.load_model(splits.classes)
-        rows = task.datasets(splits, model, processor)["train"]
+        model, batch, rows = stand_in(recipe) if published else _opened(recipe)
         adapted = _adapted(model, recipe)
         size, accumulated = recipe.train.batch_size, recipe.train.gradient_accumulation
-        epoch = math.ceil(math.ceil(len(rows) / size) / accumulated)
+        epoch = math.ceil(math.ceil(rows / size) / accumulated)
         steps = recipe.train.max_steps or recipe.train.epochs * epoch
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-        batch = collate(task, [rows[i] for i in range(min(size, len(rows)))])
-        batch.pop("attention_mask", None)  # padding costs as much
+        frozen = sum(p.numel() for p in adapted.parameters() if not p.requires_grad)
+        weights = round(frozen * load_task(recipe).bytes_per_frozen_weight)
+        of_step = _flops_of_step(adapted, batch)
+    return Forecast(
+        steps=steps,
+        trainable=trainable,
+        bytes=weights + BYTES_PER_TRAINED * trainable,
+        flops=None if of_step is None else of_step * steps * accumulated,
+    )
+
+
+BYTES_PER_TRAINED = 4 * 4
+"""A trained weight, its gradient and AdamW's two moments, in fp32."""
+
+
+def _opened(recipe: Recipe) -> tuple[PreTrainedModel, dict[str, Any], int]:
+    """The recipe's model, its first batch, and the number of its training rows."""
+    task = load_task(recipe)
+    splits = task.split(task.open_source())
+    model, processor = task.load_model(splits.classes)
+    rows = task.datasets(splits, model, processor)["train"]
+    return model, collate(task, [rows[i] for i in range(min(recipe.train.batch_size, len(rows)))]), len(rows)
+
+
+def _flops_of_step(model: torch.nn.Module, batch: dict[str, Any]) -> int | None:
+    """FLOPs of a batch, forward and backward, on the meta device; None if its forward depends on values."""
+    batch.pop("attention_mask", None)  # padding costs as much
+    vars(model.config)["apply_spec_augment"] = False  # masks are drawn by values, and cost nothing
+    unlabelled = {key: value for key, value in batch.items() if key != "labels"}
+    for inputs, loss in (
+        (batch, lambda output: output.loss),
+        (unlabelled, lambda output: add_elbo(output.logits.sum(), model)),  # CTC looks at labels, which have no values
+    ):
         try:
-            of_step = training_flops(adapted, batch)
-        except (RuntimeError, NotImplementedError):  # a forward that depends on values, which meta tensors lack
-            return Forecast(steps, trainable, None)
-    return Forecast(steps, trainable, of_step * steps * accumulated)
+            return training_flops(model, inputs, loss)
+        except (RuntimeError, NotImplementedError):
+            continue
+    return None
 
 
 TIMED_STEPS = 3
@@ -107,7 +145,7 @@ def seconds_per_step(recipe: Recipe) -> float:
 def _adapted(model: PreTrainedModel, recipe: Recipe) -> torch.nn.Module:
     """The model adapted by the recipe's method, without an initialisation that would need its weights."""
     if (configure := METHODS[recipe.method].config) is None:
-        return model
+        return model.to("meta")  # weight norms make a part of their own elsewhere
     try:
         config = configure(recipe, model)
         if hasattr(config, "init_lora_weights"):
@@ -117,48 +155,128 @@ def _adapted(model: PreTrainedModel, recipe: Recipe) -> torch.nn.Module:
         raise UserError(f"recipe: {error}") from error
 
 
-def print_forecast(runs: Sequence[PlannedRun], speed: float | Literal["timed"] | None, console: Console) -> None:
+@dataclass(frozen=True)
+class Cost:
+    """What the runs of one setting, which differ in seed and learning rate alone, take together."""
+
+    recipe: Recipe
+    """That of one of them."""
+    runs: int
+    steps: int
+    trainable: int
+    bytes: int
+    """Of one run, see `Forecast`."""
+    flops: float
+    """NaN if they cannot be counted."""
+    hours: float
+    """On one device; NaN if nothing is known of it."""
+
+
+Speed = float | Literal["timed"] | None
+"""FLOPs that the device does in a second, or "timed" for a few steps of each setting here; None for `ASSUMED`."""
+
+GPU = "H100 SXM"
+PEAK = {"fp32": 67e12, "bf16": 989e12, "fp16": 989e12}
+"""FLOPs a second of that GPU, dense, by precision of computation; fp32 without TF32, as torch computes by default."""
+UTILISATION = 0.4
+"""The share of the peak that is assumed to be reached."""
+
+
+def costs(runs: Iterable[PlannedRun], speed: Speed, published: bool = False) -> list[Cost]:
+    """What each setting takes.
+
+    Args:
+        runs: those that are to be done.
+        speed: of the device; with None, hours are only known of a `published` study, on the assumed GPU.
+        published: as for `forecast`.
+
+    Raises:
+        UserError: as `forecast`.
+    """
+    alike: dict[str, list[PlannedRun]] = {}
+    for run in runs:
+        # neither the seed nor the learning rate changes the cost
+        key = run.recipe.model_dump_json(exclude={"seed": True, "purpose": True, "train": {"learning_rate"}})
+        alike.setdefault(key, []).append(run)
+    found = []
+    for same in alike.values():
+        recipe, count = same[0].recipe, len(same)
+        one = forecast(recipe, published)
+        flops = math.nan if one.flops is None else float(one.flops * count)
+        if speed == "timed":
+            hours = seconds_per_step(recipe) * one.steps * count / 3600
+        elif speed is None and not published:
+            hours = math.nan
+        else:
+            hours = flops / (speed or UTILISATION * PEAK[recipe.train.precision]) / 3600
+        found.append(Cost(recipe, count, one.steps * count, one.trainable, one.bytes, flops, hours))
+    return found
+
+
+def print_forecast(runs: Sequence[PlannedRun], speed: Speed, console: Console, published: bool = False) -> None:
     """Prints a line for each setting whose runs are not all done, and their sum.
 
     Args:
         runs: the plan.
-        speed: FLOPs that the device does in a second, or "timed" for a few steps of each setting here; None leaves out
-            the hours.
+        speed: as for `costs`.
         console: where to print.
+        published: as for `forecast`.
 
     Raises:
         UserError: as `forecast`; a folder that holds another recipe's run.
     """
     to_do = [run for run in runs if not run.is_done()]
-    alike: dict[str, list[PlannedRun]] = {}
-    for run in to_do:
-        # neither the seed nor the learning rate changes the cost
-        key = run.recipe.model_dump_json(exclude={"seed": True, "purpose": True, "train": {"learning_rate"}})
-        alike.setdefault(key, []).append(run)
     table = Table(box=None, pad_edge=False)
-    for heading in ("method", "data set", "runs", "steps", "trainable", "FLOPs", "hours"):
+    for heading in ("method", "data set", "runs", "steps", "trainable", "memory", "FLOPs", "hours"):
         table.add_column(heading, justify="left" if heading in ("method", "data set") else "right")
-    steps, flops, hours = 0, 0.0, 0.0
-    for same in alike.values():
-        recipe, count = same[0].recipe, len(same)
-        one = forecast(recipe)
-        of_all = math.nan if one.flops is None else float(one.flops * count)
-        if speed == "timed":
-            taken = seconds_per_step(recipe) * one.steps * count / 3600
-        else:
-            taken = math.nan if speed is None else of_all / speed / 3600
-        steps, flops, hours = steps + one.steps * count, flops + of_all, hours + taken
-        cells = (str(count), f"{one.steps * count:,}", quantity(one.trainable), *_cost(of_all, taken))
-        table.add_row(*map(Text, (recipe.method, short_name(recipe.dataset), *cells)))
-    if len(alike) > 1:
-        table.add_row("all", "", str(len(to_do)), f"{steps:,}", "", *_cost(flops, hours), style="bold")
+    lines = costs(to_do, speed, published)
+    for line in lines:
+        name, recipe = short_name(line.recipe.dataset), line.recipe
+        counts = (str(line.runs), f"{line.steps:,}", quantity(line.trainable), memory(line.bytes / 1e6))
+        where = f"{name} {recipe.data.config}" if recipe.data.config else name
+        table.add_row(*map(Text, (recipe.method, where, *counts, *_cost(line.flops, line.hours))))
+    if len(lines) > 1:
+        total = _cost(sum(line.flops for line in lines), sum(line.hours for line in lines))
+        steps = sum(line.steps for line in lines)
+        table.add_row("all", "", str(len(to_do)), f"{steps:,}", "", "", *total, style="bold")
     console.print(f"Runs to do: {len(to_do)}; done already: {len(runs) - len(to_do)}", highlight=False)
     if to_do:
         console.print(table)
-        note = "FLOPs and hours are those of training on one device, all epochs, without validation and test"
-        cached = "; train.cache_frozen saves some" if any(r.recipe.train.cache_frozen for r in to_do) else ""
-        given = "" if speed else "; --timed or --flops-per-second gives the hours"
-        console.print(f"{note}{cached}{given}. Nothing was written.", highlight=False, soft_wrap=True)
+        for note in _notes(to_do, speed, published):
+            console.print(note, highlight=False, soft_wrap=True)
+
+
+def _notes(runs: Sequence[PlannedRun], speed: Speed, published: bool) -> Iterator[str]:
+    """What the numbers of `costs` mean and assume."""
+    cached = "; train.cache_frozen saves some" if any(r.recipe.train.cache_frozen for r in runs) else ""
+    given = "" if speed or published else "; --timed or --flops-per-second gives the hours"
+    counted = "FLOPs and hours are those of training on one device, all epochs, without validation and test"
+    yield f"{counted}{cached}{given}. Nothing was written."
+    yield (
+        "Memory is that of weights, gradients and AdamW's state: 4 bytes for each frozen parameter, 2 where it is "
+        "loaded in bf16, 16 for each trained one. Activations come on top."
+    )
+    if published:
+        yield "From published sizes of data sets and shipped configurations of models: neither was opened."
+        yield from assumptions([run.recipe for run in runs], speed)
+
+
+def assumptions(recipes: Sequence[Recipe], speed: Speed = None) -> Iterator[str]:
+    """What `costs` assumes of published data and of the device, in sentences."""
+    for task, recipe in {recipe.task: recipe for recipe in recipes}.items():
+        facts = data_of(recipe)
+        if task == "text":
+            yield f"Each text counts with text.max_length, {recipe.text.max_length} tokens: an upper bound."
+        elif facts and facts.length:
+            kind = "samples" if task == "phonemes" else "tokens"
+            yield f"Each input counts with {facts.length:,} {kind}, padding included: an assumption."
+    if speed is None:
+        used = sorted({recipe.train.precision for recipe in recipes})
+        peaks = ", ".join(f"{PEAK[precision] / 1e12:g} TFLOPS in {precision}" for precision in used)
+        yield (
+            f"Hours are those of one {GPU} at {UTILISATION:.0%} of its peak ({peaks}), an assumption; "
+            "--flops-per-second is for others, --timed for this machine."
+        )
 
 
 def _cost(flops: float, hours: float) -> tuple[str, str]:

@@ -1,4 +1,7 @@
-"""Names of models and data sets: the built-in ones, and paths as records hold them, without those of a machine."""
+"""Names of models and data sets: the built-in ones, local copies, and paths as records hold them.
+
+The local copy of a data set on the hub is looked for in the folder that the variable `FVAE_LORA_DATA_ROOT` names.
+"""
 
 import os
 import sys
@@ -12,10 +15,21 @@ DIGITS = "sklearn-digits"
 DATASETS = (DIGITS,)
 """Data sets that come with a package."""
 
+DATA_ROOT = "FVAE_LORA_DATA_ROOT"
+
 
 def is_local(name: str) -> bool:
     """Whether `name` is a local folder rather than `name` or `owner/name` on the hub."""
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def local_copy(name: str, config: str | None) -> Path | None:
+    """The local copy of a data set: `ROOT/owner/name` or `ROOT/name`, or its configuration's folder in that."""
+    root = os.environ.get(DATA_ROOT)
+    for copy in (Path(root) / name, Path(root) / Path(name).name) if root else ():
+        if copy.is_dir():
+            return copy / config if config and (copy / config).is_dir() else copy
+    return None
 
 
 def short_name(name: str) -> str:

@@ -17,6 +17,7 @@ from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.schema import Recipe, Section
 
 RECIPES_FOLDER = Path(str(files("fvae_lora_experiments"))) / "recipes"
+STUDIES_FOLDER = RECIPES_FOLDER.with_name("studies")
 
 
 @cache
@@ -25,8 +26,18 @@ def shipped_recipes() -> dict[str, str]:
 
     A family is a file that maps names to recipes.
     """
+    return _families(RECIPES_FOLDER)
+
+
+@cache
+def shipped_studies() -> dict[str, str]:
+    """The studies that come with the package (`paper/images`, see `study`), named and written like recipes."""
+    return _families(STUDIES_FOLDER)
+
+
+def _families(folder: Path) -> dict[str, str]:
     found = {}
-    for file in sorted(RECIPES_FOLDER.glob("*.yaml")):
+    for file in sorted(folder.glob("*.yaml")):
         text = file.read_text(encoding="utf-8")
         lines = text.splitlines(keepends=True)
         family = yaml.compose(text, _Loader)
@@ -114,8 +125,12 @@ def recipe_text(name: str) -> str:
     """The text of a shipped recipe, or of the file at that path.
 
     Raises:
-        UserError: there is neither, or the file is not readable.
+        UserError: there is neither, or the file is not readable; the name is a study's.
     """
+    if name in shipped_studies():
+        raise UserError(
+            f"recipe {name}: a study of several runs; expected one recipe; fvae-lora compare {name} runs it"
+        )
     if name in shipped_recipes():
         return shipped_recipes()[name]
     if not Path(name).is_file():
@@ -165,7 +180,12 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _load_yaml(text: str) -> Any:
+def load_yaml(text: str) -> Any:
+    """A YAML text by the safe loader; a key given twice is refused.
+
+    Raises:
+        YAMLError: it is not YAML.
+    """
     return yaml.load(text, _Loader)  # noqa: S506
 
 
@@ -186,7 +206,7 @@ def _read(name: str, inheriting: tuple[str, ...] = ()) -> dict[str, Any]:
         raise UserError(f"recipe {inheriting[0]}: extends itself, by way of {name}")
     text = recipe_text(name)
     try:
-        tree = _load_yaml(text)
+        tree = load_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"recipe {name}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
@@ -239,7 +259,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise UserError(f"{text}: expected key=value, for example train.epochs=3")
     try:
-        return key, _load_yaml(value)
+        return key, load_yaml(value)
     except yaml.YAMLError as error:
         raise UserError(f"{key}: {value!r} is not a YAML value") from error
 

@@ -106,7 +106,7 @@ def test_every_task_has_a_dry_run(cli: Cli, of_task: tuple[str, Path, Path], tmp
     assert (code, error) == (0, "")
     cells = next(line.split() for line in out.splitlines() if line.startswith("fvae-lora"))
     assert int(cells[3]) > 0
-    assert (cells[-1] == "unknown") == (recipe == "speech/timit"), "CTC looks at its labels, which are not there"
+    assert cells[-1][-1] in "kMG", "also where the loss looks at labels, which are not there"
     assert not (tmp_path / "run").exists()
 
 

@@ -56,7 +56,9 @@ def test_the_paper_has_a_column_of_its_own_and_is_in_no_number_of_ours(tmp_path)
     columns = result_columns(rows)
     lora = next(row for row in rows if row.method == "lora")
     assert columns["paper, accuracy %"](lora) == "74.65"
-    assert "74.65" not in [cell(lora) for name, cell in columns.items() if not name.startswith("paper")]
+    ours = f"{100 * (lora.score or 0) - 74.65:+.2f}".replace("-", "−")
+    assert columns["ours − paper"](lora) == ours
+    assert "74.65" not in [cell(lora) for name, cell in columns.items() if "paper" not in name]
     write_csv(rows, tmp_path / "table.csv")
     assert [line["paper"] for line in csv.DictReader((tmp_path / "table.csv").open())].count("74.65") == 1
 
@@ -85,7 +87,11 @@ def test_a_further_score_has_the_paper_s_figure_beside_it(tmp_path):
     run = record("lora", dataset="waterbirds", metrics={"test": scores, "validation": scores})
     rows = rows_of(tmp_path, run)
     cells = {name: cell(rows[0]) for name, cell in extra_columns(rows).items()}
-    assert cells == {"worst group accuracy %": "50.00", "paper, worst group accuracy %": "75.49"}
+    assert cells == {
+        "worst group accuracy %": "50.00",
+        "paper, worst group accuracy %": "75.49",
+        "ours − paper, worst group accuracy %": "−25.49",
+    }
     (compared,) = compared_rows(rows)
     assert any("(worst-group accuracy), measured by its authors" in n for t in tables(compared) for n in t.notes)
 
@@ -100,7 +106,7 @@ def six(folder, methods):
 
 def test_the_overview_has_data_sets_across_and_a_mean_of_what_is_complete(tmp_path):
     rows = six(tmp_path, ("fvae-lora", "lora", "dora"))
-    ours, theirs = overview_tables(rows)
+    ours, theirs, minus = overview_tables(rows)
     assert ours.headings == ["method", "dtd", "eurosat", "gtsrb", "resisc45", "sun397", "svhn", "mean"]
     lines = {name: cells for name, *cells in ours.rows}
     mean = statistics.fmean(row.score for row in rows if row.method == "lora")
@@ -111,13 +117,17 @@ def test_the_overview_has_data_sets_across_and_a_mean_of_what_is_complete(tmp_pa
     assert theirs.title.startswith("The paper's own figures, not measured here")
     assert published["dora"] == ["75.74", "97.28", "97.27", "91.72", "71.53", "96.41", "88.32"]
     assert published["vae2lat"] == ["–"] * 6 + ["86.43"]
+    left = {name: cells for name, *cells in minus.rows}
+    assert left["lora"][-1] == f"{100 * mean - 87.39:+.2f}".replace("-", "−")
+    assert left["dora"][-1] == "–"
 
 
 def test_a_part_of_the_paper_s_data_sets_has_no_mean_of_the_paper(tmp_path):
     rows = rows_of(tmp_path, record("lora", dataset="tanganke/dtd"), record("lora", dataset="tanganke/sun397"))
-    _, theirs = overview_tables(rows)
+    _, theirs, minus = overview_tables(rows)
     assert ["lora", "74.65", "71.11", "–"] in theirs.rows
     assert "vae2lat" not in [name for name, *_ in theirs.rows]
+    assert minus.rows[0][-1] == "–"
 
 
 def test_data_sets_on_different_models_share_no_overview(tmp_path):

@@ -38,9 +38,8 @@ from fvae_lora_experiments.data.files import (
 )
 from fvae_lora_experiments.data.hub import fetch, usual_splits
 from fvae_lora_experiments.data.json_rows import read_json_rows
-from fvae_lora_experiments.data.source import local_copy
 from fvae_lora_experiments.errors import UserError, first_line
-from fvae_lora_experiments.places import is_local
+from fvae_lora_experiments.places import is_local, local_copy
 
 TEST_SETS = {
     "boolq": "boolq",

@@ -1,9 +1,5 @@
-"""Where a data set is: on this machine, by its path or as a local copy, or on the hub.
+"""Where a data set is: on this machine, by its path or as a local copy, or on the hub."""
 
-The local copy of a data set on the hub is looked for in the folder that the variable `FVAE_LORA_DATA_ROOT` names.
-"""
-
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +9,8 @@ from fvae_lora_experiments.data.files import Notes, describe_contents
 from fvae_lora_experiments.data.hub import fetch, usual_splits
 from fvae_lora_experiments.data.tables import table_row_locations
 from fvae_lora_experiments.errors import UserError
-from fvae_lora_experiments.places import is_local
+from fvae_lora_experiments.places import is_local, local_copy
 from fvae_lora_experiments.schema import DataSettings
-
-DATA_ROOT = "FVAE_LORA_DATA_ROOT"
 
 LocalReader = Callable[[Path, Notes], dict[str, Dataset]]
 
@@ -67,12 +61,3 @@ def local_path(name: str, config: str | None) -> Path | None:
             raise UserError(f"dataset {name}: no such file or folder")
         return Path(name)
     return local_copy(name, config)
-
-
-def local_copy(name: str, config: str | None) -> Path | None:
-    """The local copy of a data set: `ROOT/owner/name` or `ROOT/name`, or its configuration's folder in that."""
-    root = os.environ.get(DATA_ROOT)
-    for copy in (Path(root) / name, Path(root) / Path(name).name) if root else ():
-        if copy.is_dir():
-            return copy / config if config and (copy / config).is_dir() else copy
-    return None

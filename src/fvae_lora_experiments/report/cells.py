@@ -7,6 +7,7 @@ from fvae_lora_experiments.report.baseline import BASELINE
 from fvae_lora_experiments.report.numbers import (
     UNKNOWN,
     duration,
+    factor,
     memory,
     percent,
     quantity,
@@ -53,7 +54,15 @@ def result_columns(rows: Sequence[Row]) -> dict[str, Column]:
         columns["pairs"] = lambda row: str(row.pairs) if row.pairs else UNKNOWN
     if any(row.paper is not None for row in rows):
         columns[f"paper, {title(metric)}"] = lambda row: percent(row.paper)
+        columns["ours \N{MINUS SIGN} paper"] = lambda row: minus_paper(row.metric, row.score, row.paper)
     return columns
+
+
+def minus_paper(metric: str, ours: float | None, paper: float | None) -> str:
+    """Write our mean minus the paper's figure, in points; unknown if one of them is missing."""
+    if ours is None or paper is None:
+        return UNKNOWN
+    return signed(percent(factor(metric) * ours - paper))
 
 
 def extra_columns(rows: Sequence[Row]) -> dict[str, Column]:
@@ -63,6 +72,9 @@ def extra_columns(rows: Sequence[Row]) -> dict[str, Column]:
         columns[title(name)] = partial(_extra_scores, name, lambda found: shown(found.name, found.mean, found.std))
         if any(score.name == name and score.paper is not None for row in rows for score in row.extra_scores):
             columns[f"paper, {title(name)}"] = partial(_extra_scores, name, lambda found: percent(found.paper))
+            columns[f"ours \N{MINUS SIGN} paper, {title(name)}"] = partial(
+                _extra_scores, name, lambda found: minus_paper(found.name, found.mean, found.paper)
+            )
     return columns
 
 

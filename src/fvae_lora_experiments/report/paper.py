@@ -14,6 +14,8 @@ FILE = Path(__file__).with_name("paper.yaml")
 class Published:
     """One of the paper's tables: percents, by method, in the order of `datasets`."""
 
+    study: str
+    """The study that reruns it (`study`)."""
     setting: str
     """What was measured, on which model."""
     score: str

@@ -1,13 +1,13 @@
 """The report's tables and notes as plain text, which each format writes."""
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from fvae_lora_experiments.report.baseline import BASELINE
-from fvae_lora_experiments.report.cells import COSTS, extra_columns, result_columns, score
+from fvae_lora_experiments.report.cells import COSTS, extra_columns, minus_paper, result_columns, score
 from fvae_lora_experiments.report.numbers import UNKNOWN, percent, shown, title
 from fvae_lora_experiments.report.paper import paper, published
 from fvae_lora_experiments.report.rows import Row
@@ -189,7 +189,7 @@ def overview_tables(rows: Sequence[Row]) -> list[Table]:
         alike = list(family)
         datasets = {row.dataset: row.hub_name for row in alike}
         if len(datasets) > 1:
-            made += [_overview(alike, list(datasets)), *_published(alike[0], datasets)]
+            made += [_overview(alike, list(datasets)), *_published(alike, datasets)]
     return made
 
 
@@ -205,9 +205,8 @@ def _overview(rows: Sequence[Row], datasets: Sequence[str]) -> Table:
         cells = [
             UNKNOWN if row is None else score(row) + (" (incomplete)" if row.missing_seeds else "") for row in line
         ]
-        whole = [row.score for row in line if row and row.score is not None and not row.missing_seeds]
-        mean = shown(rows[0].metric, statistics.fmean(whole)) if len(whole) == len(datasets) else UNKNOWN
-        lines.append([label, *cells, mean])
+        mean = _mean(line)
+        lines.append([label, *cells, UNKNOWN if mean is None else shown(rows[0].metric, mean)])
     what = ", ".join(filter(None, (title(rows[0].metric), rows[0].protocol and f"protocol {rows[0].protocol}")))
     return Table(
         f"Overview: test {what}, {rows[0].model}",
@@ -220,8 +219,9 @@ def _overview(rows: Sequence[Row], datasets: Sequence[str]) -> Table:
     )
 
 
-def _published(row: Row, datasets: dict[str, str]) -> list[Table]:
-    """The paper's figures for the data sets of an overview, if one of its tables has them all."""
+def _published(rows: Sequence[Row], datasets: dict[str, str]) -> list[Table]:
+    """The paper's figures for the data sets of an overview, if one of its tables has them all, and ours minus these."""
+    row = rows[0]
     found = published(row.hub_name, row.metric)
     if found is None:
         return []
@@ -234,7 +234,32 @@ def _published(row: Row, datasets: dict[str, str]) -> list[Table]:
         figures = [table.figure(method, dataset) for dataset in datasets.values()]
         lines.append([method, *map(percent, figures), percent(means.get(method))])
     what = f"The paper's own figures, not measured here: {table.setting}, %"
-    return [Table(what, ["method", *map(_short, datasets), "mean"], lines, [f"Source: {paper()[0]}."])]
+    made = [Table(what, ["method", *map(_short, datasets), "mean"], lines, [f"Source: {paper()[0]}."])]
+    return [*made, *_minus_published(rows, datasets, means)]
+
+
+def _minus_published(rows: Sequence[Row], datasets: dict[str, str], means: Mapping[str, float]) -> list[Table]:
+    """Our means minus the paper's figures, for the methods that both have."""
+    lines = []
+    for label in sorted({row.label for row in rows}):
+        own = {row.dataset: row for row in rows if row.label == label}
+        line = [own.get(dataset) for dataset in datasets]
+        cells = [UNKNOWN if row is None else minus_paper(row.metric, row.score, row.paper) for row in line]
+        method = next(iter(own.values())).method
+        cells.append(minus_paper(rows[0].metric, _mean(line), means.get(method)))
+        if set(cells) != {UNKNOWN}:
+            lines.append([label, *cells])
+    if not lines:
+        return []
+    what = "Ours \N{MINUS SIGN} paper: our means minus the paper's figures, in points"
+    note = "Where model, protocol or settings differ, it is not the same measurement; see the notes of each data set."
+    return [Table(what, ["method", *map(_short, datasets), "mean"], lines, [note])]
+
+
+def _mean(line: Sequence[Row | None]) -> float | None:
+    """The mean score over the data sets, of a method with every seed on each of them."""
+    whole = [row.score for row in line if row and row.score is not None and not row.missing_seeds]
+    return statistics.fmean(whole) if len(whole) == len(line) else None
 
 
 COST_NOTE = (
@@ -276,7 +301,8 @@ def _paper_note(rows: Sequence[Row]) -> list[str]:
     scores = [row.metric, *(score.name for row in rows for score in row.extra_scores)]
     settings = dict.fromkeys(found[0].setting for score in scores if (found := published(row.hub_name, score)))
     return [
-        f"paper: as published in {source} ({'; '.join(settings)}), measured by its authors under their own protocol. "
+        f"paper: as published in {source} ({'; '.join(settings)}), measured by its authors under their own protocol; "
+        "ours \N{MINUS SIGN} paper: our mean minus their figure, in points. "
         f"Here: model {row.model}, protocol {row.protocol or 'not recorded'}. Where model, protocol or settings "
         "differ, it is not the same measurement."
     ]

@@ -54,6 +54,9 @@ class Task(ABC):
     predicts_rows = False
     """Whether `outputs` gives one prediction for each row: its class, or a number where the data have no classes."""
 
+    bytes_per_frozen_weight: float = 4
+    """How much memory a weight takes that is not trained."""
+
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         if recipe.data.select_by == "worst_group_accuracy":

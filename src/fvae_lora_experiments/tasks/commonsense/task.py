@@ -62,6 +62,13 @@ class CommonsenseTask(Task):
 
     metric = Metric("choice_accuracy")
 
+    @property
+    def bytes_per_frozen_weight(self) -> float:  # type: ignore[override]
+        """Half a byte in nf4, two in bfloat16; see `load_model`."""
+        if self.recipe.commonsense.load_in_4bit:
+            return 0.5
+        return 2 if self.recipe.train.precision == "bf16" else 4
+
     def open_source(self, notes: Notes | None = None) -> dict[str, Dataset]:
         """As `data.questions.open_questions`."""
         return open_questions(self.recipe.dataset, self.recipe.data.config, self.recipe.commonsense.test_sets, notes)
