@@ -425,6 +425,43 @@ def evaluate(
         console.print(f"{name:<{width}}{value:.6f}  recorded {record.metrics.test[name]:.6f}", highlight=False)
 
 
+@app.command(cls=Command)
+def reproduce(
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|STUDY:RUN",
+            help="A finished run's folder; or a folder or file of runs that `pack` wrote, and the name of a run in it.",
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="The new run's folder (default: runs/reproduced/RUN).")] = None,
+    model: Model = None,
+    dataset: Dataset = None,
+    data_root: DataRoot = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Repeats a recorded run with its exact recipe, and says for each score whether it comes out the same.
+
+    First what differs: versions, commit, hardware; other data or another model are refused. Exit code 0 if every score
+    is equal to the bit, or where a further seed of the record's study would be (95%); 1 if one is not. A run that was
+    stopped resumes where it was.
+    """
+    from fvae_lora_experiments.beforehand import refuse_at_once
+    from fvae_lora_experiments.reproduce.recorded import choose_folder, find_recorded
+
+    recorded = find_recorded(run, model, dataset)
+    folder = choose_folder(recorded, out)
+    refuse_at_once(recorded.recipe)
+    use_one_gpu()
+
+    from fvae_lora_experiments.reproduce.reproduce import reproduce as repeat
+
+    silence_libraries()
+    signals.raise_on_signal()
+    if differing := repeat(recorded, folder, quiet, console):
+        raise RunError(f"{run}: not reproduced: {', '.join(differing)}")
+
+
 class OnError(StrEnum):
     """What to do with a row that cannot be used."""
 

@@ -84,6 +84,8 @@ MISTAKES = {
     ("tune", "image/default", "--model", ".", "--dataset", "./no"): "dataset ./no: no such file or folder",
     ("predict", "./no", "a.png"): "no: no finished run",
     ("inspect", "./no"): "no: neither a run with an adapter nor an adapter's folder",
+    ("reproduce", "./no"): "./no: not a run (a folder with a run.json)",
+    ("reproduce", f"{STUDY}:lora-sed1"): "; did you mean lora-seed1?",
 }
 
 

@@ -47,6 +47,18 @@ def ci_half_width(values: Sequence[float]) -> float | None:
     return None if std is None else float(t.ppf((1 + LEVEL) / 2, n - 1)) * std / math.sqrt(n)
 
 
+def prediction_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the interval in which one more value like `values` lies with a probability of 95%, by Student's t.
+
+    It is mean ± t(n - 1) s sqrt(1 + 1 / n): exact for normal values. None for fewer than two.
+    """
+    half_width = ci_half_width(values)
+    if half_width is None:
+        return None
+    mean, reach = statistics.fmean(values), half_width * math.sqrt(len(values) + 1)
+    return mean - reach, mean + reach
+
+
 def percent(figure: float | None) -> str:
     """Write a figure that is in percent."""
     return UNKNOWN if figure is None else f"{figure:.2f}"

@@ -101,6 +101,18 @@ def read_runs(*places: Path) -> list[StoredRun]:
     return sorted(runs, key=lambda run: PurePosixPath(run.name))
 
 
+def runs_beside(folder: Path) -> list[StoredRun]:
+    """The run in `folder` and those in the folders beside it, by the names of their folders; nothing deeper is read."""
+    parent = folder.resolve().parent
+    return [_in_folder(file.parent, printable(file.parent.name)) for file in sorted(parent.glob("*/run.json"))]
+
+
+def is_run_name(name: str) -> bool:
+    """Whether a run's name stays below the folder in which its own folder is made."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
 def folder_name(place: Path) -> str:
     """The name of the folder of a place, used to name its runs."""
     folder = place.resolve()
@@ -195,8 +207,7 @@ def unpack(file: Path, folder: Path) -> int:
     for target, run in targets:
         if run.error:
             raise UserError(f"{file}: {run.name}: {run.error}")
-        parts = PurePosixPath(run.name).parts
-        if not parts or PurePosixPath(run.name).is_absolute() or ".." in parts:
+        if not is_run_name(run.name):
             raise UserError(f"{file}: {run.name}: not the name of a run")
         if target.path.exists():
             raise UserError(f"{target.path}: exists already")

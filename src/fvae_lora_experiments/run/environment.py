@@ -6,22 +6,25 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fvae_lora_experiments.run import distributed
 
 PACKAGES = ("fvae-lora", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "pillow")
+MISSING = "not installed"
+"""The version of a package that is not there."""
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
+def versions(others: Iterable[str] = ()) -> dict[str, str]:
+    """Versions of Python, of the packages that a result depends on, and of `others`."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (name for name in (*PACKAGES, *others) if name not in found):
         try:
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
+        except (importlib.metadata.PackageNotFoundError, ValueError):  # not a name
+            found[package] = MISSING
     return found
 
 
