@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,16 +53,21 @@ def demo_data() -> str:
     return "\n".join(["```", *(line.rstrip() for line in lines), "```"])
 
 
-def cost_table() -> str:
+def cost_table(only: Sequence[str] = ()) -> str:
     """What `make bench` measured last: LoRA's time, memory and files, and the other methods' ratios to them."""
     rows = json.loads((PROJECT / "benchmarks" / "cost.json").read_text(encoding="utf-8"))["rows"]
     found = {(row["what"], row["method"]): row for row in rows}
-    columns = list(dict.fromkeys(row["what"] for row in rows))
+    columns = only or list(dict.fromkeys(row["what"] for row in rows))
     lines = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for method in dict.fromkeys(row["method"] for row in rows):
         cells = [_cost_cell(found[what, method], method == "lora") for what in columns]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def training_cost_table() -> str:
+    """The same without files and optimizer, for the README."""
+    return cost_table(("training step", "peak memory of a step", "eval forward"))
 
 
 def _cost_cell(row: dict[str, Any], absolute: bool) -> str:
@@ -151,7 +156,8 @@ def variant_of(method: str, recipe: dict[str, Any]) -> str | None:
 
 
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
-    PROJECT / "README.md": {"demo data": demo_data, "demo": partial(report_of, "demo"), "cost": cost_table},
+    PROJECT / "README.md": {"demo": partial(report_of, "demo"), "cost": training_cost_table},
+    PROJECT / "docs" / "start.md": {"demo data": demo_data},
     PROJECT / "benchmarks" / "README.md": {"curve": curve_table},
     PROJECT / "docs" / "cost.md": {"cost": cost_table},
     STUDIES / "README.md": {"overview": overview},

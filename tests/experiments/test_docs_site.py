@@ -26,7 +26,7 @@ from arguments import later_wins
 from colours import SIDE, write_pictures
 from fvae_lora_experiments.cli import app
 from fvae_lora_experiments.methods import METHODS
-from fvae_lora_experiments.recipe import load_recipe, shipped_recipes
+from fvae_lora_experiments.recipe import load_recipe, shipped_recipes, shipped_studies
 from fvae_lora_experiments.sweep.plan import parse_list, parse_seeds, parse_values
 from sentences import sentences, write_encoder
 from tiny import batch_for, tiny_bert, tiny_llama
@@ -197,7 +197,7 @@ def click_command(words: list[str]) -> tuple[Any, list[str]]:
 def test_the_commands_of_a_page_are_ones_that_there_are(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(PROJECT)
     for words in all_commands(page):
-        command, arguments = click_command(words)
+        command, arguments = click_command([str(PROJECT) if word == "DIR" else word for word in words])
         assert command.name == "recipes" or not hasattr(command, "commands"), f"{page}: no command {words[0]}"
         values = command.make_context(command.name, list(arguments)).params
         for option in ("method", "methods"):
@@ -213,7 +213,7 @@ def test_the_commands_of_a_page_are_ones_that_there_are(page: str, monkeypatch: 
             if name in shipped_recipes() or (PROJECT / name).is_file():
                 load_recipe(name, values.get("overrides") or [], {"model": "any", "dataset": "any"})
             else:
-                assert not name or name.startswith("paper/") or name.endswith("best.yaml"), f"{page}: no recipe {name}"
+                assert not name or name in shipped_studies() or name.endswith("best.yaml"), f"{page}: no recipe {name}"
 
 
 @pytest.mark.parametrize("page", OWN_PAGES)
@@ -235,7 +235,7 @@ PROVIDED = (
 """What a block may need that the test below has, at a tiny size; a block that needs something else is not run."""
 
 RUN_PAGES = [
-    *("docs/start.md", "docs/migration.md", "docs/inspect.md", "docs/guides/comparing.md"),
+    *("docs/start.md", "docs/migration.md", "docs/inspect.md", "docs/paper.md", "docs/guides/comparing.md"),
     *(f"docs/guides/{name}.md" for name in ("images", "texts", "groups", "uncertainty", "export")),
 ]
 
