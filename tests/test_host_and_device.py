@@ -74,7 +74,9 @@ def step_of_items(kind: str, model: PeftModel, batch: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("train", [step, step_of_items, own_loss])
-@pytest.mark.parametrize("kind", ["vit", "bert", "llama", "gpt2", "t5"])
+@pytest.mark.parametrize(
+    "kind", ["vit", "bert", "llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gpt2", "t5"))]
+)
 def test_a_step_reads_no_more_numbers(kind: str, train: Callable[[str, PeftModel, dict[str, Any]], None]) -> None:
     found = {}
     for config in (LoraConfig, FVAELoraConfig):
