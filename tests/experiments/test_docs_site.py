@@ -314,6 +314,25 @@ def test_every_link_of_a_page_leads_somewhere(tmp_path: Path) -> None:
     assert (tmp_path / "index.md").is_file()
 
 
+def test_a_site_that_links_nowhere_or_fetches_from_elsewhere_is_refused(tmp_path: Path) -> None:
+    good = '<h1 id="top">x</h1><a href="#top">a</a><a href="b.html#there">b</a><a href="https://arxiv.org">c</a>'
+    (tmp_path / "a.html").write_text(good + '<img src="data:image/png;base64,AA"><link rel="icon" href="b.html">')
+    (tmp_path / "b.html").write_text('<p id="there"><a href="a.html">a</a>')
+    assert BUILD["problems"](tmp_path) == []
+    bad = (
+        '<a href="c.html">',
+        '<a href="b.html#nowhere">',
+        '<script src="https://x.org/x.js"></script>',
+        '<img src="//x.org">',
+    )
+    for html in bad:
+        (tmp_path / "a.html").write_text(html)
+        assert len(BUILD["problems"](tmp_path)) == 1, html
+    (tmp_path / "a.html").write_text(good)
+    (tmp_path / "x.css").write_text("@font-face { src: url(https://x.org/font.woff2) }")
+    assert BUILD["problems"](tmp_path) == ["x.css: fetches https://x.org/font.woff2"]
+
+
 def test_the_navigation_has_every_page_of_the_docs() -> None:
     listed = re.findall(r'= "(\S+\.md)"', (PROJECT / "docs/site/zensical.toml").read_text())
     assert {BUILD["pages"]()[page] for page in OWN_PAGES} - set(listed) == set()
