@@ -13,22 +13,27 @@ import shlex
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import typer
+from datasets import Dataset
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 import fvae_lora
 from arguments import later_wins
+from chatter import CHAT, make_llama, make_tokenizer, write_questions
 from colours import SIDE, write_pictures
 from fvae_lora_experiments.cli import app
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.recipe import load_recipe, shipped_recipes, shipped_studies
 from fvae_lora_experiments.sweep.plan import parse_list, parse_seeds, parse_values
 from sentences import sentences, write_encoder
+from spoken_words import recorded, said, whisper, write_recordings
+from timit_corpus import hum, wav2vec2, write_corpus
 from tiny import batch_for, tiny_bert, tiny_llama
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -41,8 +46,17 @@ BLOCK = re.compile(
 )
 
 VIT, BERT, LLAMA = "google/vit-base-patch16-224-in21k", "FacebookAI/roberta-base", "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHISPER, WAV2VEC2 = "openai/whisper-tiny.en", "facebook/wav2vec2-large"
 SMALLER = {"num_train_epochs=30": "num_train_epochs=1", "(50_000,)": "(5_000,)"}
 """What makes the Python of a page take a second."""
+
+EXTRA = {
+    "text/default": ("text.max_length=20",),
+    "speech/whisper": ("speech.max_new_tokens=8", "--model", WHISPER),
+    "speech/timit": ("--model", WAV2VEC2),
+    "commonsense/default": ("commonsense.max_new_tokens=4",),
+}
+"""What tiny models need."""
 
 TINY_RUN = ("train.epochs=1", "train.batch_size=8", "adapter.r=4", "--quiet")
 
@@ -82,8 +96,15 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     ViTModel(ViTConfig(image_size=SIDE, patch_size=4, **shape)).save_pretrained(folder / "vit")
     ViTImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(folder / "vit")
     write_encoder(folder / "bert")
-    tiny_llama(hidden_size=64, intermediate_size=64).save_pretrained(folder / "llama")
-    return {VIT: str(folder / "vit"), BERT: str(folder / "bert"), LLAMA: str(folder / "llama")}
+    make_llama(folder / "llama", hidden_size=64, intermediate_size=64)
+    make_tokenizer(folder / "llama")
+    (folder / "llama" / "chat_template.jinja").write_text(CHAT)
+    whisper(folder / "whisper")
+    whisper(folder / "multilingual", multilingual=True)
+    wav2vec2(folder / "wav2vec2")
+    names = {VIT: "vit", BERT: "bert", LLAMA: "llama", WAV2VEC2: "wav2vec2"}
+    names |= {WHISPER: "whisper", "openai/whisper-small": "multilingual"}
+    return {name: str(folder / place) for name, place in names.items()}
 
 
 @pytest.fixture
@@ -110,6 +131,17 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(PROJECT / "tests/data/golden/tiny_bert/adapter", tmp_path / "reference-adapter")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def write_questions_and_speech(folder: Path) -> None:
+    """Data of tasks that only their own pages speak of."""
+    write_questions(folder / "exam")
+    asked = {"question": "Is it so?", "choices": ["yes", "no"]}
+    (folder / "new-questions.jsonl").write_text(json.dumps(asked) + "\n")
+    write_recordings(folder / "prompts", {"train": said("yes", "no") * 10, "test": said("yes", "no")})
+    (folder / "new-recordings").mkdir()
+    (folder / "new-recordings" / "1.wav").write_bytes(recorded("yes")["bytes"])
+    write_corpus(folder / "timit", hum)
 
 
 def given(page: str) -> dict[str, Any]:
@@ -196,10 +228,14 @@ def click_command(words: list[str]) -> tuple[Any, list[str]]:
 @pytest.mark.parametrize("page", [page for page in PAGES if all_commands(page)])
 def test_the_commands_of_a_page_are_ones_that_there_are(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(PROJECT)
+    monkeypatch.setenv("FVAE_LORA_DATA_ROOT", ".")  # --data-root sets it, and it shall not stay
     for words in all_commands(page):
-        command, arguments = click_command([str(PROJECT) if word == "DIR" else word for word in words])
+        command, arguments = click_command(words)
         assert command.name == "recipes" or not hasattr(command, "commands"), f"{page}: no command {words[0]}"
-        values = command.make_context(command.name, list(arguments)).params
+        there = [
+            "." if before == "--data-root" else word for before, word in zip(["", *arguments], arguments, strict=False)
+        ]
+        values = command.make_context(command.name, there).params
         for option in ("method", "methods"):
             for method in parse_list(option, values.get(option) or "fvae-lora"):
                 assert method in METHODS, f"{page}: {words}"
@@ -229,14 +265,18 @@ def test_the_commands_within_sentences_have_options_that_there_are(page: str) ->
 PROVIDED = (
     "",
     "the network, for the pretrained model, and better a GPU",
+    "the network, for the pretrained model, and a GPU",
+    "recordings, the network for the pretrained model, and better a GPU",
+    "TIMIT, the network for the pretrained model, and a GPU",
     "the run of the commands above",
     "a finished run in runs/flowers",
 )
 """What a block may need that the test below has, at a tiny size; a block that needs something else is not run."""
 
+GUIDES = ("images", "texts", "questions", "speech", "groups", "comparing", "uncertainty", "export")
 RUN_PAGES = [
-    *("docs/start.md", "docs/migration.md", "docs/inspect.md", "docs/paper.md", "docs/guides/comparing.md"),
-    *(f"docs/guides/{name}.md" for name in ("images", "texts", "groups", "uncertainty", "export")),
+    *("docs/start.md", "docs/migration.md", "docs/inspect.md", "docs/paper.md"),
+    *(f"docs/guides/{name}.md" for name in GUIDES),
 ]
 
 
@@ -245,7 +285,8 @@ def blocks_to_run(page: str) -> list[list[list[str]]]:
 
 
 def test_a_block_of_commands_that_is_not_run_says_what_it_needs() -> None:
-    assert {page for page in OWN_PAGES if blocks_to_run(page)} <= set(RUN_PAGES)
+    have_their_own_tests = {"docs/paper.md", "docs/reproduce.md"}
+    assert {page for page in OWN_PAGES if blocks_to_run(page)} <= {*RUN_PAGES, *have_their_own_tests}
 
 
 @pytest.mark.slow
@@ -256,16 +297,37 @@ def test_the_commands_of_a_page_run(page: str, stand_ins: dict[str, str], worksh
     if page in ("docs/inspect.md", "docs/guides/uncertainty.md", "docs/guides/export.md"):
         made = ("train", "image/default", "--model", stand_ins[VIT], "--dataset", "flowers", "--out", "runs/flowers")
         assert cli(*made, *TINY_RUN)[0] == 0
+    if page in ("docs/guides/questions.md", "docs/guides/speech.md"):
+        write_questions_and_speech(workshop)
     for block in blocks_to_run(page):
         for words in block:
-            tiny = TINY_RUN if words[0] == "train" and "--dry-run" not in words else ()
-            if words[:2] == ["train", "text/default"]:
-                tiny = (*tiny, "text.max_length=20")
+            more: tuple[str, ...] = ()
+            if words[0] == "train":
+                words, more = [*words[:2], *EXTRA.get(words[1], ()), *words[2:]], TINY_RUN
             if words[0] == "export" and "lora" in words:
-                tiny = ("--max-error", "10")  # fitted to a handful of pictures
-            code, _, error = cli(*later_wins([known.get(word, word) for word in (*words, *tiny)]))
+                more = ("--max-error", "10")  # fitted to a handful of pictures
+            code, _, error = cli(*later_wins([known.get(word, word) for word in (*words, *more)]))
             assert code == 0, f"{' '.join(words)}: {error}"
     run_python(page, lambda needs: needs == AFTER_COMMANDS, stand_ins)
+
+
+@pytest.mark.slow
+def test_the_python_for_trl_runs(stand_ins: dict[str, str], workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trl = pytest.importorskip("trl")
+    example = runpy.run_path(str(PROJECT / "examples" / "trl_sft.py"))
+    rows = [{"prompt": "one two", "chosen": " three", "rejected": " nine"}] * 4
+    own = {"base": tiny_llama(), "pairs": Dataset.from_list(rows), "tokenizer": example["tokenizer"]()}
+    monkeypatch.setitem(globals(), "given", lambda _: own)
+    monkeypatch.setattr(trl, "DPOConfig", partial(trl.DPOConfig, bf16=False, max_steps=1, report_to="none"))
+    run_python("docs/preference-training.md", lambda _: True, stand_ins)
+    assert (workshop / "out").is_dir()
+
+
+def test_the_data_of_a_page_is_readable() -> None:
+    found = [code for page in OWN_PAGES for _, code in blocks(page, "json")]
+    assert found
+    for code in found:
+        assert all(map(json.loads, code.splitlines()))
 
 
 def templates() -> list[str]:
@@ -312,6 +374,25 @@ def test_every_link_of_a_page_leads_somewhere(tmp_path: Path) -> None:
     assembly = BUILD["Assembly"](tmp_path, formula=lambda text, **_: text)
     assembly.write()
     assert (tmp_path / "index.md").is_file()
+
+
+def test_a_site_that_links_nowhere_or_fetches_from_elsewhere_is_refused(tmp_path: Path) -> None:
+    good = '<h1 id="top">x</h1><a href="#top">a</a><a href="b.html#there">b</a><a href="https://arxiv.org">c</a>'
+    (tmp_path / "a.html").write_text(good + '<img src="data:image/png;base64,AA"><link rel="icon" href="b.html">')
+    (tmp_path / "b.html").write_text('<p id="there"><a href="a.html">a</a>')
+    assert BUILD["problems"](tmp_path) == []
+    bad = (
+        '<a href="c.html">',
+        '<a href="b.html#nowhere">',
+        '<script src="https://x.org/x.js"></script>',
+        '<img src="//x.org">',
+    )
+    for html in bad:
+        (tmp_path / "a.html").write_text(html)
+        assert len(BUILD["problems"](tmp_path)) == 1, html
+    (tmp_path / "a.html").write_text(good)
+    (tmp_path / "x.css").write_text("@font-face { src: url(https://x.org/font.woff2) }")
+    assert BUILD["problems"](tmp_path) == ["x.css: fetches https://x.org/font.woff2"]
 
 
 def test_the_navigation_has_every_page_of_the_docs() -> None:
