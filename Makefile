@@ -5,6 +5,8 @@
 # make test-peft     peft's own test-suite, with FVAE-LoRA in LoRA's place
 # make bench         what training and inference cost beside LoRA, with targets
 # make test-hour     what takes longest: the whole benchmark here and through SLURM, peft's suite of the oldest version
+# make dist          builds wheel and sdist, checks them, installs the wheel where nothing else is and runs the short demo there
+# make release       the same for a new version: puts it into the changelog, commits and tags it (CONTRIBUTING.md)
 # Each sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
 
 PYTHON ?= python3
@@ -18,7 +20,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow test-hour check test-oldest test-peft bench setup clean python-is-new-enough
+.PHONY: demo test test-slow test-hour check test-oldest test-peft bench dist release setup clean python-is-new-enough
 
 setup: $(VENV)/.ready
 
@@ -58,6 +60,14 @@ bench: setup
 	@echo "== cost beside LoRA's: on a quiet machine, some ten minutes; the record is benchmarks/cost.json"
 	@$(BIN)/python benchmarks/cost.py --out benchmarks/cost.json $(BENCH_FLAGS)
 
+dist: $(VENV)/.release
+	@echo "== wheel and sdist, in dist: built, checked, installed in an environment of their own, and tried there"
+	@$(BIN)/python tools/release.py --dist
+
+release: $(VENV)/.release
+	@echo "== release: version and changelog, wheel and sdist, tag; pushing it is left to you"
+	@$(BIN)/python tools/release.py $(if $(filter command line,$(origin VERSION)),$(VERSION))
+
 python-is-new-enough:
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not installed; Python 3.11 or later is needed" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -76,6 +86,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt | python-is-new-enough
 $(VENV)/.integrations: $(VENV)/.ready
 	@echo "== adding other libraries to $(VENV), once"
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[integrations]'
+	@touch $@
+
+$(VENV)/.release: $(VENV)/.ready
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[release]'
 	@touch $@
 
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt | python-is-new-enough
