@@ -6,6 +6,8 @@
 # make bench         what training and inference cost beside LoRA, with targets
 # make test-hour     what takes longest: the whole benchmark here and through SLURM, peft's suite of the oldest version
 # make docs          builds the site of the docs into site/
+# make dist          builds wheel and sdist, checks them, installs the wheel where nothing else is and runs the short demo there
+# make release       the same for a new version: puts it into the changelog, commits and tags it (CONTRIBUTING.md)
 # Each sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
 
 PYTHON ?= python3
@@ -19,7 +21,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HOME ?= $(CURDIR)/.cache/huggingface
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo docs test test-slow test-hour check test-oldest test-peft bench setup clean python-is-new-enough
+.PHONY: demo docs test test-slow test-hour check test-oldest test-peft bench dist release setup clean python-is-new-enough
 
 setup: $(VENV)/.ready
 
@@ -63,6 +65,14 @@ docs: $(VENV)/.docs
 	@echo "== the site, with every link checked"
 	@$(BIN)/python docs/site/build.py
 
+dist: $(VENV)/.release
+	@echo "== wheel and sdist, in dist: built, checked, installed in an environment of their own, and tried there"
+	@$(BIN)/python tools/release.py --dist
+
+release: $(VENV)/.release
+	@echo "== release: version and changelog, wheel and sdist, tag; pushing it is left to you"
+	@$(BIN)/python tools/release.py $(if $(filter command line,$(origin VERSION)),$(VERSION))
+
 python-is-new-enough:
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not installed; Python 3.11 or later is needed" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -86,6 +96,10 @@ $(VENV)/.integrations: $(VENV)/.ready
 $(VENV)/.docs: $(VENV)/.ready
 	@echo "== adding what builds the site to $(VENV), once"
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+$(VENV)/.release: $(VENV)/.ready
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[release]'
 	@touch $@
 
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt | python-is-new-enough

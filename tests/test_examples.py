@@ -12,18 +12,26 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-NEEDS = {"accelerate_loop": "accelerate", "lightning_module": "lightning", "trl_sft": "trl"}
+NEEDS = {
+    "accelerate_loop": "accelerate",
+    "export_and_serve": "fvae_lora",
+    "images": "datasets",
+    "lightning_module": "lightning",
+    "text_with_groups": "datasets",
+    "trl_sft": "trl",
+    "uncertainty": "fvae_lora",
+}
 
 
-def run(name: str) -> str:
+def run(name: str, *arguments: str) -> str:
     if importlib.util.find_spec(NEEDS[name]) is None:
         pytest.skip(f"{NEEDS[name]} is not installed")
     done = subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py"],
+        [sys.executable, EXAMPLES / f"{name}.py", *arguments],
         capture_output=True,
         text=True,
         timeout=250,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -36,8 +44,40 @@ def numbers(pattern: str, text: str) -> list[float]:
     return found
 
 
-def test_every_example_is_run() -> None:
+def test_every_example_is_run_and_listed() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(NEEDS)
+    listed = re.findall(r"^\| \[(\w+)\.py\]\(\1\.py\) \|", (EXAMPLES / "README.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(NEEDS)
+
+
+@pytest.mark.slow
+def test_images() -> None:
+    output = run("images", "--tiny")
+    assert numbers("images left out", output)[-1] > 0.9
+    assert "logits: 0.0\n" in output
+
+
+@pytest.mark.slow
+def test_text_with_groups() -> None:
+    output = run("text_with_groups", "--tiny")
+    assert [line for line in output.splitlines() if "epoch" in line and line[0] != " "]
+    assert len(numbers("worst_group_accuracy", output)) == 2
+
+
+@pytest.mark.slow
+def test_export_and_serve() -> None:
+    output = run("export_and_serve")
+    small, kept, folded = numbers("largest difference", output)
+    assert small == 0
+    assert kept < 1e-3 < folded
+    assert min(numbers("same next token", output)) > 0.95
+
+
+@pytest.mark.slow
+def test_uncertainty() -> None:
+    output = run("uncertainty")
+    like_training, stripes = numbers("at most 0.05 for", output)
+    assert like_training < 0.2 < stripes
 
 
 @pytest.mark.slow
