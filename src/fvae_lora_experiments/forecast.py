@@ -5,7 +5,9 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -22,13 +24,13 @@ from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.models.pretrained import without_weights
 from fvae_lora_experiments.places import short_name
-from fvae_lora_experiments.published import data_of
+from fvae_lora_experiments.published import PublishedData, data_of
 from fvae_lora_experiments.report.numbers import memory, quantity
 from fvae_lora_experiments.run.flops import training_flops
 from fvae_lora_experiments.run.state_cache import collate
 from fvae_lora_experiments.run.trainer import RunTrainer, trainer_arguments
-from fvae_lora_experiments.schema import Recipe
-from fvae_lora_experiments.stand_ins import stand_in
+from fvae_lora_experiments.schema import DataSettings, Recipe, TextSettings
+from fvae_lora_experiments.stand_ins import stand_in, training_rows
 from fvae_lora_experiments.sweep.plan import PlannedRun
 from fvae_lora_experiments.tasks import load_task
 
@@ -59,23 +61,60 @@ def forecast(recipe: Recipe, published: bool = False) -> Forecast:
     Raises:
         UserError: data or a model that training would refuse, as far as can be seen without weights.
     """
+    if published:
+        facts = data_of(recipe)
+        rows = training_rows(recipe, facts)
+        known = facts.model_copy(update={"rows": {"train": 1}}).model_dump_json()
+        step = _published_step(_step_alone(recipe).model_dump_json(), known, min(recipe.train.batch_size, rows))
+    else:
+        with _quietly_without_weights():
+            model, batch, rows = _opened(recipe)
+            step = _step(recipe, model, batch)
+    size, accumulated = recipe.train.batch_size, recipe.train.gradient_accumulation
+    epoch = math.ceil(math.ceil(rows / size) / accumulated)
+    steps = recipe.train.max_steps or recipe.train.epochs * epoch
+    flops = None if step.flops is None else step.flops * steps * accumulated
+    return Forecast(steps, step.trainable, step.bytes, flops)
+
+
+@contextmanager
+def _quietly_without_weights() -> Iterator[None]:
     with without_weights(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model, batch, rows = stand_in(recipe) if published else _opened(recipe)
-        adapted = _adapted(model, recipe)
-        size, accumulated = recipe.train.batch_size, recipe.train.gradient_accumulation
-        epoch = math.ceil(math.ceil(rows / size) / accumulated)
-        steps = recipe.train.max_steps or recipe.train.epochs * epoch
-        trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in adapted.parameters() if not p.requires_grad)
-        weights = round(frozen * load_task(recipe).bytes_per_frozen_weight)
-        of_step = _flops_of_step(adapted, batch)
-    return Forecast(
-        steps=steps,
-        trainable=trainable,
-        bytes=weights + BYTES_PER_TRAINED * trainable,
-        flops=None if of_step is None else of_step * steps * accumulated,
-    )
+        yield
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one batch takes."""
+
+    trainable: int
+    bytes: int
+    flops: int | None
+
+
+def _step(recipe: Recipe, model: PreTrainedModel, batch: dict[str, Any]) -> _Step:
+    adapted = _adapted(model, recipe)
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in adapted.parameters() if not p.requires_grad)
+    weights = round(frozen * load_task(recipe).bytes_per_frozen_weight)
+    return _Step(trainable, weights + BYTES_PER_TRAINED * trainable, _flops_of_step(adapted, batch))
+
+
+@cache
+def _published_step(recipe: str, facts: str, size: int) -> _Step:
+    """A step by a recipe and published facts, both as JSON; data sets of one study differ in few numbers."""
+    asked = Recipe.model_validate_json(recipe)
+    with _quietly_without_weights():
+        return _step(asked, *stand_in(asked, PublishedData.model_validate_json(facts), size))
+
+
+def _step_alone(recipe: Recipe) -> Recipe:
+    """The recipe without what the cost of a step does not depend on."""
+    train = recipe.train.model_copy(update={"epochs": 1, "max_steps": None, "learning_rate": 1.0})
+    text = TextSettings(max_length=recipe.text.max_length)
+    same = {"dataset": "any", "data": DataSettings(), "seed": 0, "purpose": "result", "text": text, "train": train}
+    return recipe.model_copy(update=same)
 
 
 BYTES_PER_TRAINED = 4 * 4
@@ -264,12 +303,12 @@ def _notes(runs: Sequence[PlannedRun], speed: Speed, published: bool) -> Iterato
 def assumptions(recipes: Sequence[Recipe], speed: Speed = None) -> Iterator[str]:
     """What `costs` assumes of published data and of the device, in sentences."""
     for task, recipe in {recipe.task: recipe for recipe in recipes}.items():
-        facts = data_of(recipe)
+        length = data_of(recipe).length
         if task == "text":
             yield f"Each text counts with text.max_length, {recipe.text.max_length} tokens: an upper bound."
-        elif facts and facts.length:
+        elif length:
             kind = "samples" if task == "phonemes" else "tokens"
-            yield f"Each input counts with {facts.length:,} {kind}, padding included: an assumption."
+            yield f"Each input counts with {length:,} {kind}, padding included: an assumption."
     if speed is None:
         used = sorted({recipe.train.precision for recipe in recipes})
         peaks = ", ".join(f"{PEAK[precision] / 1e12:g} TFLOPS in {precision}" for precision in used)

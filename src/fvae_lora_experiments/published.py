@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.places import DATA_ROOT, short_name
 from fvae_lora_experiments.recipe import load_yaml
 from fvae_lora_experiments.schema import Count, Recipe, Section
@@ -40,10 +41,19 @@ def published_data() -> dict[str, PublishedData]:
     return {name: PublishedData.model_validate(entry) for name, entry in content.items()}
 
 
-def data_of(recipe: Recipe) -> PublishedData | None:
-    """The published data set that a recipe names, if it is one of these."""
-    name = short_name(recipe.dataset)
-    return published_data().get(f"{name}/{recipe.data.config}" if recipe.data.config else name)
+def data_of(recipe: Recipe) -> PublishedData:
+    """The published data set that a recipe names.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if (name := _name_of(recipe)) not in published_data():
+        raise UserError(f"dataset {name}: its published size does not come with the package")
+    return published_data()[name]
+
+
+def _name_of(recipe: Recipe) -> str:
+    return "/".join(filter(None, (short_name(recipe.dataset), recipe.data.config)))
 
 
 def configuration_of(model: str) -> Path | None:
@@ -54,8 +64,7 @@ def configuration_of(model: str) -> Path | None:
 
 def how_to_get(recipe: Recipe) -> str:
     """Where a recipe's data set can be had, and where it is looked for, in words."""
-    name = short_name(recipe.dataset)
-    known = data_of(recipe)
+    name, known = short_name(recipe.dataset), published_data().get(_name_of(recipe))
     if known is None or known.get is None:
         return f"{name} is fetched from the hub; a copy is looked for as DIR/{name} (--data-root DIR, or {DATA_ROOT})"
     return f"{name} is looked for as DIR/{name} (--data-root DIR, or {DATA_ROOT}): {known.get}"

@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fvae_lora_experiments.data import split
 from fvae_lora_experiments.data.image_inputs import process
-from fvae_lora_experiments.errors import UserError
 from fvae_lora_experiments.models.pretrained import load_classifier, load_model, loading
-from fvae_lora_experiments.published import PublishedData, configuration_of, data_of
+from fvae_lora_experiments.published import PublishedData, configuration_of
 from fvae_lora_experiments.schema import Recipe
 from fvae_lora_experiments.tasks import load_task
 
@@ -25,28 +24,23 @@ ANSWER_TOKENS = 8
 """`the correct answer is answer1` and the end token, in Llama's tokens or a few more."""
 
 
-def stand_in(recipe: Recipe) -> tuple[PreTrainedModel, Batch, int]:
-    """The pretrained model with its head, a batch, and the number of training rows under the recipe's protocol.
+def stand_in(recipe: Recipe, facts: PublishedData, size: int) -> tuple[PreTrainedModel, Batch]:
+    """The pretrained model with its head, and a batch. To be called in `without_weights`.
 
-    To be called in `without_weights`. A model other than those of `published` needs its own configuration at hand.
+    Args:
+        recipe: the recipe. A model other than those of `published` needs its own configuration at hand.
+        facts: of its data set.
+        size: rows of the batch.
 
     Raises:
-        UserError: the size of the recipe's data set is not known; the model has no configuration.
+        UserError: the model has no configuration.
     """
-    if (facts := data_of(recipe)) is None:
-        config = f", data.config {recipe.data.config}" if recipe.data.config else ""
-        raise UserError(f"dataset {recipe.dataset}{config}: its published size does not come with the package")
-    rows = _training_rows(recipe, facts)
-    model_folder = str(configuration_of(recipe.model) or recipe.model)
-    with loading(model_folder, "from its configuration"):
-        make = _MADE_BY[recipe.task]
-        model, batch = make(
-            recipe.model_copy(update={"model": model_folder}), facts, min(recipe.train.batch_size, rows)
-        )
-    return model, batch, rows
+    model = str(configuration_of(recipe.model) or recipe.model)
+    with loading(model, "from its configuration"):
+        return _MADE_BY[recipe.task](recipe.model_copy(update={"model": model}), facts, size)
 
 
-def _training_rows(recipe: Recipe, facts: PublishedData) -> int:
+def training_rows(recipe: Recipe, facts: PublishedData) -> int:
     """How many rows the protocol leaves to train on, of classes that are all of the same size."""
     label = ClassLabel(names=_classes(facts)) if facts.classes else Value("float32")
     official: dict[str, Dataset] = {}

@@ -113,7 +113,7 @@ def _strata(rows: Dataset) -> np.ndarray | None:
     strata = None
     for column in ("label", "group"):
         if isinstance(feature := rows.features.get(column), ClassLabel):  # and not lists of them
-            numbers = np.array(rows[column])
+            numbers = np.array(rows[column][:])
             strata = numbers if strata is None else strata * feature.num_classes + numbers
     return strata
 
