@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -21,10 +22,11 @@ from fvae_lora_experiments.check import inspect_data
 from fvae_lora_experiments.data.summary import print_summary
 from fvae_lora_experiments.demo import RECIPE
 from fvae_lora_experiments.methods import METHODS
-from fvae_lora_experiments.recipe import flatten, load_recipe
+from fvae_lora_experiments.recipe import flatten, load_recipe, load_yaml
 from fvae_lora_experiments.report import cells, summary_rows, write_markdown
 from fvae_lora_experiments.report.aggregate import aggregate
-from fvae_lora_experiments.run.archive import read_runs
+from fvae_lora_experiments.report.numbers import ci_half_width, duration, signed
+from fvae_lora_experiments.run.archive import StoredRun, read_runs
 from fvae_lora_experiments.run.folder import write_atomically
 from fvae_lora_experiments.schema import AblationSettings, FvaeSettings
 
@@ -116,6 +118,45 @@ VARIANTS = {
 }
 """What the overview shows: a method, and in which keys its recipe differs from the usual."""
 
+
+def search_cost(study: str) -> str:
+    """What the search of a study took, for each method."""
+    lines = ["| | trials | finished | pruned | epochs | time |", "|---|---:|---:|---:|---:|---:|"]
+    trials: dict[str, list[StoredRun]] = {}
+    for run in read_runs(runs_of(study)):
+        if run.record and run.record.is_selection:
+            trials.setdefault(run.record.method, []).append(run)
+    for method, runs in trials.items():
+        records = [run.record for run in runs if run.record]
+        counts = [sum(record.state == state for record in records) for state in ("complete", "pruned")]
+        epochs = sum(
+            len(run.curve("validation", record.metric.name)) for run, record in zip(runs, records, strict=True)
+        )
+        time = duration(sum(record.time.wall_s or 0 for record in records))
+        lines.append(f"| {method} | {len(runs)} | {counts[0]} | {counts[1]} | {epochs} | {time} |")
+    return "\n".join(lines)
+
+
+def found_against_others(study: str) -> str:
+    """Test scores of the point that a search found minus those of each method's other point, over the same seeds."""
+    best = load_yaml((STUDIES / study / "best.yaml").read_text(encoding="utf-8"))["per_method"]
+    groups = [group for group in aggregate(read_runs(runs_of(study))) if group.row.state == "complete"]
+    lines = ["| | found | recommended | difference ± 95% CI | pairs |", "|---|---:|---:|---:|---:|"]
+    for method in ("fvae-lora", "lora"):
+        of_method = [group for group in groups if group.row.method == method]
+        (found,) = [g for g in of_method if all(g.recipe.get(key) == value for key, value in best[method].items())]
+        (other,) = [group for group in of_method if group is not found]
+        pairs = [
+            100 * (ours.record.score - theirs.record.score)
+            for seed in sorted(found.runs.keys() & other.runs.keys())
+            if (ours := found.runs[seed]).record and (theirs := other.runs[seed]).record
+        ]
+        difference = f"{signed(f'{fmean(pairs):.2f}')} ± {ci_half_width(pairs):.2f}"
+        scores = f"{cells.score(found.row)} | {cells.score(other.row)}"
+        lines.append(f"| {method} | {scores} | {difference} | {len(pairs)} |")
+    return "\n".join(lines)
+
+
 OVERVIEW = {
     "clip": "",
     "clip-fashion-mnist": "",
@@ -162,6 +203,10 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     PROJECT / "docs" / "cost.md": {"cost": cost_table},
     STUDIES / "README.md": {"overview": overview},
     **{runs.with_name("README.md"): {"runs": partial(report_of, runs.parent.name)} for runs in STUDIES.glob("*/*.gz")},
+}
+PAGES[STUDIES / "tune-demo" / "README.md"] |= {
+    "budget": partial(search_cost, "tune-demo"),
+    "found": partial(found_against_others, "tune-demo"),
 }
 """The pages, and what makes each of their blocks."""
 
