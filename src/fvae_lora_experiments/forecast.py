@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +26,7 @@ from fvae_lora_experiments.models.pretrained import without_weights
 from fvae_lora_experiments.places import short_name
 from fvae_lora_experiments.published import PublishedData, data_of
 from fvae_lora_experiments.report.numbers import memory, quantity
-from fvae_lora_experiments.run.flops import training_flops
+from fvae_lora_experiments.run.flops import kept_bytes, training_flops
 from fvae_lora_experiments.run.state_cache import collate
 from fvae_lora_experiments.run.trainer import RunTrainer, trainer_arguments
 from fvae_lora_experiments.schema import DataSettings, Recipe, TextSettings
@@ -37,17 +37,27 @@ from fvae_lora_experiments.tasks import load_task
 
 @dataclass(frozen=True)
 class Forecast:
-    """A run's optimizer steps, trainable parameters, bytes and training FLOPs; the last are None if not countable.
+    """What a run takes.
 
     The numbers are those that the run would record, except that attention always counts here. A record lacks its FLOPs
-    if the device computes attention in a kernel that torch does not count, as on a CPU. Bytes are those of weights and,
-    for trained ones, of gradients and AdamW's two moments: activations come on top.
+    if the device computes attention in a kernel that torch does not count, as on a CPU.
     """
 
     steps: int
+    """Optimizer steps."""
     trainable: int
-    bytes: int
+    """Trained parameters."""
+    state: int
+    """Bytes of weights and, for trained ones, of gradients and AdamW's two moments."""
+    activations: int | None
+    """Bytes that the forward of a batch keeps for the backward in fp32 (`kept_bytes`); None if it cannot be counted."""
     flops: int | None
+    """Of the whole training; None if they cannot be counted."""
+
+    @property
+    def bytes(self) -> int:
+        """Of memory, as far as it is known."""
+        return self.state + (self.activations or 0)
 
 
 def forecast(recipe: Recipe, published: bool = False) -> Forecast:
@@ -74,7 +84,7 @@ def forecast(recipe: Recipe, published: bool = False) -> Forecast:
     epoch = math.ceil(math.ceil(rows / size) / accumulated)
     steps = recipe.train.max_steps or recipe.train.epochs * epoch
     flops = None if step.flops is None else step.flops * steps * accumulated
-    return Forecast(steps, step.trainable, step.bytes, flops)
+    return replace(step, steps=steps, flops=flops)
 
 
 @contextmanager
@@ -84,25 +94,18 @@ def _quietly_without_weights() -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class _Step:
-    """What one batch takes."""
-
-    trainable: int
-    bytes: int
-    flops: int | None
-
-
-def _step(recipe: Recipe, model: PreTrainedModel, batch: dict[str, Any]) -> _Step:
+def _step(recipe: Recipe, model: PreTrainedModel, batch: dict[str, Any]) -> Forecast:
+    """What a single batch takes."""
     adapted = _adapted(model, recipe)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in adapted.parameters() if not p.requires_grad)
-    weights = round(frozen * load_task(recipe).bytes_per_frozen_weight)
-    return _Step(trainable, weights + BYTES_PER_TRAINED * trainable, _flops_of_step(adapted, batch))
+    state = round(frozen * load_task(recipe).bytes_per_frozen_weight) + BYTES_PER_TRAINED * trainable
+    flops, activations = _run_on_meta(adapted, batch) or (None, None)
+    return Forecast(1, trainable, state, activations, flops)
 
 
 @cache
-def _published_step(recipe: str, facts: str, size: int) -> _Step:
+def _published_step(recipe: str, facts: str, size: int) -> Forecast:
     """A step by a recipe and published facts, both as JSON; data sets of one study differ in few numbers."""
     asked = Recipe.model_validate_json(recipe)
     with _quietly_without_weights():
@@ -130,8 +133,8 @@ def _opened(recipe: Recipe) -> tuple[PreTrainedModel, dict[str, Any], int]:
     return model, collate(task, [rows[i] for i in range(min(recipe.train.batch_size, len(rows)))]), len(rows)
 
 
-def _flops_of_step(model: torch.nn.Module, batch: dict[str, Any]) -> int | None:
-    """FLOPs of a batch, forward and backward, on the meta device; None if its forward depends on values."""
+def _run_on_meta(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[int, int] | None:
+    """FLOPs of a batch, forward and backward, and the bytes kept in between; None if the forward depends on values."""
     batch.pop("attention_mask", None)  # padding costs as much
     vars(model.config)["apply_spec_augment"] = False  # masks are drawn by values, and cost nothing
     unlabelled = {key: value for key, value in batch.items() if key != "labels"}
@@ -140,7 +143,8 @@ def _flops_of_step(model: torch.nn.Module, batch: dict[str, Any]) -> int | None:
         (unlabelled, lambda output: add_elbo(output.logits.sum(), model)),  # CTC looks at labels, which have no values
     ):
         try:
-            return training_flops(model, inputs, loss)
+            with kept_bytes(model) as kept:
+                return training_flops(model, inputs, loss), kept()
         except (RuntimeError, NotImplementedError):
             continue
     return None
@@ -292,8 +296,8 @@ def _notes(runs: Sequence[PlannedRun], speed: Speed, published: bool) -> Iterato
     counted = "FLOPs and hours are those of training on one device, all epochs, without validation and test"
     yield f"{counted}{cached}{given}. Nothing was written."
     yield (
-        "Memory is that of weights, gradients and AdamW's state: 4 bytes for each frozen parameter, 2 where it is "
-        "loaded in bf16, 16 for each trained one. Activations come on top."
+        "Memory is that of weights (4 bytes for each parameter, 2 for frozen ones in bf16), of gradients and AdamW's "
+        "state (12 for each trained one), and of what a batch's forward keeps, counted in fp32: an upper bound in bf16."
     )
     if published:
         yield "From published sizes of data sets and shipped configurations of models: neither was opened."

@@ -15,8 +15,10 @@ from transformers import ViTConfig
 from chatter import make_llama, make_tokenizer, write_questions
 from fvae_lora_experiments.forecast import forecast
 from fvae_lora_experiments.methods import METHODS
+from fvae_lora_experiments.run.flops import kept_bytes, training_flops
 from fvae_lora_experiments.run.runner import run_recipe
 from fvae_lora_experiments.schema import Recipe
+from fvae_lora_experiments.tasks import load_task
 from sentences import sentences, write_encoder
 from spoken_words import WORDS, said, whisper, write_recordings
 from timit_corpus import hum, wav2vec2, write_corpus
@@ -62,6 +64,25 @@ def test_texts_have_a_forecast(make_recipe: Callable[..., Recipe], tmp_path: Pat
     found, record = forecast(recipe), run_recipe(recipe, tmp_path / "run", quiet=True)
     assert found.trainable == record.parameters.trainable
     assert found.flops == pytest.approx(record.flops.train_total, rel=0.3)  # which counts less of attention
+
+
+@pytest.mark.parametrize("method", ["fvae-lora", "full"])
+def test_memory_is_that_of_the_state_and_of_what_a_batch_keeps(make_recipe: Callable[..., Recipe], method: str) -> None:
+    recipe = make_recipe(method=method, image={"size": 12}, adapter={"dropout": 0})  # whose mask differs by device
+    task = load_task(recipe)
+    splits = task.split(task.open_source())
+    model, processor = task.load_model(splits.classes)
+    rows = task.datasets(splits, model, processor)["train"]
+    adapted = METHODS[method].apply(model, recipe)
+    with sdpa_kernel(SDPBackend.MATH), kept_bytes(adapted) as kept:
+        training_flops(adapted, task.collate([rows[i] for i in range(8)]))
+    found = forecast(recipe)
+    assert found.activations == kept() > 0
+    total, trained = (
+        sum(p.numel() for p in adapted.parameters() if p.requires_grad or every) for every in (True, False)
+    )
+    assert found.state == 4 * total + 12 * trained
+    assert forecast(make_recipe(method=method, train={"batch_size": 4})).state == found.state
 
 
 def test_the_weights_need_not_be_there(make_recipe: Callable[..., Recipe], vit: Path, tmp_path: Path) -> None:

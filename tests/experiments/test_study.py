@@ -158,7 +158,7 @@ def test_the_shipped_configurations_are_those_of_models_of_that_size(study: str,
     (run,) = runs_of(load_study(study).contenders(Path("runs"), ["lora"])[:1], [1])
     found = forecast(run.recipe, published=True)
     width = 2 if run.recipe.train.precision == "bf16" else 4
-    assert (found.bytes - 16 * found.trainable) / width == pytest.approx(parameters, rel=0.005)
+    assert (found.state - 16 * found.trainable) / width == pytest.approx(parameters, rel=0.005)
     assert found.flops
 
 
