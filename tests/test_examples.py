@@ -60,8 +60,8 @@ def test_images() -> None:
 @pytest.mark.slow
 def test_text_with_groups() -> None:
     output = run("text_with_groups", "--tiny")
-    assert [line for line in output.splitlines() if "epoch" in line and line[0] != " "]
-    assert len(numbers("worst_group_accuracy", output)) == 2
+    ours, loras = numbers("worst_group_accuracy", output)
+    assert min(ours, loras) > 0.5
 
 
 @pytest.mark.slow

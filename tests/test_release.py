@@ -94,7 +94,7 @@ def test_a_release_that_failed_is_tried_again_on_the_same_day(checkout: Path) ->
 
 def test_what_is_not_committed_is_not_released(checkout: Path) -> None:
     (checkout / "new.py").write_text("")
-    assert_refused(checkout, "new.py and what else is changed must be committed first (1 files)")
+    assert_refused(checkout, "new.py is not committed; commit or remove all that is changed first, 1 in all")
 
 
 def test_a_version_of_another_day_is_not_released(checkout: Path) -> None:

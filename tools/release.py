@@ -43,7 +43,9 @@ def put_in_step(root: Path, asked: str | None, today: str) -> str:
         ReleaseError: the tree has changes, the version was released or is older than the last. Nothing was changed.
     """
     if changed := _git(root, "status", "--porcelain").splitlines():
-        raise ReleaseError(f"{changed[0][3:]} and what else is changed must be committed first ({len(changed)} files)")
+        raise ReleaseError(
+            f"{changed[0][3:]} is not committed; commit or remove all that is changed first, {len(changed)} in all"
+        )
     current = version_of(root)
     version = asked or current
     try:

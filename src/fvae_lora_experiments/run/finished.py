@@ -1,5 +1,6 @@
 """What a run's record says that it was, read before anything heavy is imported."""
 
+import os
 from pathlib import Path
 
 from fvae_lora_experiments.errors import UserError
@@ -60,7 +61,8 @@ def recorded_recipe(
         places[key] = given or resolve_portable(record.recipe[key], path)
         needed = given is None and (with_data or key == "model")
         if needed and is_local(record.recipe[key]) and not Path(places[key]).exists():
-            raise UserError(f"{key} {places[key]}: no such file or folder any more; --{key} says where it is now")
+            where = os.path.normpath(places[key])
+            raise UserError(f"{key} {where}: no such file or folder any more; --{key} says where it is now")
     return check_recipe(record.recipe | places, str(RunFolder(path).record_file))
 
 
