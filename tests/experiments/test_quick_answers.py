@@ -78,6 +78,8 @@ MISTAKES = {
     ("train", "image/default", "--model", "./no", "--dataset", "."): "model ./no: no such folder",
     ("train", "image/default", "--model", ".", "--dataset", "./no"): "dataset ./no: no such file or folder",
     ("compare", "image/default", "--model", ".", "--dataset", "./no"): "dataset ./no: no such file or folder",
+    ("compare", "paper/imags"): "; did you mean paper/images?",
+    ("compare", "paper/speech", "--out", "./no"): "timit is looked for as DIR/timit (--data-root DIR, or ",
     ("evaluate", "./no"): "no: no finished run",
     ("tune", "image/demo", "--trials", "0"): "--trials 0: expected at least 1",
     ("tune", "image/demo", "--knobs", "fvae.kl_weigth"): "; did you mean fvae.kl_weight?",

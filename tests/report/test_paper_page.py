@@ -36,7 +36,7 @@ def block(name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "study", [pytest.param(name, marks=[pytest.mark.slow] * (name != "paper/speech")) for name in shipped_studies()]
+    "study", [pytest.param(name, marks=[pytest.mark.slow] * (name != "paper/spurious")) for name in shipped_studies()]
 )
 def test_the_page_shows_what_a_study_takes_as_a_dry_run_counts_it(writer: dict[str, Any], study: str) -> None:
     assert block(f"{study} cost") == writer["BLOCKS"][f"{study} cost"]()
