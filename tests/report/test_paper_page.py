@@ -35,9 +35,8 @@ def block(name: str) -> str:
     return TEXT.partition(begin)[2].partition(end)[0]
 
 
-@pytest.mark.parametrize(
-    "study", [pytest.param(name, marks=[pytest.mark.slow] * (name != "paper/spurious")) for name in shipped_studies()]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("study", shipped_studies())
 def test_the_page_shows_what_a_study_takes_as_a_dry_run_counts_it(writer: dict[str, Any], study: str) -> None:
     assert block(f"{study} cost") == writer["BLOCKS"][f"{study} cost"]()
 
