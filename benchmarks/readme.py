@@ -26,6 +26,7 @@ from fvae_lora_experiments.report.aggregate import aggregate
 from fvae_lora_experiments.run.archive import read_runs
 from fvae_lora_experiments.run.folder import write_atomically
 from fvae_lora_experiments.schema import AblationSettings, FvaeSettings
+from plateau import plateau, plateau_table
 
 PROJECT = Path(__file__).parents[1]
 STUDIES = PROJECT / "studies"
@@ -105,6 +106,9 @@ OVERVIEW = {
 }
 """The studies in the overview, and what the headings of their columns add to the data set's name."""
 
+WITHOUT_PLATEAU = ("smollm2", "whisper")
+"""Studies in which no rate of any method changes much, so that every low one is as good as the best."""
+
 VARIED = {key for _, changes in VARIANTS.values() for key in changes}
 
 
@@ -131,9 +135,22 @@ def variant_of(method: str, recipe: dict[str, Any]) -> str | None:
     return None
 
 
+def plateaus() -> str:
+    """How wide the range of good learning rates of every variant is on every data set."""
+    grids: dict[str, dict[str, dict[float, float | None]]] = {variant: {} for variant in VARIANTS}
+    for name, beside in OVERVIEW.items():
+        for group in aggregate(read_runs(runs_of(name))) if name not in WITHOUT_PLATEAU else ():
+            row = group.row
+            if row.state == "selection" and (variant := variant_of(row.method, group.recipe)):
+                grid = grids[variant].setdefault(row.hub_name + beside, {})
+                grid[group.recipe["train.learning_rate"]] = row.validation_score
+    return plateau_table({variant: {name: plateau(grid) for name, grid in of.items()} for variant, of in grids.items()})
+
+
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     PROJECT / "README.md": {"demo data": demo_data, "demo": partial(report_of, "demo"), "cost": cost_table},
     STUDIES / "README.md": {"overview": overview},
+    STUDIES / "plateau.md": {"plateau": plateaus},
     **{runs.with_name("README.md"): {"runs": partial(report_of, runs.parent.name)} for runs in STUDIES.glob("*/*.gz")},
 }
 """The pages, and the function that makes each of their blocks."""
