@@ -1,141 +1,116 @@
-"""Few examples and no early stopping: accuracy, NLL and ECE on test at the epoch chosen on validation, and at the last.
+"""Few examples and no early stopping: accuracy, NLL and ECE on test at the step chosen on validation, and at the last.
 
-    python benchmarks/few_examples.py --model lab/minilm-l6 --dataset lab/hutto-sentiment --out runs/few-examples
-    fvae-lora pack runs/few-examples studies/few-examples/runs.jsonl.gz
+    python benchmarks/few_examples.py --model lab/minilm-l6 --dataset lab/hutto-sentiment
 
-Learning rates are chosen once, at 20 rows a class, with seeds of their own. A seed draws the training and validation
-rows, too. Started again, it goes on where it was stopped.
+adds a line for each run to studies/few-examples.jsonl.gz. Learning rates are chosen once, at 20 rows a class, with
+seeds of their own. A seed draws the training and validation rows, too. Started again, it does what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import itertools
+import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from fvae_lora_experiments.errors import RunError
 from fvae_lora_experiments.process import silence_libraries
-from fvae_lora_experiments.recipe import load_recipe
-from fvae_lora_experiments.report.numbers import UNKNOWN, ci_half_width, shown, signed, spread
-from fvae_lora_experiments.run.archive import StoredRun
-from fvae_lora_experiments.run.folder import RunFolder
-from fvae_lora_experiments.run.record import Record
-from fvae_lora_experiments.sweep.select import GridPoint, best_point, mean_score
-from fvae_lora_experiments.tasks import Task, load_task
+from fvae_lora_experiments.report.numbers import ci_half_width, shown, signed, spread
+from records import Line, read_lines, write_lines
+from short_training import STUDIES, Prepared, optimise, prepare
 
-RECIPE = Path(__file__).parents[1] / "studies" / "few-examples" / "recipe.yaml"
-EPOCHS = {5: 40, 10: 40, 20: 30, 50: 20}
-"""Rows a class, and epochs: 80 to 260 steps."""
+FOUND = STUDIES / "few-examples.jsonl.gz"
+SETTINGS = {
+    "data.train_rows": 600,  # from which a seed draws its rows
+    "data.validation_rows": 320,
+    "train.batch_size": 8,
+    "train.precision": "fp32",
+    "adapter.layers": [4, 5],
+}
+"""What differs from the recipe of studies/minilm."""
+STEPS = {5: 60, 10: 90, 20: 120, 50: 200}
+"""Rows a class, and steps."""
 CHOOSING_AT = 20
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-SELECTION_SEEDS = (101, 102)
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+VALIDATION = 100
+"""Validation rows that a seed draws."""
+EVALUATIONS = 8
+"""How often they are looked at, at equal distances, the last step included."""
+SELECTION = {101: (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), 102: (1e-3, 3e-3, 1e-2, 3e-2)}
+"""The learning rates that each selection seed looks at: the second not at those where the first saw nothing learned."""
+COMPARED: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA": ("lora", {}),
     "FVAE-LoRA, gradient stopped": ("fvae-lora", {"fvae.elbo_stop_gradient": True}),
     "without the ELBO": ("fvae-no-elbo", {}),
 }
 BINS = 15
-LAST = "last_"
-"""Begins the names of a run's scores at the last epoch."""
-SCORES = ("accuracy", "loss", "ece")
-COLUMNS = {"accuracy": "accuracy %", "loss": "NLL", "ece": "ECE %"}
+SCORES = {"accuracy": "accuracy %", "loss": "NLL", "ece": "ECE %"}
+WHEN = ("chosen", "last")
 
 
 # Training ----------------------------------------------------------------------------------
 
 
-def one_run(places: dict[str, str], out: Path, method: str, rows: int, rate: float, seed: int, purpose: str) -> Record:
-    """Does a run, unless it is done already, and returns its record."""
-    from fvae_lora_experiments.run.runner import run_recipe
+def one_line(places: dict[str, str], method: str, rows: int, rate: float, seed: int, purpose: str) -> Line:
+    """Trains once, and returns what is kept of it; a run that only chooses a rate does not see the test split."""
+    name, changes = COMPARED[method]
+    settings = SETTINGS | changes | {"method": name, "train.learning_rate": rate}
+    prepared = prepare("minilm", places | settings, seed)
+    rng = np.random.default_rng(seed)
+    train = _draw(prepared, "train", rows, rng)
+    validation = _draw(prepared, "validation", VALIDATION // 2, rng)
+    steps = STEPS[rows]
+    curve: list[tuple[int, float, float]] = []
+    best: list[torch.Tensor] = []
 
-    name, changes = METHODS[method]
-    settings = {
-        "method": name,
-        "train.learning_rate": rate,
-        "train.epochs": EPOCHS[rows],
-        "data.train_rows": 2 * rows,
-        "data.split_seed": seed,
-        "seed": seed,
-        "purpose": purpose,
-    }
-    folder = RunFolder(out / purpose / f"{name}-rows={rows}-rate={rate:g}-seed{seed}")
-    with suppress(RunError):  # a rate at which it diverges has no score
-        run_recipe(load_recipe(str(RECIPE), (), places | changes | settings), folder.path, quiet=True)
-    record = folder.read()
-    assert record is not None
-    if purpose == "result" and LAST + "ece" not in record.metrics.test:
-        score_last_epoch(folder)
-    elif folder.checkpoints.exists():
-        shutil.rmtree(folder.checkpoints)
-    print(f"{folder.path.name}: {record.state}, {record.score}", flush=True)
-    return record
+    def look(step: int) -> None:
+        if step in {round(steps * n / EVALUATIONS) for n in range(1, EVALUATIONS + 1)}:
+            scores = evaluate(prepared, validation)
+            if all(scores["accuracy"] > accuracy for _, accuracy, _ in curve):
+                best[:] = [parameter.detach().clone() for parameter in prepared.trained]
+            curve.append((step, scores["accuracy"], scores["loss"]))
 
-
-def choose_rate(run: Callable[[float, int], Record]) -> float:
-    """The rate with the best mean validation score over the selection seeds."""
-    points = [
-        GridPoint({"rate": rate}, mean_score([run(rate, seed).score for seed in SELECTION_SEEDS])) for rate in RATES
-    ]
-    best = best_point(points, greater_is_better=True)
-    if best is None or best.edge:
-        raise SystemExit(f"the best of {RATES} is on the edge: {[point.score for point in points]}")
-    return RATES[best.index]
+    optimise(prepared, train, steps, rng, look)
+    line: Line = {"purpose": purpose, "method": method, "rows": rows, "seed": seed, "settings": settings}
+    line |= {"steps": steps, "validation": curve}
+    if purpose == "result":
+        test = [prepared.items["test"][number] for number in range(0, len(prepared.items["test"]), 2)]
+        line["training_loss"] = evaluate(prepared, train)["loss"]
+        line["last"] = evaluate(prepared, test)
+        with torch.no_grad():
+            for parameter, chosen in zip(prepared.trained, best, strict=True):
+                parameter.copy_(chosen)
+        line["chosen"] = evaluate(prepared, test)
+    return line
 
 
-def score_last_epoch(folder: RunFolder) -> None:
-    """Adds to a run's test scores the ECE of the chosen epoch, and all scores of the last one.
-
-    The ELBO's terms are taken out of the learning curve, of which they are the greater part.
-    """
-    from fvae_lora_experiments.run.finished import read_finished_run
-    from fvae_lora_experiments.run.runner import open_base, open_data, with_adapter
-    from fvae_lora_experiments.run.state_cache import use_cached_states
-
-    recipe, record = read_finished_run(folder.path)
-    task = load_task(recipe)
-    last = folder.last_checkpoint()
-    assert last is not None
-    found = {}
-    for prefix, adapter in (("", folder.adapter), (LAST, last)):
-        base, processor = open_base(recipe, record)
-        rows = task.datasets(open_data(recipe, record), base, processor)["test"]
-        model = with_adapter(base, adapter, is_trainable=True).eval()
-        device = torch.device("cpu")
-        items = use_cached_states(model, {"test": rows}, task, record, device, quiet=True)["test"]
-        found |= {prefix + name: score for name, score in test_scores(model, items, task).items()}
-    if abs(found["accuracy"] - record.metrics.test["accuracy"]) > 0.005:
-        raise SystemExit(f"{folder.path}: {found['accuracy']} is not the run's own {record.metrics.test['accuracy']}")
-    record.metrics.test = found | record.metrics.test
-    folder.restore(record, [event.model_copy(update={"elbo": {}}) for event in folder.events()])
-    shutil.rmtree(folder.checkpoints)
+def _draw(prepared: Prepared, split: str, rows: int, rng: np.random.Generator) -> list[Any]:
+    """`rows` items of each class."""
+    labels = prepared.labels(split)
+    chosen = [rng.choice(np.flatnonzero(labels == label), rows, replace=False) for label in np.unique(labels)]
+    return [prepared.items[split][int(number)] for number in np.concatenate(chosen)]
 
 
 @torch.no_grad()
-def test_scores(model: Any, items: Any, task: Task) -> dict[str, float]:
-    """Accuracy, NLL and ECE of an adapted model on prepared rows."""
-    from fvae_lora_experiments.run.state_cache import collate
-
+def evaluate(prepared: Prepared, items: Sequence[Any]) -> dict[str, float]:
+    """Accuracy, NLL and ECE in eval mode, in batches of rows of similar length."""
+    prepared.model.eval()
     logits, labels = [], []
-    size = task.recipe.train.batch_size
-    for start in range(0, len(items), size):
-        batch = collate(task, [items[number] for number in range(start, min(start + size, len(items)))])
-        with task.autocast(torch.device("cpu")):
-            logits.append(model(**batch).logits.float())
-        labels.append(batch["labels"])
+    in_order = sorted(items, key=lambda item: len(item["input_ids"]))
+    for start in range(0, len(in_order), 32):
+        batch = prepared.batch(in_order[start : start + 32])
+        labels.append(batch.pop("labels"))
+        logits.append(prepared.model(**batch).logits)
     all_logits, all_labels = torch.cat(logits), torch.cat(labels)
-    probabilities = all_logits.softmax(-1)
     return {
         "accuracy": (all_logits.argmax(-1) == all_labels).double().mean().item(),
-        "loss": torch.nn.functional.cross_entropy(all_logits, all_labels).item(),
-        "ece": calibration_error(probabilities.double().numpy(), all_labels.numpy()),
+        "loss": nn.functional.cross_entropy(all_logits, all_labels).item(),
+        "ece": calibration_error(all_logits.double().softmax(-1).numpy(), all_labels.numpy()),
     }
 
 
@@ -151,67 +126,89 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
     return float(np.abs(np.bincount(bins, right - confidence)).sum() / len(labels))
 
 
+def choose_rate(lines: Iterable[Line]) -> float:
+    """The lowest rate whose mean validation accuracy is within a standard error of the best.
+
+    Each run counts with its best look. The standard error is that of an accuracy of a half on all validation rows.
+    """
+    scores: dict[float, list[float]] = defaultdict(list)
+    for line in lines:
+        scores[line["settings"]["train.learning_rate"]].append(max(accuracy for _, accuracy, _ in line["validation"]))
+    means = {rate: statistics.fmean(found) for rate, found in scores.items()}
+    best = max(means, key=lambda rate: means[rate])
+    error = 0.5 / math.sqrt(VALIDATION * len(scores[best]))
+    return min(rate for rate, mean in means.items() if mean >= means[best] - error)
+
+
 # Tables ------------------------------------------------------------------------------------
 
-Measured = dict[int, dict[str, dict[int, dict[str, float]]]]
-"""By rows a class, method and seed: the scores."""
+
+def grid_table(lines: Iterable[Line]) -> str:
+    """Mean validation accuracies over the selection seeds, by method and learning rate."""
+    points: dict[tuple[str, float], list[float]] = defaultdict(list)
+    for line in lines:
+        if line["purpose"] == "selection":
+            best = max(accuracy for _, accuracy, _ in line["validation"])
+            points[line["method"], line["settings"]["train.learning_rate"]].append(best)
+    rates = sorted({rate for _, rate in points})
+    table = [f"| method | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---|" + "---:|" * len(rates)]
+    for method in COMPARED:
+        cells = [
+            f"{100 * statistics.fmean(points[method, rate]):.1f}" if points[method, rate] else "" for rate in rates
+        ]
+        table.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(table)
 
 
-def measured(runs: Iterable[StoredRun]) -> Measured:
-    """The test scores of the results; and `training_loss`, the mean over the last epoch, where it holds no ELBO."""
-    found: Measured = defaultdict(lambda: defaultdict(dict))
-    names = {name: method for method, (name, _) in METHODS.items()}
-    for run in runs:
-        record = run.record
-        if record and not record.is_selection and record.state == "complete":
-            rows = record.recipe["data"]["train_rows"] // 2
-            method = names[record.method]
-            found[rows][method][record.seed] = dict(record.metrics.test)
-            if record.method != "fvae-lora":
-                found[rows][method][record.seed]["training_loss"] = run.curve("train", "loss")[-1][1]
-    return found
-
-
-def score_table(found: Measured) -> str:
-    """Mean ± standard deviation over seeds, at the chosen and at the last epoch."""
-    lines = [f"{_heading('method')} training loss, last |", "|---:|---|" + "---:|" * 8]
-    for rows, methods in sorted(found.items()):
-        for method in METHODS:
+def score_table(lines: Iterable[Line]) -> str:
+    """Mean ± standard deviation over seeds, at the chosen and at the last step."""
+    table = [f"{_heading('method')} training loss, last |", "|---:|---|" + "---:|" * 8]
+    for rows, methods in _results(lines):
+        for method in COMPARED:
             runs = list(methods[method].values())
-            cells = [shown(name, statistics.fmean(values), spread(values)) for name, values in _columns(runs)]
-            losses = [run["training_loss"] for run in runs if "training_loss" in run]
-            training = f"{statistics.fmean(losses):.3f}" if losses else UNKNOWN
-            lines.append(f"| {rows} | {method} | {' | '.join(cells)} | {len(runs)} | {training} |")
-    return "\n".join(lines)
+            cells = [shown(score, statistics.fmean(v), spread(v)) for score, v in _columns(runs)]
+            loss = statistics.fmean(run["training_loss"] for run in runs)
+            table.append(f"| {rows} | {method} | {' | '.join(cells)} | {len(runs)} | {loss:.3f} |")
+    return "\n".join(table)
 
 
-def difference_table(found: Measured) -> str:
+def difference_table(lines: Iterable[Line]) -> str:
     """Mean differences over pairs of the same seed, and so of the same rows, with 95 % intervals."""
-    lines = [_heading("difference"), "|---:|---|" + "---:|" * 7]
-    lora, ours, encoder = METHODS
-    for rows, methods in sorted(found.items()):
+    table = [_heading("difference"), "|---:|---|" + "---:|" * 7]
+    lora, ours, encoder = COMPARED
+    for rows, methods in _results(lines):
         for one, other in ((ours, lora), (encoder, lora), (ours, encoder)):
             seeds = sorted(methods[one].keys() & methods[other].keys())
-            pairs = [
-                {name: score - methods[other][seed].get(name, 0) for name, score in methods[one][seed].items()}
-                for seed in seeds
-            ]
-            cells = [
-                signed(shown(name, statistics.fmean(values), ci_half_width(values))) for name, values in _columns(pairs)
-            ]
-            lines.append(f"| {rows} | {one} − {other} | {' | '.join(cells)} | {len(pairs)} |")
-    return "\n".join(lines)
+            both = [_columns([methods[method][seed] for seed in seeds]) for method in (one, other)]
+            cells = []
+            for (score, values), (_, others) in zip(*both, strict=True):
+                pairs = [value - its_pair for value, its_pair in zip(values, others, strict=True)]
+                cells.append(signed(shown(score, statistics.fmean(pairs), ci_half_width(pairs))))
+            table.append(f"| {rows} | {one} − {other} | {' | '.join(cells)} | {len(seeds)} |")
+    return "\n".join(table)
+
+
+def _results(lines: Iterable[Line]) -> list[tuple[int, dict[str, dict[int, Line]]]]:
+    """By rows a class, method and seed."""
+    found: dict[int, dict[str, dict[int, Line]]] = {}
+    for line in lines:
+        if line["purpose"] == "result":
+            methods = found.setdefault(line["rows"], {method: {} for method in COMPARED})
+            methods[line["method"]][line["seed"]] = line
+    return sorted(found.items())
 
 
 def _heading(what: str) -> str:
-    columns = [f"{title}, {when}" for title in COLUMNS.values() for when in ("chosen", "last")]
+    columns = [f"{title}, {when}" for title in SCORES.values() for when in WHEN]
     return f"| rows a class | {what} | {' | '.join(columns)} | seeds |"
 
 
-def _columns(runs: Sequence[dict[str, float]]) -> Iterable[tuple[str, list[float]]]:
-    for name in SCORES:
-        for prefix in ("", LAST):
-            yield name, [run[prefix + name] for run in runs]
+def _columns(runs: Sequence[Line]) -> list[tuple[str, list[float]]]:
+    return [(score, [run[when][score] for run in runs]) for score in SCORES for when in WHEN]
+
+
+def _identity(line: Line) -> tuple[str, str, int, float, int]:
+    return line["purpose"], line["method"], line["rows"], line["settings"]["train.learning_rate"], line["seed"]
 
 
 def main() -> None:
@@ -219,24 +216,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--dataset", required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rows", default="5,20,50", help="rows a class")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 1 to this number")
     chosen = parser.parse_args()
     silence_libraries()
+    torch.set_num_threads(1)
     places = {"model": chosen.model, "dataset": chosen.dataset}
 
-    def run(method: str, rows: int, rate: float, seed: int, purpose: str = "result") -> Record:
-        return one_run(places, chosen.out, method, rows, rate, seed, purpose)
+    def do(method: str, rows: int, rate: float, seed: int, purpose: str) -> None:
+        lines = read_lines(FOUND)
+        if (purpose, method, rows, rate, seed) not in map(_identity, lines):
+            line = one_line(places, method, rows, rate, seed, purpose)
+            write_lines(FOUND, [*lines, line])
+            print(line, flush=True)
 
-    rates = {
-        method: choose_rate(lambda rate, seed, m=method: run(m, CHOOSING_AT, rate, seed, "selection"))  # type: ignore[misc]
-        for method in METHODS
-    }
-    print(rates, flush=True)
-    for seed in range(1, chosen.seeds + 1):
-        for rows in EPOCHS:
-            for method, rate in rates.items():
-                run(method, rows, rate, seed)
+    for seed, rates in SELECTION.items():
+        for method, rate in itertools.product(COMPARED, rates):
+            do(method, CHOOSING_AT, rate, seed, "selection")
+    best = {}
+    for method in COMPARED:
+        own = [x for x in read_lines(FOUND) if x["purpose"] == "selection" and x["method"] == method]
+        best[method] = choose_rate(own)
+    for seed, rows, method in itertools.product(range(1, chosen.seeds + 1), map(int, chosen.rows.split(",")), COMPARED):
+        do(method, rows, best[method], seed, "result")
 
 
 if __name__ == "__main__":

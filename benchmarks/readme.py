@@ -16,6 +16,8 @@ from typing import Any
 
 from rich.console import Console
 
+from few_examples import FOUND as FEW
+from few_examples import difference_table, grid_table, score_table
 from fvae_lora_experiments.check import inspect_data
 from fvae_lora_experiments.data.summary import print_summary
 from fvae_lora_experiments.demo import RECIPE
@@ -27,6 +29,7 @@ from fvae_lora_experiments.run.archive import read_runs
 from fvae_lora_experiments.run.folder import write_atomically
 from fvae_lora_experiments.schema import AblationSettings, FvaeSettings
 from plateau import plateau, plateau_table
+from records import read_lines
 
 PROJECT = Path(__file__).parents[1]
 STUDIES = PROJECT / "studies"
@@ -151,6 +154,10 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     PROJECT / "README.md": {"demo data": demo_data, "demo": partial(report_of, "demo"), "cost": cost_table},
     STUDIES / "README.md": {"overview": overview},
     STUDIES / "plateau.md": {"plateau": plateaus},
+    STUDIES / "few-examples.md": {
+        name: lambda table=table: table(read_lines(FEW))  # type: ignore[misc]
+        for name, table in {"scores": score_table, "differences": difference_table, "rates": grid_table}.items()
+    },
     **{runs.with_name("README.md"): {"runs": partial(report_of, runs.parent.name)} for runs in STUDIES.glob("*/*.gz")},
 }
 """The pages, and the function that makes each of their blocks."""

@@ -50,17 +50,25 @@ def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy_in_eac
 
 
 def test_differences_between_methods_are_those_of_the_same_seed() -> None:
-    def scores(accuracy: float) -> dict[str, float]:
-        return {prefix + name: accuracy for prefix in ("", "last_") for name in few_examples.SCORES}
+    def line(method: str, seed: int, accuracy: float) -> few_examples.Line:
+        scores = dict.fromkeys(few_examples.SCORES, accuracy)
+        return {"purpose": "result", "method": method, "rows": 5, "seed": seed, "chosen": scores, "last": scores}
 
-    methods = {
-        "LoRA": {1: scores(0.70), 2: scores(0.60), 3: scores(0.1)},
-        "FVAE-LoRA, gradient stopped": {1: scores(0.72), 2: scores(0.62)},
-        "without the ELBO": {1: scores(0.70), 2: scores(0.60)},
-    }
-    first = few_examples.difference_table({5: methods}).splitlines()[2]
-    assert first.startswith("| 5 | FVAE-LoRA, gradient stopped − LoRA | +2.00 ± 0.00 | +2.00 ± 0.00 | +0.02")
+    lora, ours, encoder = few_examples.COMPARED
+    lines = [line(lora, 1, 0.70), line(lora, 2, 0.60), line(lora, 3, 0.1)]
+    lines += [line(ours, 1, 0.72), line(ours, 2, 0.62), line(encoder, 1, 0.7), line(encoder, 2, 0.6)]
+    first = few_examples.difference_table(lines).splitlines()[2]
+    assert first.startswith(f"| 5 | {ours} − {lora} | +2.00 ± 0.00 | +2.00 ± 0.00 | +0.02")
     assert first.endswith("| 2 |")
+
+
+def test_the_rate_is_the_lowest_within_a_standard_error_of_the_best_on_validation() -> None:
+    def line(rate: float, accuracy: float) -> few_examples.Line:
+        return {"settings": {"train.learning_rate": rate}, "validation": [[1, accuracy, 0.5], [2, accuracy - 0.1, 0.9]]}
+
+    lines = [line(1e-3, 0.60), line(3e-3, 0.66), line(3e-3, 0.68), line(1e-2, 0.70), line(1e-2, 0.70)]
+    assert few_examples.choose_rate(lines) == 3e-3  # an error of 0.5 / sqrt(200) = 0.035
+    assert few_examples.choose_rate([*lines, line(3e-3, 0.60)]) == 1e-2
 
 
 def _line(seed: int, label: tuple[float, float], attribute: tuple[float, float], variant: str) -> factorisation.Line:
@@ -68,7 +76,7 @@ def _line(seed: int, label: tuple[float, float], attribute: tuple[float, float],
         latent: {"label": label[number], "attribute": attribute[number]}
         for number, latent in enumerate(factorisation.LATENTS)
     }
-    return {"dataset": "hutto-domains", "variant": variant, "seed": seed, "layers": [latents, latents]}
+    return {"variant": variant, "seed": seed, "layers": [latents, latents]}
 
 
 def test_factorisation_is_positive_where_z1_has_the_label_and_z2_the_attribute() -> None:
