@@ -189,13 +189,13 @@ def difference_table(lines: Iterable[Line]) -> str:
 
 
 def _results(lines: Iterable[Line]) -> list[tuple[int, dict[str, dict[int, Line]]]]:
-    """By rows a class, method and seed."""
+    """By rows a class, method and seed, where each method has two seeds."""
     found: dict[int, dict[str, dict[int, Line]]] = {}
     for line in lines:
         if line["purpose"] == "result":
             methods = found.setdefault(line["rows"], {method: {} for method in COMPARED})
             methods[line["method"]][line["seed"]] = line
-    return sorted(found.items())
+    return [(rows, methods) for rows, methods in sorted(found.items()) if min(map(len, methods.values())) > 1]
 
 
 def _heading(what: str) -> str:

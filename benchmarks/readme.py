@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import statistics
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,8 @@ from typing import Any
 
 from rich.console import Console
 
+from factorisation import FOUND as PROBES
+from factorisation import probe_table
 from few_examples import FOUND as FEW
 from few_examples import difference_table, grid_table, score_table
 from fvae_lora_experiments.check import inspect_data
@@ -157,6 +160,10 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     STUDIES / "few-examples.md": {
         name: lambda table=table: table(read_lines(FEW))  # type: ignore[misc]
         for name, table in {"scores": score_table, "differences": difference_table, "rates": grid_table}.items()
+    },
+    STUDIES / "factorisation.md": {
+        name: lambda reduce=reduce: probe_table(read_lines(PROBES), reduce)  # type: ignore[misc]
+        for name, reduce in {"mean over layers": statistics.fmean, "best layer": max}.items()
     },
     **{runs.with_name("README.md"): {"runs": partial(report_of, runs.parent.name)} for runs in STUDIES.glob("*/*.gz")},
 }
