@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,6 +19,10 @@ from typing import Any
 
 from rich.console import Console
 
+from factorisation import FOUND as PROBES
+from factorisation import probe_table
+from few_examples import FOUND as FEW
+from few_examples import difference_table, grid_table, score_table
 from fvae_lora_experiments.check import inspect_data
 from fvae_lora_experiments.data.summary import print_summary
 from fvae_lora_experiments.demo import RECIPE
@@ -29,6 +34,8 @@ from fvae_lora_experiments.report.numbers import ci_half_width, duration, signed
 from fvae_lora_experiments.run.archive import StoredRun, read_runs
 from fvae_lora_experiments.run.folder import write_atomically
 from fvae_lora_experiments.schema import AblationSettings, FvaeSettings
+from plateau import plateau, plateau_table
+from records import read_lines
 
 PROJECT = Path(__file__).parents[1]
 STUDIES = PROJECT / "studies"
@@ -170,6 +177,9 @@ OVERVIEW = {
 }
 """The studies that it is made of, and what their columns say beside the data set."""
 
+WITHOUT_PLATEAU = ("smollm2", "whisper")
+"""Studies in which no rate of any method changes much, so that every low one is as good as the best."""
+
 VARIED = {key for _, changes in VARIANTS.values() for key in changes}
 
 
@@ -196,12 +206,33 @@ def variant_of(method: str, recipe: dict[str, Any]) -> str | None:
     return None
 
 
+def plateaus() -> str:
+    """How wide the range of good learning rates of every variant is on every data set."""
+    grids: dict[str, dict[str, dict[float, float | None]]] = {variant: {} for variant in VARIANTS}
+    for name, beside in OVERVIEW.items():
+        for group in aggregate(read_runs(runs_of(name))) if name not in WITHOUT_PLATEAU else ():
+            row = group.row
+            if row.state == "selection" and (variant := variant_of(row.method, group.recipe)):
+                grid = grids[variant].setdefault(row.hub_name + beside, {})
+                grid[group.recipe["train.learning_rate"]] = row.validation_score
+    return plateau_table({variant: {name: plateau(grid) for name, grid in of.items()} for variant, of in grids.items()})
+
+
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     PROJECT / "README.md": {"demo": partial(report_of, "demo"), "cost": training_cost_table},
     PROJECT / "docs" / "start.md": {"demo data": demo_data},
     PROJECT / "benchmarks" / "README.md": {"curve": curve_table},
     PROJECT / "docs" / "cost.md": {"cost": cost_table},
     STUDIES / "README.md": {"overview": overview},
+    STUDIES / "plateau.md": {"plateau": plateaus},
+    STUDIES / "few-examples.md": {
+        name: lambda table=table: table(read_lines(FEW))  # type: ignore[misc]
+        for name, table in {"scores": score_table, "differences": difference_table, "rates": grid_table}.items()
+    },
+    STUDIES / "factorisation.md": {
+        name: lambda reduce=reduce: probe_table(read_lines(PROBES), reduce)  # type: ignore[misc]
+        for name, reduce in {"mean over layers": statistics.fmean, "best layer": max}.items()
+    },
     **{runs.with_name("README.md"): {"runs": partial(report_of, runs.parent.name)} for runs in STUDIES.glob("*/*.gz")},
 }
 PAGES[STUDIES / "tune-demo" / "README.md"] |= {
