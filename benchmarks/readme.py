@@ -26,6 +26,7 @@ from fvae_lora_experiments.report.aggregate import aggregate
 from fvae_lora_experiments.run.archive import read_runs
 from fvae_lora_experiments.run.folder import write_atomically
 from fvae_lora_experiments.schema import AblationSettings, FvaeSettings
+from uncertainty_tables import TABLES
 
 PROJECT = Path(__file__).parents[1]
 STUDIES = PROJECT / "studies"
@@ -134,7 +135,11 @@ def variant_of(method: str, recipe: dict[str, Any]) -> str | None:
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     PROJECT / "README.md": {"demo data": demo_data, "demo": partial(report_of, "demo"), "cost": cost_table},
     STUDIES / "README.md": {"overview": overview},
-    **{runs.with_name("README.md"): {"runs": partial(report_of, runs.parent.name)} for runs in STUDIES.glob("*/*.gz")},
+    **{
+        runs.with_name("README.md"): {"runs": partial(report_of, runs.parent.name)}
+        for runs in STUDIES.glob("*/runs.jsonl.gz")
+    },
+    STUDIES / "uncertainty" / "README.md": dict(TABLES),
 }
 """The pages, and the function that makes each of their blocks."""
 
