@@ -51,8 +51,8 @@ class ForeignInputDetector:
     scores of held-out inputs; it is conformal, so it is valid for any model and features if the held-out and the new
     inputs are exchangeable.
 
-    Measured in ``studies/uncertainty``: it is ahead of confidence, and behind the Mahalanobis distance of the mean of each
-    adapted layer's input, which needs no autoencoder: compare with that on your data. Of the features "both" is best.
+    Measured in ``studies/uncertainty``: it is ahead of confidence, and behind the Mahalanobis distance of the mean of
+    each adapted layer's input, which needs no autoencoder: compare with that on your data.
 
     Made by `fit` or `load`. It is valid for the adapters that were active then, with the weights that they had.
     """
