@@ -97,8 +97,7 @@ def predictions(run: Run) -> dict[str, np.ndarray]:
 def _draw(run: Run, items: Any, seed: int) -> np.ndarray:
     found = []
     for number, (batch, _) in enumerate(run.batches(items)):
-        with run.task.autocast(torch.device("cpu")):
-            drawn = predict_with_uncertainty(run.model, draws=1, seed=1000 * number + seed, **batch)
+        drawn = predict_with_uncertainty(run.model, draws=1, seed=1000 * number + seed, **batch)
         found.append(drawn.mean.double().numpy())
     return np.concatenate(found)
 

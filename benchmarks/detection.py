@@ -35,7 +35,7 @@ from fvae_lora_experiments.process import silence_libraries
 from fvae_lora_experiments.recipe import change_recipe
 from fvae_lora_experiments.run.folder import write_atomically
 from fvae_lora_experiments.tasks import load_task
-from readings import Run, finished_runs, joined, open_run, read, rounded, write_records
+from readings import Run, finished_runs, joined, open_run, read, rounded, token_gaussians, write_records
 
 Item = dict[str, Any]
 Change = Callable[[Item, np.random.Generator], Item]
@@ -247,6 +247,7 @@ def detectors(found: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Scores
         "last state: neighbours": to_neighbours(of("state")),
         "last state: Mahalanobis": distances(of("state")),
         "layers' inputs: Mahalanobis": inputs,
+        "layers' tokens: Mahalanobis": {name: x.mean(-1) for name, x in standardised(of("tokens")).items()},
     }
     if "log_likelihood" not in found["tested"]:
         return scores
@@ -296,7 +297,9 @@ def measure(path: Path, lab: Path, known: dict[str, Scores]) -> list[dict[str, A
     if data not in known:
         tokenizer = run.processor if run.recipe.task == "text" else None
         known[data] = distances({name: plain(items, tokenizer) for name, items in sets.items()})
-    scores = detectors({name: read(run, items) for name, items in run.ready(sets).items()})
+    ready = run.ready(sets)
+    gaussians = token_gaussians(run, ready["training"])
+    scores = detectors({name: read(run, items, gaussians) for name, items in ready.items()})
     about = {"data": data, "method": run.method, "seed": run.recipe.seed}
     return [
         about | {"detector": name} | record

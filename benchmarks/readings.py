@@ -1,4 +1,7 @@
-"""What finished runs make of rows: logits, states, autoencoders. Shared by `calibration.py` and `detection.py`."""
+"""What finished runs make of rows: logits, states, autoencoders. Shared by `calibration.py` and `detection.py`.
+
+All is in single precision, except for cached states of frozen blocks, which have the run's own.
+"""
 
 from __future__ import annotations
 
@@ -131,31 +134,68 @@ def logits_of(run: Run, items: Any) -> tuple[np.ndarray, np.ndarray]:
     """Logits, (rows, classes), and labels, (rows,)."""
     found, labels = [], []
     for batch, truth in run.batches(items):
-        with run.task.autocast(torch.device("cpu")):
-            found.append(run.model(**batch).logits.double().numpy())
+        found.append(run.model(**batch).logits.double().numpy())
         labels.append(truth)
     return np.concatenate(found), np.concatenate(labels)
 
 
+@dataclass(frozen=True)
+class TokenGaussian:
+    """The mean, (d,), and the Cholesky factor of the covariance, (d, d), of an input's tokens; float64."""
+
+    mean: Tensor
+    factor: Tensor
+
+    def distances(self, x: Tensor) -> Tensor:
+        """Squared Mahalanobis distances, (..., d) -> (...)."""
+        centred = (x.double() - self.mean).flatten(0, -2)
+        whitened = torch.linalg.solve_triangular(self.factor, centred.mT, upper=False)
+        return whitened.square().sum(0).reshape(x.shape[:-1])
+
+
 @torch.no_grad()
-def read(run: Run, items: Any) -> dict[str, np.ndarray]:
+def token_gaussians(run: Run, items: Any) -> list[TokenGaussian]:
+    """A normal distribution of the tokens of each input that adapted layers read, over rows."""
+    totals: list[list[Tensor]] = []
+    for batch, _ in run.batches(items):
+        with _noting_inputs(run.model) as inputs:
+            run.model(**batch)
+        mask = batch.get("attention_mask")
+        for number, x in enumerate(inputs.values()):
+            tokens = (x.flatten(0, 1) if mask is None else x[mask.bool()]).double()
+            moments = [torch.tensor(len(tokens)), tokens.sum(0), tokens.mT @ tokens]
+            if number == len(totals):
+                totals.append(moments)
+            else:
+                totals[number] = [known + more for known, more in zip(totals[number], moments, strict=True)]
+    found = []
+    for count, total, squares in totals:
+        mean = total / count
+        covariance = squares / count - torch.outer(mean, mean)
+        covariance += 1e-6 * covariance.diagonal().mean() * torch.eye(len(mean))
+        found.append(TokenGaussian(mean, torch.linalg.cholesky(covariance)))
+    return found
+
+
+@torch.no_grad()
+def read(run: Run, items: Any, gaussians: Sequence[TokenGaussian]) -> dict[str, np.ndarray]:
     """What a run's model makes of rows in eval mode, in one forward.
 
     Returns:
         `logits`, (rows, classes); `state`, what the head reads, (rows, d); `inputs`, the mean over tokens of each input
-        that adapted layers read, (rows, sum of d). Of a model with autoencoders also the terms of
-        `fvae_lora.score_inputs`, (rows, layers) or (rows, layers * dims), and `least`, the likelihood of each row's
-        least likely token, (rows, layers).
+        that adapted layers read, (rows, sum of d); `tokens`, the mean over tokens of each token's distance by the
+        input's Gaussian, (rows, inputs). Of a model with autoencoders also the terms of `fvae_lora.score_inputs`,
+        (rows, layers) or (rows, layers * dims), and `least`, the likelihood of each row's least likely token, (rows,
+        layers).
     """
     found: dict[str, list[np.ndarray]] = defaultdict(list)
     for batch, _ in run.batches(items):
-        for name, value in _read_batch(run, batch).items():
+        for name, value in _read_batch(run, batch, gaussians).items():
             found[name].append(value.float().numpy())
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
-def _read_batch(run: Run, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    inputs: dict[int, Tensor] = {}  # by identity: query and value of a block read the same
+def _read_batch(run: Run, batch: Mapping[str, Any], gaussians: Sequence[TokenGaussian]) -> dict[str, Tensor]:
     head: dict[str, Tensor] = {}
     totals: dict[str, Totals] = defaultdict(Totals)
     least: dict[str, Tensor] = {}
@@ -169,30 +209,45 @@ def _read_batch(run: Run, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         likelihood = scores["log_likelihood"]
         least[key] = likelihood.new_full((rows,), torch.inf).scatter_reduce(0, row, likelihood, "amin")
 
-    def note_input(_: nn.Module, args: tuple[Tensor]) -> None:
-        inputs[id(args[0])] = args[0]
-
     base = run.model.get_base_model()
     (name,) = head_modules(base)
-    handles = [base.get_submodule(name).register_forward_hook(note_head)]
-    handles += [layer.register_forward_pre_hook(note_input) for layer in run.model.modules() if _is_adapted(layer)]
+    handle = base.get_submodule(name).register_forward_hook(note_head)
     try:
-        with run.task.autocast(torch.device("cpu")):
+        with _noting_inputs(run.model) as inputs:
             if run.has_decoder:
                 read_inputs(run.model, (), batch, note_layer)
             else:
                 run.model(**batch)
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
     mask = batch.get("attention_mask")
-    found = head | {"inputs": torch.cat([_mean_over_tokens(x, mask) for x in inputs.values()], -1)}
+    apart = [g.distances(x).unsqueeze(-1) for g, x in zip(gaussians, inputs.values(), strict=True)]
+    found = head | {
+        "inputs": torch.cat([_mean_over_tokens(x, mask) for x in inputs.values()], -1),
+        "tokens": torch.cat([_mean_over_tokens(x, mask) for x in apart], -1),
+    }
     if totals:
         means = [total.means() for total in totals.values()]
         rows = len(head["logits"])
         found |= {term: torch.cat([of_layer[term].reshape(rows, -1) for of_layer in means], -1) for term in means[0]}
         found["least"] = torch.stack(list(least.values()), -1)
     return found
+
+
+@contextmanager
+def _noting_inputs(model: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """What adapted layers read in a forward, (rows, tokens, d), each once: query and value of a block read the same."""
+    inputs: dict[int, Tensor] = {}
+
+    def note(_: nn.Module, args: tuple[Tensor]) -> None:
+        inputs[id(args[0])] = args[0]
+
+    handles = [layer.register_forward_pre_hook(note) for layer in model.modules() if _is_adapted(layer)]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _mean_over_tokens(x: Tensor, mask: Tensor | None) -> Tensor:

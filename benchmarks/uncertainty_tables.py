@@ -64,6 +64,8 @@ CALIBRATION_CLAIMS = [
 
 SHIPPED, INPUTS = "detector: both", "layers' inputs: Mahalanobis"
 PLAIN = "without a model"
+TOKENS = "layers' tokens: Mahalanobis"
+LIKELIHOOD = "lead: likelihood, one-sided"
 COMBINED = "lead: detector and layers' inputs"
 DETECTION_CLAIMS = [
     Claim("beside LoRA's confidence", "auroc", ("fvae-lora", SHIPPED), ("lora", "1 - confidence"), "+0.1 to +0.3"),
@@ -71,6 +73,8 @@ DETECTION_CLAIMS = [
           "−0.05 to +0.02"),
     Claim("beside Mahalanobis on its own layers' inputs", "auroc", ("fvae-lora", SHIPPED), ("fvae-lora", INPUTS),
           "−0.05 to +0.02"),
+    Claim("its likelihood, one-sided, beside a Gaussian of LoRA's layers' tokens", "auroc", ("fvae-lora", LIKELIHOOD),
+          ("lora", TOKENS), "not predicted"),
     Claim("beside what needs no model", "auroc", ("fvae-lora", SHIPPED), ("lora", PLAIN), "not predicted"),
     Claim("detector and layers' inputs, beside LoRA's layers' inputs", "auroc", ("fvae-lora", COMBINED),
           ("lora", INPUTS), "−0.01 to +0.02"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import cast
 
@@ -19,7 +18,7 @@ from calibration import calibration_error, records, scores, temperature
 from detection import both, distances, judged, with_words_shuffled
 from fvae_lora import ForeignInputDetector, FVAELoraConfig, score_inputs
 from fvae_lora.detector import Features
-from readings import Run, adapter_dropout, joined, read
+from readings import Run, adapter_dropout, joined, read, token_gaussians
 from tiny import randomised, tiny_bert
 
 
@@ -125,15 +124,15 @@ def run_of(model: PeftModel, has_decoder: bool = True) -> Run:
             for batch in items:
                 yield batch, np.zeros(len(batch["input_ids"]))
 
-    task = SimpleNamespace(autocast=lambda _: nullcontext())
-    return cast(Run, Reading(model=model.eval(), task=task, has_decoder=has_decoder))
+    return cast(Run, Reading(model=model.eval(), has_decoder=has_decoder))
 
 
 def test_the_study_scores_inputs_as_the_detector_does_but_for_the_shrinkage_formula() -> None:
     model = adapted("bert")
     training, tested = ([collated(rows_for("bert", lengths))] for lengths in ([3, 6, 4, 5, 7, 2] * 20, [3, 6, 1, 4, 5]))
     run = run_of(model)
-    found = {"training": read(run, training), "tested": read(run, tested)}
+    gaussians = token_gaussians(run, training)
+    found = {"training": read(run, training, gaussians), "tested": read(run, tested, gaussians)}
     for name, terms in {"likelihood": ["log_likelihood"], "latents": ["z1_mean", "z2_mean"]}.items():
         detector = ForeignInputDetector.fit(model, training, tested, cast(Features, name))
         features = {key: joined([of_set[term] for term in terms]) for key, of_set in found.items()}
@@ -144,9 +143,10 @@ def test_the_study_scores_inputs_as_the_detector_does_but_for_the_shrinkage_form
 def test_reading_finds_logits_the_heads_input_and_layers_inputs_without_padding() -> None:
     model, rows = adapted("bert"), rows_for("bert", [3, 6, 4])
     batch = collated(rows, length=9)
-    found = read(run_of(model), [batch])
-    alone = read(run_of(model, has_decoder=False), [collated([row]) for row in rows])
-    for name in ("logits", "state", "inputs"):
+    gaussians = token_gaussians(run_of(model), [collated(rows_for("bert", [9] * 20))])
+    found = read(run_of(model), [batch], gaussians)
+    alone = read(run_of(model, has_decoder=False), [collated([row]) for row in rows], gaussians)
+    for name in ("logits", "state", "inputs", "tokens"):
         np.testing.assert_allclose(found[name], alone[name], rtol=1e-5, atol=1e-6)
     output = model(**batch, output_hidden_states=True)
     np.testing.assert_allclose(found["logits"], output.logits.detach(), rtol=1e-5)
@@ -155,6 +155,13 @@ def test_reading_finds_logits_the_heads_input_and_layers_inputs_without_padding(
     assert found["inputs"].shape == (3, 2 * len(first))
     scores = score_inputs(model, **batch)
     assert (found["least"] <= np.stack([layer.log_likelihood for layer in scores.values()], -1) + 1e-6).all()
+
+
+def test_tokens_are_as_far_from_their_own_gaussian_as_they_vary_in_dimensions() -> None:
+    model, lengths = adapted("bert"), [3, 6, 4, 9, 5] * 20
+    batch = collated(rows_for("bert", lengths))
+    far = read(run_of(model), [batch], token_gaussians(run_of(model), [batch]))["tokens"]
+    np.testing.assert_allclose(np.average(far, axis=0, weights=lengths), [15, 15], rtol=1e-3)  # a layer norm takes one
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "fvae-no-elbo"])
