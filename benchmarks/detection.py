@@ -5,7 +5,7 @@
 
 What a run gives is kept in its folder, so that the command may be repeated while further runs are trained. Detectors
 are fitted on the training rows; the test's rows are compared with foreign ones; the validation rows (which chose the
-epoch as well) calibrate p-values. All Mahalanobis distances are as in `fvae_lora.ForeignInputDetector`.
+epoch as well) calibrate p-values. Distances between rows are shrunk as in `fvae_lora.ForeignInputDetector`.
 """
 
 from __future__ import annotations
