@@ -36,6 +36,7 @@ from fvae_lora_experiments.run.folder import write_atomically
 from fvae_lora_experiments.schema import AblationSettings, FvaeSettings
 from plateau import plateau, plateau_table
 from records import read_lines
+from uncertainty_tables import TABLES
 
 PROJECT = Path(__file__).parents[1]
 STUDIES = PROJECT / "studies"
@@ -233,7 +234,11 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         name: lambda reduce=reduce: probe_table(read_lines(PROBES), reduce)  # type: ignore[misc]
         for name, reduce in {"mean over layers": statistics.fmean, "best layer": max}.items()
     },
-    **{runs.with_name("README.md"): {"runs": partial(report_of, runs.parent.name)} for runs in STUDIES.glob("*/*.gz")},
+    **{
+        runs.with_name("README.md"): {"runs": partial(report_of, runs.parent.name)}
+        for runs in STUDIES.glob("*/runs.jsonl.gz")
+    },
+    STUDIES / "uncertainty" / "README.md": dict(TABLES),
 }
 PAGES[STUDIES / "tune-demo" / "README.md"] |= {
     "budget": partial(search_cost, "tune-demo"),
