@@ -44,6 +44,7 @@ def pages() -> dict[str, str]:
     for path in (PROJECT / "studies").rglob("README.md"):
         where = path.parent.relative_to(PROJECT).as_posix()
         found[f"{where}/README.md"] = f"{where}/index.md"
+    found |= {f"studies/{path.name}": f"studies/{path.name}" for path in (PROJECT / "studies").glob("[a-z]*.md")}
     return found | {
         "benchmarks/README.md": "benchmarks/index.md",
         "benchmarks/NOTES.md": "benchmarks/notes.md",
