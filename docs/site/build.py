@@ -41,10 +41,9 @@ def pages() -> dict[str, str]:
     """The pages of the site: where each is in the repository, and in the site."""
     found = {f"docs/{path.name}": path.name for path in (PROJECT / "docs").glob("*.md")}
     found |= {f"docs/guides/{path.name}": f"guides/{path.name}" for path in (PROJECT / "docs/guides").glob("*.md")}
-    for path in (PROJECT / "studies").rglob("README.md"):
-        where = path.parent.relative_to(PROJECT).as_posix()
-        found[f"{where}/README.md"] = f"{where}/index.md"
-    found |= {f"studies/{path.name}": f"studies/{path.name}" for path in (PROJECT / "studies").glob("[a-z]*.md")}
+    for path in (PROJECT / "studies").rglob("*.md"):
+        where = path.relative_to(PROJECT).as_posix()
+        found[where] = where.replace("README.md", "index.md")
     return found | {
         "benchmarks/README.md": "benchmarks/index.md",
         "benchmarks/NOTES.md": "benchmarks/notes.md",
