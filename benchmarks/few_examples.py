@@ -216,7 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--dataset", required=True)
-    parser.add_argument("--rows", default="5,20,50", help="rows a class")
+    parser.add_argument("--rows", default="5,10,20,50", help="rows a class")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 1 to this number")
     chosen = parser.parse_args()
     silence_libraries()
