@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from calibration import calibration_error
 from fvae_lora_experiments.process import silence_libraries
 from fvae_lora_experiments.report.numbers import ci_half_width, shown, signed, spread
 from records import Line, read_lines, write_lines
@@ -48,7 +49,6 @@ COMPARED: dict[str, tuple[str, dict[str, Any]]] = {
     "FVAE-LoRA, gradient stopped": ("fvae-lora", {"fvae.elbo_stop_gradient": True}),
     "without the ELBO": ("fvae-no-elbo", {}),
 }
-BINS = 15
 SCORES = {"accuracy": "accuracy %", "loss": "NLL", "ece": "ECE %"}
 WHEN = ("chosen", "last")
 
@@ -107,23 +107,12 @@ def evaluate(prepared: Prepared, items: Sequence[Any]) -> dict[str, float]:
         labels.append(batch.pop("labels"))
         logits.append(prepared.model(**batch).logits)
     all_logits, all_labels = torch.cat(logits), torch.cat(labels)
+    confidence, guess = all_logits.double().softmax(-1).max(-1)
     return {
-        "accuracy": (all_logits.argmax(-1) == all_labels).double().mean().item(),
+        "accuracy": (guess == all_labels).double().mean().item(),
         "loss": nn.functional.cross_entropy(all_logits, all_labels).item(),
-        "ece": calibration_error(all_logits.double().softmax(-1).numpy(), all_labels.numpy()),
+        "ece": calibration_error(confidence.numpy(), (guess == all_labels).numpy()),
     }
-
-
-def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """The expected calibration error: |accuracy - confidence| in bins of equal width, weighted by their rows.
-
-    Args:
-        probabilities: (rows, classes).
-        labels: (rows,).
-    """
-    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
-    bins = np.minimum((BINS * confidence).astype(int), BINS - 1)
-    return float(np.abs(np.bincount(bins, right - confidence)).sum() / len(labels))
 
 
 def choose_rate(lines: Iterable[Line]) -> float:
@@ -216,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--dataset", required=True)
-    parser.add_argument("--rows", default="5,20,50", help="rows a class")
+    parser.add_argument("--rows", default="5,10,20,50", help="rows a class")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 1 to this number")
     chosen = parser.parse_args()
     silence_libraries()

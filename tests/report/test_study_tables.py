@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 
-import numpy as np
 import pytest
 
 import factorisation
@@ -41,12 +40,6 @@ def test_the_plateaus_table_compares_with_lora_over_the_sets_of_both() -> None:
     rows = plateau.plateau_table(found).splitlines()
     assert rows[-1] == "| ours | ≥ 2.0 (80.0) | 1.0 (80.0) | – | 1.50 | +0.50 ± 6.35 | 2 |"
     assert len(rows) == 4
-
-
-def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy_in_each_bin() -> None:
-    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
-    assert few_examples.calibration_error(probabilities, np.array([0, 1, 1, 1])) == pytest.approx((0.8 + 0.8) / 4)
-    assert few_examples.calibration_error(np.array([[1.0, 0.0]]), np.array([0])) == 0
 
 
 def test_differences_between_methods_are_those_of_the_same_seed() -> None:
