@@ -30,7 +30,15 @@ FENCE = re.compile(
 FORMULA = re.compile(r"(?P<code>`+[^`]+?`+)|\$(?P<formula>[^$\n]+)\$")
 LINK = re.compile(r"(?<=\]\()(?P<target>[^)\s#]*)(?:#(?P<anchor>[^)\s]*))?(?=\))")
 MARK = re.compile(r"^<!-- needs: (.+?) -->$", re.M)
-LANGUAGES = {".py": "python", ".sh": "sh", ".yaml": "yaml", ".toml": "toml", ".json": "json", ".txt": "text"}
+LANGUAGES = {
+    ".py": "python",
+    ".sh": "sh",
+    ".yaml": "yaml",
+    ".yml": "yaml",
+    ".toml": "toml",
+    ".json": "json",
+    ".txt": "text",
+}
 
 
 class SiteError(Exception):
@@ -48,6 +56,7 @@ def pages() -> dict[str, str]:
         "benchmarks/README.md": "benchmarks/index.md",
         "benchmarks/NOTES.md": "benchmarks/notes.md",
         "benchmarks/lab/README.md": "benchmarks/lab.md",
+        "examples/README.md": "examples/index.md",
         "CHANGELOG.md": "changelog.md",
         "CONTRIBUTING.md": "contributing.md",
     }
@@ -118,10 +127,9 @@ class Assembly:
             return target
         title = f"---\ntitle: {wanted}\nsearch:\n  exclude: true\nhide:\n  - toc\n---\n\n# `{wanted}`\n\n"
         code = file.read_text(encoding="utf-8")
-        self._write(
-            f"source/{wanted}.md", f'{title}````{LANGUAGES.get(file.suffix, "text")} linenums="1"\n{code}````\n'
-        )
-        return f"source/{wanted}.md"
+        target = f"source/{wanted.removeprefix('.')}.md"  # Zensical leaves out what begins with a dot
+        self._write(target, f'{title}````{LANGUAGES.get(file.suffix, "text")} linenums="1"\n{code}````\n')
+        return target
 
 
 def definition(file: Path, name: str) -> ast.stmt:
