@@ -144,21 +144,20 @@ def _score(layer: Layer, latent: str, name: str) -> float | None:
 
 
 def _panel(title: str, layers: Sequence[Layer], lines: Mapping[Mark, Callable[[Layer], float | None]]) -> Panel:
-    if len(layers) <= MARKED:
-        drawn = _lines(layers, lines, marked=True)
-        ticks = list(range(1, len(layers) + 1)) if len(layers) < 6 else []
-        charts = [line_chart(title, "adapted layer, as in the table", drawn, ticks)] if drawn else []
-        return Panel([line.mark for line in drawn], charts)
-    of_kinds = defaultdict(list)
+    few = len(layers) <= MARKED
+    of_kinds: dict[str, list[Layer]] = defaultdict(list)
     for layer in layers:
-        of_kinds[layer.name.rpartition(".")[2]].append(layer)
-    found = {kind: _lines(of_kind, lines, marked=False) for kind, of_kind in of_kinds.items()}
-    charts = [
-        line_chart(f"{title}: {kind}", f"{kind}, in the table's order", drawn) for kind, drawn in found.items() if drawn
-    ]
-    return Panel(
-        [mark for mark in lines if any(mark == line.mark for drawn in found.values() for line in drawn)], charts
-    )
+        of_kinds["" if few else layer.name.rpartition(".")[2]].append(layer)
+    ticks = list(range(1, len(layers) + 1)) if len(layers) < 6 else []
+    charts, marks = [], set()
+    for kind, of_kind in of_kinds.items():
+        if drawn := _lines(of_kind, lines, marked=few):
+            name, x_label = title, "adapted layer, as in the table"
+            if kind:
+                name, x_label = f"{title}: {kind}", f"{kind}, in the table's order"
+            charts.append(line_chart(name, x_label, drawn, ticks))
+            marks |= {line.mark for line in drawn}
+    return Panel([mark for mark in lines if mark in marks], charts)
 
 
 def _lines(
