@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.errors import NoSuchDataError, UserError
 from fvae_lora_experiments.places import DATASETS, is_local
 from fvae_lora_experiments.process import silence_datasets
 from fvae_lora_experiments.schema import Recipe
@@ -33,7 +33,7 @@ def refuse_at_once(recipe: Recipe) -> None:
         UserError: the error that the run itself would raise.
     """
     if is_local(recipe.dataset) and not Path(recipe.dataset).exists():
-        raise UserError(f"dataset {recipe.dataset}: no such file or folder")
+        raise NoSuchDataError(f"dataset {recipe.dataset}: no such file or folder")
     if is_local(recipe.model) and not Path(recipe.model).is_dir():
         raise UserError(f"model {recipe.model}: no such folder")
     if is_local(recipe.dataset) and recipe.dataset not in DATASETS:

@@ -11,7 +11,7 @@ from fvae_lora_experiments.data.images import BUILT_IN, IMAGE_COLUMNS
 from fvae_lora_experiments.data.source import local_path, official_splits
 from fvae_lora_experiments.data.summary import Summary, summarise
 from fvae_lora_experiments.data.tables import read_tables
-from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.errors import NoSuchDataError, UserError
 from fvae_lora_experiments.published import how_to_get
 from fvae_lora_experiments.schema import DataSettings, Recipe
 from fvae_lora_experiments.sweep.plan import PlannedRun
@@ -59,11 +59,12 @@ def inspect_each(runs: Iterable[PlannedRun], seen: set[str], strictly: bool = Fa
         seen.add(kept)
         try:
             yield inspect_data(run.recipe)
-        except UserError as error:
-            if not strictly:
-                continue
-            missing = str(error).startswith(f"dataset {run.recipe.dataset}: no such")
-            raise UserError(f"{error}; {how_to_get(run.recipe)}" if missing else str(error)) from error
+        except NoSuchDataError as error:
+            if strictly:
+                raise UserError(f"{error}; {how_to_get(run.recipe)}") from error
+        except UserError:
+            if strictly:
+                raise
 
 
 def guess_task(data: str) -> str:

@@ -12,6 +12,10 @@ class NoClassesError(UserError):
     """The data tell no classes apart, which training needs: no label is known, or all are of one class."""
 
 
+class NoSuchDataError(UserError):
+    """There is no data set of that name or path."""
+
+
 class RunError(Exception):
     """The run itself failed; its record says why. Exit code 1."""
 

@@ -8,7 +8,7 @@ import datasets
 from datasets import Dataset
 
 from fvae_lora_experiments.data.files import SPLIT_NAMES, Notes
-from fvae_lora_experiments.errors import UserError, first_line
+from fvae_lora_experiments.errors import NoSuchDataError, UserError, first_line
 
 
 def fetch(
@@ -92,12 +92,12 @@ def _builder(name: str, config: str | None) -> datasets.DatasetBuilder:
 
 def _not_fetched(name: str, error: Exception) -> UserError:
     if isinstance(error, datasets.exceptions.DatasetNotFoundError) and not datasets.config.HF_HUB_OFFLINE:
-        return UserError(f"dataset {name}: no such folder, and no such name on the hub")
+        return NoSuchDataError(f"dataset {name}: no such folder, and no such name on the hub")
     if isinstance(error, ConnectionError | FileNotFoundError) and not str(error).startswith("[Errno"):
         why = (
             "the hub is switched off (HF_HUB_OFFLINE)"
             if datasets.config.HF_HUB_OFFLINE
             else "the hub cannot be reached"
         )
-        return UserError(f"dataset {name}: no such folder, and no such name in the cache; {why}")
+        return NoSuchDataError(f"dataset {name}: no such folder, and no such name in the cache; {why}")
     return UserError(f"dataset {name}: not a local folder, and it cannot be fetched from the hub: {first_line(error)}")

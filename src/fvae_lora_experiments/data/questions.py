@@ -38,7 +38,7 @@ from fvae_lora_experiments.data.files import (
 )
 from fvae_lora_experiments.data.hub import fetch, usual_splits
 from fvae_lora_experiments.data.json_rows import read_json_rows
-from fvae_lora_experiments.errors import UserError, first_line
+from fvae_lora_experiments.errors import NoSuchDataError, UserError, first_line
 from fvae_lora_experiments.places import is_local, local_copy
 
 TEST_SETS = {
@@ -153,7 +153,7 @@ def _from_disk(path: Path, notes: Notes) -> Iterator[tuple[str, str, Rows]]:
         for file, its, test_set in found:
             yield its or "train", test_set, _read(file)
     else:
-        raise UserError(f"dataset {path}: no such file or folder")
+        raise NoSuchDataError(f"dataset {path}: no such file or folder")
 
 
 def _part_of_file(folder: Path, file: Path) -> tuple[str | None, str]:

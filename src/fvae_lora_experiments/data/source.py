@@ -8,7 +8,7 @@ from datasets import Dataset
 from fvae_lora_experiments.data.files import Notes, describe_contents
 from fvae_lora_experiments.data.hub import fetch, usual_splits
 from fvae_lora_experiments.data.tables import table_row_locations
-from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.errors import NoSuchDataError, UserError
 from fvae_lora_experiments.places import is_local, local_copy
 from fvae_lora_experiments.schema import DataSettings
 
@@ -58,6 +58,6 @@ def local_path(name: str, config: str | None) -> Path | None:
     """The folder or file of the data set on this machine; None if it must come from the hub."""
     if is_local(name):
         if not Path(name).exists():
-            raise UserError(f"dataset {name}: no such file or folder")
+            raise NoSuchDataError(f"dataset {name}: no such file or folder")
         return Path(name)
     return local_copy(name, config)

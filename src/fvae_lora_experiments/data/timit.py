@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from fvae_lora_experiments.data.audio_decoding import SOUND
 from fvae_lora_experiments.data.encoded import cell_of
 from fvae_lora_experiments.data.files import Notes, enumerate_names, refuse_duplicate_split, visible_files
-from fvae_lora_experiments.errors import UserError
+from fvae_lora_experiments.errors import NoSuchDataError, UserError
 
 _KEPT = [
     "aa", "ae", "ah", "aw", "ay", "b", "ch", "d", "dh", "dx", "eh", "er", "ey", "f", "g", "hh", "ih", "iy", "jh",
@@ -64,7 +64,9 @@ def open_timit(name: str, notes: Notes | None = None) -> dict[str, Dataset]:
         UserError: no such folder, a split without a sentence, or a sentence whose labels are missing or wrong.
     """
     if not Path(name).is_dir():
-        raise UserError(f"dataset {name}: no such folder; TIMIT is read from the folder that holds TRAIN and TEST")
+        raise NoSuchDataError(
+            f"dataset {name}: no such folder; TIMIT is read from the folder that holds TRAIN and TEST"
+        )
     notes = Notes() if notes is None else notes
     sentences = {half: _sentences(Path(name), half, notes) for half in ("TRAIN", "TEST")}
     splits = {
