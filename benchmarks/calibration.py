@@ -27,7 +27,8 @@ from sklearn.metrics import accuracy_score, log_loss
 from fvae_lora import predict_with_uncertainty
 from fvae_lora_experiments.methods import METHODS
 from fvae_lora_experiments.process import silence_libraries
-from readings import Run, adapter_dropout, finished_runs, logits_of, open_run, rounded, write_records
+from readings import Run, adapter_dropout, finished_runs, logits_of, open_run, rounded
+from records import write_lines
 
 BINS = 15
 PASSES = 16
@@ -174,7 +175,7 @@ def main() -> None:
     silence_libraries()
     found = [kept_predictions(path) for path in finished_runs(arguments.runs)]
     if arguments.out is not None:
-        write_records(records(found), arguments.out)
+        write_lines(arguments.out, records(found))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ from fvae_lora_experiments.process import silence_libraries
 from fvae_lora_experiments.recipe import change_recipe
 from fvae_lora_experiments.run.folder import write_atomically
 from fvae_lora_experiments.tasks import load_task
-from readings import Run, finished_runs, joined, open_run, read, rounded, token_gaussians, write_records
+from readings import Run, finished_runs, joined, open_run, read, rounded, token_gaussians
+from records import write_lines
 
 Item = dict[str, Any]
 Change = Callable[[Item, np.random.Generator], Item]
@@ -352,7 +353,7 @@ def main() -> None:
     known: dict[str, Scores] = {}
     found = [record for path in finished_runs(arguments.runs) for record in kept(path, arguments.lab, known)]
     if arguments.out is not None:
-        write_records(found, arguments.out)
+        write_lines(arguments.out, found)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,9 @@ All is in single precision, except for cached states of frozen blocks, which hav
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from fvae_lora_experiments.data import Splits
 from fvae_lora_experiments.models.heads import head_modules
 from fvae_lora_experiments.process import quiet_models
 from fvae_lora_experiments.run.finished import read_finished_run
-from fvae_lora_experiments.run.folder import RunFolder, write_atomically
+from fvae_lora_experiments.run.folder import RunFolder
 from fvae_lora_experiments.run.record import Record
 from fvae_lora_experiments.run.runner import open_base, open_data, with_adapter
 from fvae_lora_experiments.run.state_cache import collate, use_cached_states
@@ -256,12 +255,6 @@ def _mean_over_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
         return x.float().mean(1)
     weight = mask.float().unsqueeze(-1)
     return (x.float() * weight).sum(1) / weight.sum(1)
-
-
-def write_records(records: Iterable[Mapping[str, Any]], file: Path) -> None:
-    """Write JSON lines, gzip'd; the same records give the same bytes."""
-    lines = "".join(f"{json.dumps(record, separators=(',', ':'))}\n" for record in records)
-    write_atomically(file, gzip.compress(lines.encode(), mtime=0))
 
 
 def rounded(value: float) -> float:

@@ -64,7 +64,7 @@ def demo_data() -> str:
 
 
 def cost_table(only: Sequence[str] = ()) -> str:
-    """What `make bench` measured last: LoRA's time, memory and files, and the other methods' ratios to them."""
+    """What `make bench` measured last, or `only` some of it: LoRA's time, memory and files, and ratios to them."""
     rows = json.loads((PROJECT / "benchmarks" / "cost.json").read_text(encoding="utf-8"))["rows"]
     found = {(row["what"], row["method"]): row for row in rows}
     columns = only or list(dict.fromkeys(row["what"] for row in rows))
@@ -73,11 +73,6 @@ def cost_table(only: Sequence[str] = ()) -> str:
         cells = [_cost_cell(found[what, method], method == "lora") for what in columns]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def training_cost_table() -> str:
-    """The same without files and optimizer, for the README."""
-    return cost_table(("training step", "peak memory of a step", "eval forward"))
 
 
 def _cost_cell(row: dict[str, Any], absolute: bool) -> str:
@@ -220,7 +215,10 @@ def plateaus() -> str:
 
 
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
-    PROJECT / "README.md": {"demo": partial(report_of, "demo"), "cost": training_cost_table},
+    PROJECT / "README.md": {
+        "demo": partial(report_of, "demo"),
+        "cost": partial(cost_table, ("training step", "peak memory of a step", "eval forward")),
+    },
     PROJECT / "docs" / "start.md": {"demo data": demo_data},
     PROJECT / "benchmarks" / "README.md": {"curve": curve_table},
     PROJECT / "docs" / "cost.md": {"cost": cost_table},

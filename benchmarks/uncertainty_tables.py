@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fvae_lora_experiments.report.numbers import ci_half_width, signed
+from records import Line, read_lines
 
 STUDY = Path(__file__).parents[1] / "studies" / "uncertainty"
-
-Record = dict[str, Any]
+CALIBRATION, DETECTION = (STUDY / f"{name}.jsonl.gz" for name in ("calibration", "detection"))
 
 METHODS = {
     "lora": "LoRA",
@@ -31,12 +29,6 @@ SCORES = {
     "ece": "ECE",
     "adaptive_ece": "ECE, equal mass",
 }
-
-
-def read_records(name: str) -> list[Record]:
-    """The records of a kind, `calibration` or `detection`."""
-    with gzip.open(STUDY / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 @dataclass(frozen=True)
@@ -91,15 +83,15 @@ DETECTION_CLAIMS = [
 
 def calibration_claims() -> str:
     """Paired differences on each data set."""
-    return _claims(CALIBRATION_CLAIMS, read_records("calibration"), "prediction")
+    return _claims(CALIBRATION_CLAIMS, read_lines(CALIBRATION), "prediction")
 
 
 def detection_claims() -> str:
     """Paired differences of the mean AUROC over the foreign kinds of each data set."""
-    return _claims(DETECTION_CLAIMS, read_records("detection"), "detector")
+    return _claims(DETECTION_CLAIMS, read_lines(DETECTION), "detector")
 
 
-def _claims(claims: Sequence[Claim], records: Sequence[Record], way: str) -> str:
+def _claims(claims: Sequence[Claim], records: Sequence[Line], way: str) -> str:
     by_data = {name: _with_one_variant(of_data) for name, of_data in _by(records, "data").items()}
     lines = [_row(["difference", "predicted", *by_data]), _rule(2, len(by_data))]
     for claim in claims:
@@ -107,14 +99,14 @@ def _claims(claims: Sequence[Claim], records: Sequence[Record], way: str) -> str
     return "\n".join(lines)
 
 
-def _with_one_variant(records: Sequence[Record]) -> list[Record]:
+def _with_one_variant(records: Sequence[Line]) -> list[Line]:
     """A data set's records, FVAE-LoRA's with the paper's weights if there are no others."""
     if any(record["method"] == "fvae-lora" for record in records):
         return list(records)
     return [r | {"method": "fvae-lora"} if r["method"] == "fvae-lora-paper" else r for r in records]
 
 
-def _paired(claim: Claim, records: Iterable[Record], way: str) -> str:
+def _paired(claim: Claim, records: Iterable[Line], way: str) -> str:
     by_side: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         by_side[record["method"], record[way]][record["seed"]].append(record[claim.score])
@@ -126,7 +118,7 @@ def _paired(claim: Claim, records: Iterable[Record], way: str) -> str:
 def calibration_table() -> str:
     """Every way to predict of every method, by data set."""
     blocks = []
-    for data, records in _by(read_records("calibration"), "data").items():
+    for data, records in _by(read_lines(CALIBRATION), "data").items():
         lines = [f"**{data}**", "", _row(["", "prediction", *SCORES.values()]), _rule(2, len(SCORES))]
         for method, of_method in _methods(records):
             for way, of_way in _by(of_method, "prediction").items():
@@ -142,7 +134,7 @@ def calibration_table() -> str:
 def detection_table() -> str:
     """AUROC and FPR at 95 % TPR of every detector, by data set."""
     blocks = []
-    for data, records in _by(read_records("detection"), "data").items():
+    for data, records in _by(read_lines(DETECTION), "data").items():
         kinds = list(dict.fromkeys(record["foreign"] for record in records))
         for score, title in (("auroc", "AUROC"), ("fpr95", "FPR at 95 % TPR")):
             lines = [f"**{data}, {title}**", "", _row(["", "detector", *kinds]), _rule(2, len(kinds))]
@@ -154,7 +146,7 @@ def detection_table() -> str:
     return "\n\n".join(blocks)
 
 
-def _detectors(records: Sequence[Record]) -> list[tuple[str, str, list[Record]]]:
+def _detectors(records: Sequence[Line]) -> list[tuple[str, str, list[Line]]]:
     """Methods, detectors and their records; what needs no model is the same for all methods, and first."""
     found = [(METHODS[m], detector, r) for m, of in _methods(records) for detector, r in _by(of, "detector").items()]
     plain = next(each for each in found if each[1] == PLAIN)
@@ -165,7 +157,7 @@ def alarms_table() -> str:
     """The share of the test's rows with a p-value of at most 0.05, where detectors are the shipped one's features."""
     by_data = {
         data: [r for r in _with_one_variant(of_data) if r["method"] == "fvae-lora"]
-        for data, of_data in _by(read_records("detection"), "data").items()
+        for data, of_data in _by(read_lines(DETECTION), "data").items()
     }
     lines = [_row(["test rows at p <= 0.05", *by_data]), _rule(1, len(by_data))]
     for detector in ALARMED:
@@ -180,13 +172,13 @@ def alarms_table() -> str:
 ALARMED = ("detector: likelihood", "detector: latents", SHIPPED, INPUTS)
 
 
-def _methods(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+def _methods(records: Sequence[Line]) -> list[tuple[str, list[Line]]]:
     found = _by(records, "method")
     return [(method, found[method]) for method in METHODS if method in found]
 
 
-def _by(records: Iterable[Record], key: str) -> dict[Any, list[Record]]:
-    found: dict[Any, list[Record]] = defaultdict(list)
+def _by(records: Iterable[Line], key: str) -> dict[Any, list[Line]]:
+    found: dict[Any, list[Line]] = defaultdict(list)
     for record in records:
         found[record[key]].append(record)
     return found
